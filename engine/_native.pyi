@@ -1,0 +1,183 @@
+"""Kernels of `native/`: whatever loops over pages.
+
+Units: addresses, sizes and offsets are bytes; page indices count 4096-byte pages from the start of
+one RAM block. A *bitmap* is a buffer of native 64-bit words, bit `i % 64` of word `i // 64` for page
+`i`, its length a multiple of 8 and large enough for `page_count` pages; words are read and written
+atomically because other processes share them. A *run table* is a buffer of little-endian
+`(uint32 first_page, uint32 page_count)` pairs.
+
+A *slice* is `(page_count, stripe_pages, worker_index, worker_count)`: the pages `p < page_count` with
+`(p // stripe_pages) % worker_count == worker_index`. `stripe_pages` is a multiple of 64.
+
+Every function raises ValueError when sizes, indices or alignment do not fit (never touching memory),
+OSError with the kernel's errno when a system call fails, and releases the GIL while it works.
+"""
+
+from collections.abc import Sequence
+from typing import NewType
+
+from typing_extensions import Buffer
+
+Slice = tuple[int, int, int, int]
+
+PAGE_SIZE: int  #: 4096
+UFFD_USER_MODE_ONLY: int
+UFFD_FEATURE_MISSING_SHMEM: int
+UFFD_FEATURE_MISSING_HUGETLBFS: int
+UFFD_FEATURE_PAGEFAULT_FLAG_WP: int
+UFFD_FEATURE_WP_HUGETLBFS_SHMEM: int
+UFFD_FEATURE_WP_UNPOPULATED: int
+UFFD_FEATURE_WP_ASYNC: int
+UFFD_REGISTER_MISSING: int
+UFFD_REGISTER_WP: int
+
+def kernel_names(kind: str) -> list[str]:
+    """Names this CPU can run for `kind` ("zero_scan"), the measured default first; has "scalar"."""
+
+def zero_scan(name: str, pages: Buffer, is_zero: Buffer, page_size: int) -> int:
+    """Set `is_zero[i]` to 1 or 0 for each page; return how many are zero. `name` is a demand."""
+
+# -- bitmaps ------------------------------------------------------------------------------------
+
+def bitmap_set_range(bitmap: Buffer, first_page: int, page_count: int) -> int:
+    """Set the bits atomically; return how many were clear before."""
+
+def bitmap_clear_slice(bitmap: Buffer, slice: Slice) -> int:
+    """Clear the slice's bits atomically; return how many were set."""
+
+def bitmap_count(bitmap: Buffer, slice: Slice) -> int:
+    """Count the set bits of the slice."""
+
+def bitmap_move_slice(source: Buffer, target: Buffer, slice: Slice) -> int:
+    """Set in `target` every bit that is set in `source`, then clear it there; return bits newly set.
+
+    A crash between the two leaves the bit in both: nothing is ever lost."""
+
+def bitmap_set_data(fd: int, offset: int, size: int, bitmap: Buffer) -> int:
+    """Set the bit of each page of `fd[offset:offset+size]` that SEEK_DATA reports; return newly set.
+
+    Holes are not touched. The descriptor's file position changes."""
+
+# -- source: what to send -----------------------------------------------------------------------
+
+def take_batch(
+    ram: Buffer, dirty: Buffer, in_flight: Buffer, slice: Slice, cursor: int, pages_max: int,
+    detect_zero: bool, data_runs: Buffer, zero_runs: Buffer,
+) -> tuple[int, int, int, int, int]:
+    """Walk the slice's dirty bits from page `cursor`; take up to `pages_max` non-zero pages.
+
+    For each page taken: its `in_flight` bit is set, *then* its `dirty` bit cleared, *then* its content
+    looked at (zero scan with the default kernel when `detect_zero`). Non-zero pages go as runs to
+    `data_runs`, zero ones to `zero_runs`; runs merge when adjacent; the walk stops when either table
+    is full or the slice ends.
+
+    :return: (next cursor, data runs, zero runs, data pages, zero pages). The next cursor is
+        `page_count` when the slice was walked to its end.
+    """
+
+def gather(ram: Buffer, runs: Buffer, run_count: int) -> bytes:
+    """Copy the runs' pages, in order, into one new bytes object (allocated without clearing)."""
+
+def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count: int) -> None:
+    """Store the seeded 128-bit hash of each page of the private copy `pages` (the runs' pages in order)
+    at `hashes[16 * page_index]`."""
+
+def hash_scan(ram: Buffer, seed: int, hashes: Buffer, candidates: Buffer, dirty: Buffer, slice: Slice) -> int:
+    """Set the dirty bit of each page of the slice whose `candidates` bit is set and whose hash differs
+    from `hashes`; return bits newly set. Pages whose candidates bit is clear are not touched."""
+
+# -- source: dirty tracking ---------------------------------------------------------------------
+
+def pagemap_scan_supported(pagemap_fd: int) -> bool:
+    """Tell whether the kernel knows PAGEMAP_SCAN (Linux 6.7)."""
+
+def pagemap_scan(pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice) -> int:
+    """Read and re-arm in one call (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, PAGE_IS_WRITTEN) the
+    slice of the RAM that starts at `address` in the tracked process; set the written pages' bits;
+    return how many bits were newly set. OSError(EPERM): the range is not registered WP_ASYNC."""
+
+def soft_dirty_scan(pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice) -> int:
+    """Set the bits of pages whose soft-dirty flag (pagemap bit 55) is set; return newly set."""
+
+# -- userfaultfd --------------------------------------------------------------------------------
+
+def mapping_address(mapping: Buffer) -> int:
+    """The address of a writable buffer in this process (the buffer must outlive its use)."""
+
+def uffd_open(flags: int, features: int) -> int:
+    """userfaultfd(O_CLOEXEC | O_NONBLOCK | flags) and UFFDIO_API; the caller owns the descriptor.
+    OSError(EINVAL) when the kernel lacks a feature, OSError(EPERM) when the user may not."""
+
+def uffd_register(uffd: int, address: int, size: int, mode: int) -> None: ...
+def uffd_unregister(uffd: int, address: int, size: int) -> None: ...
+
+# -- destination --------------------------------------------------------------------------------
+
+def place(
+    uffd: int, fresh_address: int, ram: Buffer, placed: Buffer, payload: Buffer,
+    runs: Buffer, run_count: int, page_count: int,
+) -> tuple[int, int]:
+    """Put `payload`, the runs' pages in order, into RAM; return (pages placed fresh, pages copied).
+
+    Every run is checked against `page_count`, and the payload's length against the runs, before the
+    first byte is written. A page's `placed` bit is set before its content is written. Pages whose bit
+    was clear go with UFFDIO_COPY (whole runs, DONTWAKE) to `fresh_address`, a second mapping of the same
+    RAM registered for missing faults on `uffd`; EEXIST falls back to memcpy. Others, and all when
+    `uffd` is -1, are copied into `ram`, a mapping that is not registered."""
+
+def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count: int) -> int:
+    """Zero the runs' pages whose `placed` bit is set (others are holes already); return how many.
+    All runs are checked before the first byte is written."""
+
+# -- bandwidth ----------------------------------------------------------------------------------
+
+def budget_take(budget: Buffer, byte_count: int, now_ns: int, burst_ns: int) -> int:
+    """Take from the budget shared by all workers; return the monotonic time when the bytes may go.
+
+    `budget` is two 64-bit words: rate in bytes per second (0: unlimited, returns `now_ns`), and the
+    time up to which bandwidth is sold (virtual scheduling, GCRA; compare-and-swap). Time unsold longer
+    than `burst_ns` ago is lost."""
+
+# -- the workload guest -------------------------------------------------------------------------
+
+Workload = NewType("Workload", object)
+"""Capsule: vCPU threads over one RAM mapping; stopped and joined when the last reference goes."""
+
+def workload_fill(ram: Buffer, first_page: int, page_count: int, contents: str, seed: int) -> None:
+    """Write initial contents ("zero", "text", "heap", "random", "mixed"); zero pages stay untouched."""
+
+def workload_judge(ram: Buffer, first_page: int, page_count: int, contents: str, seed: int, counters: Buffer) -> tuple[int, int]:
+    """Judge each page by itself; store its write counter (uint64) at `counters[8 * (page - first)]`,
+    2**64-1 for a wrong page. Return (wrong pages, first wrong page or -1). Holes should be skipped by
+    the caller. A page never written whose contents are "zero" is right when it is all zero."""
+
+def workload_start(
+    ram: Buffer, page_count: int, vcpus: int, pattern: str, rate_bytes_per_s: int, words_per_write: int,
+    seed: int, written_bitmap: Buffer | None,
+) -> Workload:
+    """Start the vCPU threads, paused. `written_bitmap` (or None) gets a page's bit *after* each write."""
+
+def workload_set_bitmap(workload: Workload, written_bitmap: Buffer | None) -> None: ...
+def workload_pause(workload: Workload) -> int:
+    """Park every vCPU between two page writes; return how long it took in ns."""
+
+def workload_resume(workload: Workload) -> None: ...
+def workload_throttle(workload: Workload, percent: int) -> None:
+    """Sleep `percent` of the time (0..99), in QEMU's 10 ms slices; pause cuts the sleep short."""
+
+def workload_writes(workload: Workload) -> list[int]:
+    """Page writes since the beginning, one count per vCPU (part of the state)."""
+
+def workload_save(workload: Workload) -> bytes:
+    """Device state of all vCPUs; only while paused."""
+
+def workload_load(workload: Workload, state: bytes) -> None:
+    """Take over a state; ValueError says what is wrong with hostile bytes, nothing is changed then."""
+
+def workload_stop(workload: Workload) -> None:
+    """Stop and join the threads; the RAM is no longer touched. Idempotent."""
+
+# -- holes --------------------------------------------------------------------------------------
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""

@@ -1,0 +1,36 @@
+"""What a migration borrows from the control process: guest, settings, workers, events."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engine import wire
+from engine.control.parameters import Parameters
+from engine.control.pool import Pool
+from engine.control.status import RunState
+from engine.guest.base import Guest
+
+
+class Host(Protocol):
+    """The control process, as far as a migration may touch it. All of it outlives the migration."""
+
+    @property
+    def guest(self) -> Guest: ...
+    @property
+    def parameters(self) -> Parameters: ...
+    @property
+    def senders(self) -> Pool[wire.SenderReport]: ...
+    @property
+    def receivers(self) -> Pool[wire.ReceiverReport]: ...
+
+    def capability(self, name: str) -> bool:
+        """Whether the migration capability is on."""
+        ...
+
+    def emit(self, event: str, data: dict[str, object] | None = None) -> None:
+        """Send a QMP event to whoever listens; never blocks."""
+        ...
+
+    def set_run_state(self, state: RunState) -> None:
+        """The guest has been stopped or started; emits STOP or RESUME when that changed."""
+        ...

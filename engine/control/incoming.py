@@ -1,0 +1,347 @@
+"""The destination: receivers, their bookkeeping, and the promise that lets the token come.
+
+Statuses go none -> setup -> active -> completed | failed, as QEMU's do. Until the token is taken nothing
+of the guest runs here; a failure before that gives its memory back and the source goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+import zmq.asyncio
+
+from engine import wire
+from engine.control.host import Host
+from engine.control.mainchannel import ConnectionLost, DestinationEnd
+from engine.control.pool import REPORT_WAIT_S, Worker
+from engine.control.status import RunState, Status
+from engine.control.uri import Address
+from engine.errors import GuestError, MemoryRefused, MigrationError, PeerRefused, WireError, WorkerLost
+from engine.memory.bitmaps import PageBitmaps
+from engine.memory.blocks import PAGE_SIZE
+from engine.multifd.progress import Count, Progress
+
+log = logging.getLogger("ramferry.destination")
+
+#: A source that is silent for so long while it has something to say is gone; heartbeats notice sooner.
+TOKEN_WAIT_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class Lane:
+    """One receiver and its channel; the worker is owned by the migration."""
+
+    index: int
+    progress: Progress
+    worker: Worker[wire.ReceiverReport] | None = None
+    endpoint: str = ""
+    incarnation: int = 1
+    round_number: int = 0  #: newest round that was placed whole
+
+
+class IncomingMigration:
+    """One migration to here; owns its listener, receivers and bitmaps until it has ended."""
+
+    def __init__(self, host: Host, context: zmq.asyncio.Context, address: Address) -> None:
+        self._host, self._context, self._address = host, context, address
+        self.status = Status.NONE
+        self.error: str | None = None
+        self.placement = "?"
+        self.address: Address | None = None  #: where it really listens (port 0 resolved)
+        self._main: DestinationEnd | None = None
+        self._lanes: list[Lane] = []
+        self._placed: PageBitmaps | None = None
+        self._session = b""
+        self._failure: asyncio.Future[None] | None = None
+        self._taken = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._inner: set[asyncio.Task[None]] = set()
+        self.ended = asyncio.Event()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen, and serve the first right source in the background.
+
+        :raise OSError: cannot listen there; the status is failed."""
+        self._set_status(Status.SETUP)
+        try:
+            self._main = DestinationEnd(self._context, self._address.bind_endpoint)
+        except OSError as exc:
+            self.error = f"Failed to listen on '{self._address.display}': {exc.strerror}"
+            self._set_status(Status.FAILED)
+            self.ended.set()
+            raise
+        self.address = self._address.listening_at(self._main.endpoint)
+        self._task = asyncio.get_running_loop().create_task(self._run(self._main))
+
+    async def close(self) -> None:
+        """Give up if it still runs; give everything back. Idempotent."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def _set_status(self, status: Status) -> None:
+        self.status = status
+        self._host.emit("MIGRATION", {"status": status.value})
+
+    async def _run(self, main: DestinationEnd) -> None:
+        try:
+            await self._serve(main)
+        except (MigrationError, OSError, TimeoutError) as exc:
+            await self._fail(main, exc)
+        finally:
+            await self._give_back(main)
+            self.ended.set()
+        if self._taken.is_set():
+            self._set_status(Status.COMPLETED)
+
+    async def _serve(self, main: DestinationEnd) -> None:
+        """One whole migration; returns when the token was taken."""
+        hello = await main.accept()
+        try:
+            await self._accept(main, hello)
+        except MigrationError as exc:
+            await main.send(wire.Refused(wire.cut(self._text(exc))))
+            raise
+        self._set_status(Status.ACTIVE)
+        self._failure = asyncio.get_running_loop().create_future()
+        self._beside(self._watch_guest())
+        conversation = asyncio.ensure_future(self._converse(main))
+        taken = asyncio.ensure_future(self._taken.wait())
+        waiting = {conversation, taken, self._failure}
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not taken.done():
+                await self._lose_or_take(conversation)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _lose_or_take(self, conversation: asyncio.Future[None]) -> None:
+        """Something failed. If the token cannot come any more it is a failure, else a success."""
+        if not await self._host.guest.disarm():
+            await asyncio.wait_for(self._taken.wait(), TOKEN_WAIT_S)
+            return
+        assert self._failure is not None
+        for failed in (self._failure, conversation):
+            if failed.done():
+                failed.result()
+
+    async def _fail(self, main: DestinationEnd, exc: Exception) -> None:
+        self.error = f"load of migration failed: {self._text(exc)}"
+        log.error("%s", self.error)
+        with contextlib.suppress(ConnectionLost):
+            await main.send(wire.Failed(wire.cut(self._text(exc))))
+        self._set_status(Status.FAILED)
+
+    @staticmethod
+    def _text(exc: BaseException) -> str:
+        if isinstance(exc, TimeoutError):
+            return "no answer in time"
+        return f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)
+
+    async def _give_back(self, main: DestinationEnd) -> None:
+        for task in self._inner:
+            task.cancel()
+        await asyncio.gather(*self._inner, return_exceptions=True)
+        workers = [lane.worker for lane in self._lanes if lane.worker is not None]
+        await asyncio.gather(*(worker.end() for worker in workers))
+        for lane in self._lanes:
+            lane.worker = None
+            lane.progress.close()
+        if self._placed is not None:
+            self._placed.close()
+        main.close()
+        self._address.remove_files(len(self._lanes))
+        with contextlib.suppress(GuestError):
+            await self._host.guest.close_handover()
+        if not self._taken.is_set():
+            for block in self._host.guest.blocks:
+                block.discard()
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except (MigrationError, OSError, TimeoutError) as exc:
+                self._break_off(exc)
+
+        self._inner.add(asyncio.get_running_loop().create_task(guarded()))
+
+    def _break_off(self, exc: Exception) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(exc)
+
+    async def _watch_guest(self) -> None:
+        reason = await self._host.guest.died()
+        raise GuestError(f"the guest died: {reason}")
+
+    # -- agreeing --------------------------------------------------------------------------------
+
+    async def _accept(self, main: DestinationEnd, hello: wire.Hello) -> None:
+        """Check what the source wants to bring, make room, start the receivers.
+
+        :raise PeerRefused: it does not fit here; the text says what differs."""
+        self._check(hello)
+        guest = self._host.guest
+        self._session = hello.session
+        for block in guest.blocks:
+            block.discard()
+        self._placed = PageBitmaps.create("placed", guest.blocks)
+        self._lanes = [Lane(i, Progress.create()) for i in range(hello.channels)]
+        for lane in self._lanes:
+            self._employ(lane)
+        handover = await guest.listen_handover(
+            self._address.handover_uri(self._host.parameters.x_multifd_port_base)
+        )
+        await self._until(lambda: all(lane.endpoint for lane in self._lanes))
+        await main.send(
+            wire.Welcome(
+                wire.VERSION,
+                self._session,
+                [lane.endpoint for lane in self._lanes],
+                handover,
+                self.placement,
+            )
+        )
+
+    def _check(self, hello: wire.Hello) -> None:
+        guest = self._host.guest
+        if hello.version != wire.VERSION:
+            raise PeerRefused(f"version {hello.version} expected {wire.VERSION}")
+        if len(hello.session) != wire.SESSION_BYTES or not 1 <= hello.channels <= wire.CHANNELS_MAX:
+            raise PeerRefused(f"{hello.channels} channels or a bad session; 1 to 255 are allowed")
+        if hello.page_size != PAGE_SIZE:
+            raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
+        if hello.guest_kind != guest.kind:
+            raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
+        local = {block.name: block for block in guest.blocks}
+        if len(hello.blocks) != len(local):
+            raise PeerRefused(f"{len(hello.blocks)} RAM blocks and local are {len(local)}")
+        for shape, block in zip(hello.blocks, guest.blocks, strict=True):
+            shape.check()
+            if shape.name != block.name:
+                raise PeerRefused(f'Unknown ramblock "{shape.name}", cannot accept migration')
+            if shape.size != block.size:
+                raise PeerRefused(
+                    f"Size mismatch: {shape.name}: {shape.size:#x} != {block.size:#x}"
+                )
+            if shape.backing_page_size != block.backing_page_size:
+                raise PeerRefused(
+                    f"Mismatched RAM page size {shape.name} (local) {block.backing_page_size} "
+                    f"!= {shape.backing_page_size}"
+                )
+
+    # -- receivers -------------------------------------------------------------------------------
+
+    def _employ(self, lane: Lane) -> None:
+        assert self._placed is not None
+        worker = self._host.receivers.take(lane.index)
+        lane.worker, lane.endpoint = worker, ""
+        worker.listen(
+            lambda report: self._take(lane, worker, report), lambda lost: self._lose(lane, lost)
+        )
+        blocks = self._host.guest.blocks
+        base = self._host.parameters.x_multifd_port_base
+        worker.order(
+            wire.PrepareReceiver(
+                lane.index,
+                self._session,
+                self._address.channel_endpoint(lane.index, base),
+                lane.incarnation,
+                [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in blocks],
+            ),
+            [self._placed.fd, lane.progress.fd, *(block.fd for block in blocks)],
+        )
+
+    def _take(self, lane: Lane, worker: Worker[wire.ReceiverReport], report: wire.Message) -> None:
+        match report:
+            case wire.Ready(endpoint, placement):
+                lane.endpoint, self.placement = endpoint, placement
+            case wire.Opened(incarnation):
+                lane.incarnation = incarnation
+            case wire.RoundReceived():
+                lane.round_number = report.round_number
+                self._tell(report)
+            case wire.ChannelBroken():
+                self._tell(report)
+            case wire.WorkerFailed(reason):
+                worker.on_lost = None
+                self._break_off(MemoryRefused(reason))
+        self._changed.set()
+
+    def _lose(self, lane: Lane, lost: WorkerLost) -> None:
+        """A dead receiver is replaced when the source makes its channel anew."""
+        lane.endpoint = ""
+        self._tell(wire.ChannelBroken(lane.index, lane.incarnation, wire.cut(str(lost))))
+        self._changed.set()
+
+    def _tell(self, message: wire.Message) -> None:
+        assert self._main is not None
+        self._beside(self._main.send(message))
+
+    async def _until(self, is_done: Any) -> None:
+        async with asyncio.timeout(REPORT_WAIT_S):
+            while not is_done():
+                self._changed.clear()
+                await self._changed.wait()
+
+    # -- the conversation ------------------------------------------------------------------------
+
+    async def _converse(self, main: DestinationEnd) -> None:
+        """Answer the source until it goes; a right end is the token, which comes another way."""
+        while True:
+            message = await main.receive()
+            match message:
+                case wire.Reopen(index, incarnation):
+                    await self._reopen(main, index, incarnation)
+                case wire.DeviceState(state):
+                    if len(state) > wire.STATE_BYTES_MAX:
+                        raise WireError(f"device state of {len(state)} bytes")
+                    await self._host.guest.load_state(state)
+                case wire.Arm(rounds, runs):
+                    await self._arm(main, rounds, runs)
+                case wire.Abort(reason):
+                    raise PeerRefused(f"the source gave up: {wire.cut(reason)}")
+                case wire.Hello():
+                    raise WireError("a second Hello")
+
+    async def _reopen(self, main: DestinationEnd, index: int, incarnation: int) -> None:
+        if not 0 <= index < len(self._lanes) or incarnation <= 0:
+            raise WireError(f"channel {index}, incarnation {incarnation} cannot be made anew")
+        lane = self._lanes[index]
+        if lane.worker is None or not lane.worker.is_alive:
+            if lane.worker is not None:
+                await lane.worker.end()
+            lane.incarnation = incarnation
+            self._employ(lane)
+            await self._until(lambda: lane.endpoint)
+        await main.send(wire.Reopened(index, incarnation, lane.endpoint))
+
+    async def _arm(self, main: DestinationEnd, rounds: int, runs: bool) -> None:
+        """Promise that the memory is whole: every channel has placed every round."""
+        behind = [lane.index for lane in self._lanes if lane.round_number != rounds]
+        if behind:
+            raise WireError(f"channels {behind} have not placed round {rounds}")
+        await self._host.guest.arm(self._session, runs, self._take_over)
+        await main.send(wire.Armed())
+
+    async def _take_over(self, _at_ns: int) -> None:
+        """The token is here: this guest is the one."""
+        self._host.set_run_state(
+            RunState.RUNNING if self._host.guest.is_running else RunState.PAUSED
+        )
+        self._taken.set()
+
+    def wire_bytes(self) -> int:
+        """What came in on multifd channels so far."""
+        return sum(lane.progress[Count.WIRE_BYTES] for lane in self._lanes)

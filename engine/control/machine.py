@@ -1,0 +1,304 @@
+"""The source's state machine: events in, effects out, one table.
+
+A migration is in one *phase*; what QMP shows as its status follows from the phases' handlers.
+Effects are carried out by `control/outgoing.py` only, and each ends with an event that comes back
+here.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from engine.control.status import Status
+from engine.errors import StateError
+from engine.guest.base import Handover
+
+STORY_STEPS_MAX: Final = 256
+
+
+class Phase(enum.Enum):
+    """Where a migration is; finer than the status."""
+
+    IDLE = "idle"
+    CONNECTING = "connecting"
+    SENDING = "sending"  #: a round is on its way
+    HARVESTING = "harvesting"  #: dirty bits are collected, the guest runs
+    PAUSING = "pausing"  #: the guest stops, the last dirty bits are collected
+    FINISHING = "finishing"  #: the last round, guest stopped
+    ARMING = "arming"  #: device state is sent, the destination promises
+    HANDING_OVER = "handing-over"  #: the token is on its way; nothing else decides now
+    FAILING = "failing"
+    CANCELLING = "cancelling"
+    ENDED = "ended"
+
+
+# -- events --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`migrate` was accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """Both sides agreed, every channel is open, tracking began and the first bitmap is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAcknowledged:
+    """Everything of the current round is placed at the destination."""
+
+
+@dataclass(frozen=True, slots=True)
+class Harvested:
+    """Dirty bits were collected while the guest ran.
+
+    :ivar fits: policy says that stopping now ends inside the downtime limit."""
+
+    dirty_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PausedAndHarvested:
+    """The guest stands and the last dirty bits are in.
+
+    :ivar fits: policy says that what is left still ends inside the limit."""
+
+    dirty_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationArmed:
+    """The destination keeps every promise and waits for the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """The exchange of the token ended."""
+
+    outcome: Handover
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLost:
+    """A multifd channel, or a worker at either end of it, is gone."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that cannot be mended within this migration."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """`migrate_cancel`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Everything was given back, and the guest is as it was before (unless its outcome is unknown)."""
+
+
+Event = (
+    Start
+    | Connected
+    | RoundAcknowledged
+    | Harvested
+    | PausedAndHarvested
+    | DestinationArmed
+    | HandedOver
+    | ChannelLost
+    | Failure
+    | Cancel
+    | Abandoned
+)
+
+# -- effects -------------------------------------------------------------------------------------
+
+
+class Effect(enum.Enum):
+    """What the driver must do; the comment names the events that end it."""
+
+    CONNECT = "connect"  #: Connected or Failure
+    SEND_ROUND = "send-round"  #: RoundAcknowledged
+    HARVEST = "harvest"  #: Harvested
+    PAUSE_AND_HARVEST = "pause-and-harvest"  #: PausedAndHarvested
+    RESUME_AND_SEND_ROUND = "resume-and-send-round"  #: RoundAcknowledged
+    ARM_DESTINATION = "arm-destination"  #: DestinationArmed
+    HAND_OVER = "hand-over"  #: HandedOver
+    ABANDON = "abandon"  #: Abandoned; the guest runs again if we had stopped it
+    ABANDON_STOPPED = "abandon-stopped"  #: Abandoned; the guest stays stopped
+    FINISH = "finish"  #: nothing; gives back what the migration had
+
+
+@dataclass(frozen=True, slots=True)
+class Heal:
+    """Make the channel anew; what it had not acknowledged is dirty again. Ends with nothing."""
+
+    index: int
+
+
+Step = tuple[Phase, Status, tuple[Effect | Heal, ...]]
+
+
+@dataclass
+class Outgoing:
+    """One migration, seen from its source.
+
+    :ivar heal_limit: how many channels may be made anew before the migration fails.
+    :ivar error: why it failed or was cancelled, one line.
+    """
+
+    heal_limit: int = 8
+    phase: Phase = Phase.IDLE
+    status: Status = Status.NONE
+    heals: int = 0
+    error: str | None = None
+    _cancel_wanted: bool = False
+    _story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_STEPS_MAX))
+
+    def handle(self, event: Event) -> tuple[Effect | Heal, ...]:
+        """Take one event; return what the caller must now do, in order.
+
+        :raise StateError: the event is not allowed in this phase; nothing changed.
+        """
+        handler = TRANSITIONS.get((self.phase, type(event)))
+        if handler is None:
+            raise StateError(self.status.value, repr(event), self.story)
+        came_from = self.phase
+        self.phase, self.status, effects = handler(self, event)
+        self._story.append(f"{came_from.value} -> {self.phase.value}: {event!r}")
+        return effects
+
+    @property
+    def story(self) -> tuple[str, ...]:
+        """The last steps, oldest first."""
+        return tuple(self._story)
+
+    # -- handlers: one line each says where the migration goes ------------------------------------
+
+    def _connect(self, _: Start) -> Step:
+        return Phase.CONNECTING, Status.SETUP, (Effect.CONNECT,)
+
+    def _first_round(self, _: Connected) -> Step:
+        return Phase.SENDING, Status.ACTIVE, (Effect.SEND_ROUND,)
+
+    def _harvest(self, _: RoundAcknowledged) -> Step:
+        return Phase.HARVESTING, Status.ACTIVE, (Effect.HARVEST,)
+
+    def _next_round_or_pause(self, event: Harvested) -> Step:
+        if event.fits:
+            return Phase.PAUSING, Status.ACTIVE, (Effect.PAUSE_AND_HARVEST,)
+        return Phase.SENDING, Status.ACTIVE, (Effect.SEND_ROUND,)
+
+    def _last_round_or_resume(self, event: PausedAndHarvested) -> Step:
+        if event.fits:
+            return Phase.FINISHING, Status.DEVICE, (Effect.SEND_ROUND,)
+        return Phase.SENDING, Status.ACTIVE, (Effect.RESUME_AND_SEND_ROUND,)
+
+    def _arm(self, _: RoundAcknowledged) -> Step:
+        return Phase.ARMING, Status.DEVICE, (Effect.ARM_DESTINATION,)
+
+    def _hand_over(self, _: DestinationArmed) -> Step:
+        return Phase.HANDING_OVER, Status.DEVICE, (Effect.HAND_OVER,)
+
+    def _conclude(self, event: HandedOver) -> Step:
+        if event.outcome is Handover.TAKEN:
+            return Phase.ENDED, Status.COMPLETED, (Effect.FINISH,)
+        if event.outcome is Handover.UNKNOWN:
+            self.error = (
+                "the destination did not say whether the guest runs there: "
+                "the guest stays stopped here; look at the destination before you resume it"
+            )
+            return Phase.FAILING, Status.DEVICE, (Effect.ABANDON_STOPPED,)
+        if self._cancel_wanted:
+            return Phase.CANCELLING, Status.CANCELLING, (Effect.ABANDON,)
+        self.error = self.error or "the destination refused to take the guest over"
+        return Phase.FAILING, Status.DEVICE, (Effect.ABANDON,)
+
+    def _heal_or_fail(self, event: ChannelLost) -> Step:
+        self.heals += 1
+        if self.heals > self.heal_limit:
+            again = f"made anew {self.heal_limit} times already"
+            return self._fail(Failure(f"{event.reason} ({again})"))
+        return self.phase, self.status, (Heal(event.index),)
+
+    def _lost_while_connecting(self, event: ChannelLost) -> Step:
+        return self._fail(Failure(event.reason))
+
+    def _fail(self, event: Failure) -> Step:
+        self.error = event.reason
+        return Phase.FAILING, self.status, (Effect.ABANDON,)
+
+    def _cancel(self, _: Cancel) -> Step:
+        return Phase.CANCELLING, Status.CANCELLING, (Effect.ABANDON,)
+
+    def _cancel_later(self, _: Cancel) -> Step:
+        self._cancel_wanted = True
+        return self.phase, self.status, ()
+
+    def _fail_later(self, event: Failure) -> Step:
+        self.error = event.reason
+        return self.phase, self.status, ()
+
+    def _failed(self, _: Abandoned) -> Step:
+        return Phase.ENDED, Status.FAILED, ()
+
+    def _cancelled(self, _: Abandoned) -> Step:
+        return Phase.ENDED, Status.CANCELLED, ()
+
+    def _ignore(self, _: Event) -> Step:
+        return self.phase, self.status, ()
+
+
+_Handler = Callable[..., Step]
+
+
+def _same(
+    phases: tuple[Phase, ...], event: type, handler: _Handler
+) -> dict[tuple[Phase, type], _Handler]:
+    return {(phase, event): handler for phase in phases}
+
+
+_LIVE = (Phase.SENDING, Phase.HARVESTING, Phase.PAUSING, Phase.FINISHING)
+_STOPPABLE = (Phase.CONNECTING, *_LIVE, Phase.ARMING)
+_LEAVING = (Phase.FAILING, Phase.CANCELLING)
+#: What may still arrive while a migration is being given up; it decides nothing any more.
+_LATE = (Connected, RoundAcknowledged, Harvested, PausedAndHarvested, DestinationArmed)
+
+# The whole machine on one screen. A pair that is absent is illegal.
+TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
+    (Phase.IDLE, Start): Outgoing._connect,
+    (Phase.CONNECTING, Connected): Outgoing._first_round,
+    (Phase.SENDING, RoundAcknowledged): Outgoing._harvest,
+    (Phase.HARVESTING, Harvested): Outgoing._next_round_or_pause,
+    (Phase.PAUSING, PausedAndHarvested): Outgoing._last_round_or_resume,
+    (Phase.FINISHING, RoundAcknowledged): Outgoing._arm,
+    (Phase.ARMING, DestinationArmed): Outgoing._hand_over,
+    (Phase.HANDING_OVER, HandedOver): Outgoing._conclude,
+    (Phase.FAILING, Abandoned): Outgoing._failed,
+    (Phase.CANCELLING, Abandoned): Outgoing._cancelled,
+    (Phase.CONNECTING, ChannelLost): Outgoing._lost_while_connecting,
+    **_same(_LIVE, ChannelLost, Outgoing._heal_or_fail),
+    **_same((Phase.ARMING, Phase.HANDING_OVER, *_LEAVING, Phase.ENDED), ChannelLost,
+    Outgoing._ignore),
+    **_same(_STOPPABLE, Failure, Outgoing._fail),
+    (Phase.HANDING_OVER, Failure): Outgoing._fail_later,
+    **_same((*_LEAVING, Phase.ENDED), Failure, Outgoing._ignore),
+    **_same(_STOPPABLE, Cancel, Outgoing._cancel),
+    (Phase.HANDING_OVER, Cancel): Outgoing._cancel_later,
+    **_same((Phase.IDLE, *_LEAVING, Phase.ENDED), Cancel, Outgoing._ignore),
+    **{(phase, late): Outgoing._ignore for phase in _LEAVING for late in _LATE},
+}  # fmt: skip

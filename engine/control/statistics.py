@@ -1,0 +1,87 @@
+"""What a migration has done so far, in numbers; sampled every 100 ms from the workers' counters."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+SAMPLE_S: Final = 0.1
+#: The dirty rate is taken over at least so long, as QEMU does it.
+DIRTY_RATE_PERIOD_NS: Final = 1_000_000_000
+NS_PER_MS: Final = 1_000_000
+
+
+@dataclass(slots=True)
+class DowntimePhases:
+    """Where the pause went, in ns; their sum is the downtime."""
+
+    pause: int = 0  #: from the order to stop until every vCPU stood
+    harvest: int = 0  #: collecting the last dirty bits
+    send: int = 0  #: until the last byte was handed to the channels
+    acknowledge: int = 0  #: until every page was placed and the destination was armed
+    resume: int = 0  #: until the guest ran at the destination
+
+    @property
+    def total(self) -> int:
+        return self.pause + self.harvest + self.send + self.acknowledge + self.resume
+
+
+@dataclass(slots=True)
+class ChannelSample:
+    """One channel at the last sample."""
+
+    wire_bytes: int = 0
+    pages: int = 0
+    zero_pages: int = 0
+    rate_bytes_per_s: float = 0.0
+    incarnation: int = 1
+
+
+@dataclass(slots=True)
+class MigrationNumbers:
+    """Everything that `query-migrate` shows of a source; times are monotonic ns, sizes bytes."""
+
+    started_ns: int = field(default_factory=time.monotonic_ns)
+    setup_done_ns: int = 0
+    ended_ns: int = 0
+    total_bytes: int = 0
+    remaining_bytes: int = 0
+    wire_bytes: int = 0  #: on multifd channels
+    main_bytes: int = 0  #: on the main channel
+    payload_bytes: int = 0
+    pages: int = 0
+    zero_pages: int = 0
+    rounds: int = 0  #: bitmap syncs, as MIGRATION_PASS counts them
+    dirty_pages_per_s: int = 0
+    rate_bytes_per_s: float = 0.0
+    pages_per_s: int = 0
+    expected_downtime_ns: int = 0
+    downtime_ns: int | None = None
+    phases: DowntimePhases = field(default_factory=DowntimePhases)
+    throttle_percent: int = 0
+    channels: list[ChannelSample] = field(default_factory=list)
+    tracker: str = ""
+    tracker_reason: str = ""
+    placement: str = ""
+    heals: int = 0
+    _dirty_since_ns: int = 0
+    _dirty_pages: int = 0
+
+    def dirtied(self, pages: int) -> None:
+        """`pages` became dirty since the last sync."""
+        now_ns = time.monotonic_ns()
+        self._dirty_since_ns = self._dirty_since_ns or self.setup_done_ns or now_ns
+        self._dirty_pages += pages
+        period_ns = now_ns - self._dirty_since_ns
+        if period_ns >= DIRTY_RATE_PERIOD_NS or not self.dirty_pages_per_s:
+            self.dirty_pages_per_s = self._dirty_pages * 1_000_000_000 // max(1, period_ns)
+            self._dirty_since_ns, self._dirty_pages = now_ns, 0
+
+    @property
+    def total_ns(self) -> int:
+        return (self.ended_ns or time.monotonic_ns()) - self.started_ns
+
+    @property
+    def setup_ns(self) -> int:
+        return max(0, self.setup_done_ns - self.started_ns)

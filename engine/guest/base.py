@@ -1,0 +1,118 @@
+"""What a guest is to the engine: RAM blocks, a pause button, a tracker, and the right to run.
+
+The right to run is a *token*. Before switchover the source guest holds it. `hand_over` passes it
+over a direct connection between the two sides' guests; whoever holds it runs, and nobody else does,
+whichever process is killed in between (docs/decisions/0002-handover.md).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from engine.memory.blocks import RamBlock
+from engine.memory.tracking import TrackedBlock, TrackerName, Tracking
+
+__all__ = ["Guest", "Handover", "TrackedBlock", "TrackerName", "Tracking"]
+
+
+class Handover(enum.Enum):
+    """How handing over the right to run ended, seen from the source."""
+
+    TAKEN = "taken"  #: the destination guest has it
+    REFUSED = "refused"  #: it has not and never will; the source guest holds it and may run again
+    UNKNOWN = "unknown"  #: no answer before the deadline; the source guest stays stopped
+
+
+class Guest(Protocol):
+    """One guest. All coroutines raise GuestError when the guest died or does not answer in time.
+
+    States: *incoming* (stopped, may be armed to take over), *running*, *paused*, *gone* (handed
+    over or dead). A source guest whose control process dies goes on as it was before the migration;
+    an incoming one that has not taken over frees its memory and ends.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def blocks(self) -> tuple[RamBlock, ...]: ...
+    @property
+    def is_running(self) -> bool: ...
+
+    async def pause(self, *, for_migration: bool) -> int:
+        """Stop every vCPU; return the monotonic time (ns) when all stood.
+
+        `for_migration`: the stop is the engine's, undone by itself when the control process
+        dies."""
+        ...
+
+    async def resume(self) -> None:
+        """Let the vCPUs run (also after a failed handover)."""
+        ...
+
+    async def throttle(self, percent: int) -> None:
+        """Take `percent` (0 to 99) of the vCPUs' time away."""
+        ...
+
+    async def writes(self) -> int | None:
+        """Page writes since the beginning, or None where the guest does not tell."""
+        ...
+
+    async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
+        """Begin to track (every page counts as clean from now); None: the best that works here.
+
+        :raise MemoryRefused: the wanted tracker does not work here (says which do)."""
+        ...
+
+    async def stop_tracking(self) -> None:
+        """Give the tracker back; the guest pays nothing for it any more. Idempotent."""
+        ...
+
+    async def save_state(self) -> bytes:
+        """Device state of the paused guest, at most 1 MiB."""
+        ...
+
+    async def load_state(self, state: bytes) -> None:
+        """Take over a state (hostile until checked); only in *incoming*."""
+        ...
+
+    async def listen_handover(self, host_uri: str) -> str:
+        """Destination: listen where the token may come in; return the endpoint to tell the peer.
+
+        `host_uri` is `tcp:HOST:PORT` (PORT 0: any) or `unix:PATH`."""
+        ...
+
+    async def arm(self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]) -> None:
+        """Destination: everything is here; take over when the token of `session` comes.
+
+        At that moment vCPUs start when `run`, and `taken(monotonic ns)` is awaited."""
+        ...
+
+    async def disarm(self) -> bool:
+        """Destination: refuse the token from now on; False when it was taken before."""
+        ...
+
+    async def connect_handover(self, endpoint: str, session: bytes) -> None:
+        """Source: connect to the destination guest (during setup, so that it costs no downtime).
+
+        :raise ChannelError: nobody answers there."""
+        ...
+
+    async def hand_over(self, deadline_ns: int) -> Handover:
+        """Source: pass the token. TAKEN: this guest will not run again. See `Handover`.
+
+        Bounded by `deadline_ns` of time for the whole exchange, retries included."""
+        ...
+
+    async def close_handover(self) -> None:
+        """Either side: forget the connection or listener. Idempotent."""
+        ...
+
+    async def died(self) -> str:
+        """Wait until the guest has died; return why."""
+        ...
+
+    async def quit(self) -> None:
+        """End the guest and give back all it has. Idempotent, never raises GuestError."""
+        ...

@@ -1,0 +1,193 @@
+"""Dirty tracking as a sender does it: move what the tracker found into the dirty bitmap, by slices.
+
+Every harvest re-arms a page before anyone reads its content, so a write in between shows in the
+next harvest. What each tracker costs was measured; see docs/tracking.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from engine import _native
+from engine.memory.bitmaps import PageBitmaps
+from engine.memory.blocks import PAGE_SIZE, RamBlock
+
+HASH_BYTES: Final = 16
+ZEROS: Final = bytes(512 * PAGE_SIZE)
+
+
+class TrackerName(enum.Enum):
+    """How dirty pages are found; the value is what users see and may force."""
+
+    UFFD = "uffd-wp"  #: userfaultfd write-protect async + PAGEMAP_SCAN (Linux 6.7)
+    BITMAP = "guest-bitmap"  #: a shared bitmap written by a cooperating guest
+    SOFT_DIRTY = "soft-dirty"  #: clear_refs and /proc/PID/pagemap
+    HASH = "content-hash"  #: compare contents; the last resort
+    NONE = "none"  #: the guest is stopped: nothing can become dirty
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedBlock:
+    """Where one RAM block is tracked; descriptors belong to the guest object until `stop_tracking`.
+
+    :ivar pagemap_fd: /proc/PID/pagemap of the tracked process, or -1 (BITMAP, HASH, NONE).
+    :ivar address: where the block begins in the tracked process, or 0.
+    :ivar bitmap_fd: the shared written-bitmap (BITMAP), one bit a page, or -1.
+    """
+
+    pagemap_fd: int = -1
+    address: int = 0
+    bitmap_fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """The tracker in use, and why it was chosen (one line for people)."""
+
+    name: TrackerName
+    blocks: tuple[TrackedBlock, ...]
+    reason: str
+
+
+class Harvester(Protocol):
+    """One tracker over one worker's slice of all blocks."""
+
+    needs_private_copy: bool  #: page contents must be copied, and `sent` told, before they are sent
+
+    def harvest(self, dirty: PageBitmaps) -> None:
+        """Set the dirty bit of each page written since the last harvest.
+
+        :raise OSError: the tracker is gone (with the guest)."""
+
+    def sent(self, block_index: int, copy: bytes, runs: memoryview, run_count: int) -> None:
+        """The pages of `runs` go to the destination as they are in `copy`."""
+
+    def sent_zeros(self, block_index: int, runs: memoryview, run_count: int) -> None:
+        """The pages of `runs` go to the destination as zero pages."""
+
+
+class _Slices:
+    """What all trackers need: blocks, and which part of them is ours."""
+
+    needs_private_copy = False
+
+    def __init__(self, blocks: Sequence[RamBlock], index: int, count: int) -> None:
+        self._slices = [block.slice_of(index, count) for block in blocks]
+
+    def sent(self, block_index: int, copy: bytes, runs: memoryview, run_count: int) -> None:
+        """Nothing to remember: writes are seen, not compared."""
+
+    def sent_zeros(self, block_index: int, runs: memoryview, run_count: int) -> None:
+        """Nothing to remember either."""
+
+
+class StoppedGuest(_Slices):
+    """A guest that does not run writes nothing."""
+
+    def harvest(self, dirty: PageBitmaps) -> None:
+        """Find nothing."""
+
+
+class WriteProtected(_Slices):
+    """userfaultfd write-protect async: PAGEMAP_SCAN reads and re-arms in one call."""
+
+    def __init__(
+        self,
+        blocks: Sequence[RamBlock],
+        index: int,
+        count: int,
+        pagemap_fds: Sequence[int],
+        addresses: Sequence[int],
+    ) -> None:
+        super().__init__(blocks, index, count)
+        self._targets = list(zip(pagemap_fds, addresses, strict=True))
+
+    def harvest(self, dirty: PageBitmaps) -> None:
+        for i, (pagemap_fd, address) in enumerate(self._targets):
+            _native.pagemap_scan(pagemap_fd, address, dirty[i], self._slices[i])
+
+
+class SoftDirty(WriteProtected):
+    """Soft-dirty bits: control stops the guest, orders the harvest, has the guest clear its bits."""
+
+    def harvest(self, dirty: PageBitmaps) -> None:
+        for i, (pagemap_fd, address) in enumerate(self._targets):
+            _native.soft_dirty_scan(pagemap_fd, address, dirty[i], self._slices[i])
+
+
+class GuestBitmap(_Slices):
+    """A bitmap that the guest writes, each bit after the page."""
+
+    def __init__(
+        self, blocks: Sequence[RamBlock], index: int, count: int, bitmap_fds: Sequence[int]
+    ) -> None:
+        super().__init__(blocks, index, count)
+        self._written = [mmap.mmap(fd, 0) for fd in bitmap_fds]
+
+    def harvest(self, dirty: PageBitmaps) -> None:
+        for i, written in enumerate(self._written):
+            _native.bitmap_move_slice(written, dirty[i], self._slices[i])
+
+
+class ContentHash(_Slices):
+    """Compare each page's seeded 128-bit hash with that of the copy that was sent last.
+
+    `candidates` holds the pages that ever had data; it only grows, so a page that was punched after
+    it was sent is looked at again. The hash is of the bytes that were sent, not of the page when it
+    was found dirty: content that changes and changes back in between is never mistaken for sent.
+    """
+
+    needs_private_copy = True
+
+    def __init__(
+        self,
+        blocks: Sequence[RamBlock],
+        index: int,
+        count: int,
+        ram: Sequence[mmap.mmap],
+        candidates: PageBitmaps,
+        hashes: Sequence[memoryview],
+        seed: int,
+    ) -> None:
+        super().__init__(blocks, index, count)
+        self._ram, self._candidates, self._hashes, self._seed = ram, candidates, hashes, seed
+
+    def harvest(self, dirty: PageBitmaps) -> None:
+        for i, ram in enumerate(self._ram):
+            _native.hash_scan(
+                ram, self._seed, self._hashes[i], self._candidates[i], dirty[i], self._slices[i]
+            )
+
+    def sent(self, block_index: int, copy: bytes, runs: memoryview, run_count: int) -> None:
+        _native.hash_pages(copy, self._seed, self._hashes[block_index], runs, run_count)
+
+    def sent_zeros(self, block_index: int, runs: memoryview, run_count: int) -> None:
+        table = runs.cast("I")
+        piece = memoryview(bytearray(8)).cast("I")
+        for first, count in zip(
+            table[0 : 2 * run_count : 2], table[1 : 2 * run_count : 2], strict=True
+        ):
+            for start in range(first, first + count, len(ZEROS) // PAGE_SIZE):
+                piece[0] = start
+                piece[1] = min(first + count - start, len(ZEROS) // PAGE_SIZE)
+                zeros = memoryview(ZEROS)[: piece[1] * PAGE_SIZE]
+                _native.hash_pages(zeros, self._seed, self._hashes[block_index], piece, 1)
+
+
+def hash_table_bytes(blocks: Sequence[RamBlock]) -> int:
+    """Size of the shared table: 16 bytes a page, all blocks one after the other."""
+    return sum(block.page_count for block in blocks) * HASH_BYTES
+
+
+def hash_tables(blocks: Sequence[RamBlock], fd: int) -> list[memoryview]:
+    """Each block's part of the shared table; the mapping lives as long as the views."""
+    whole = memoryview(mmap.mmap(fd, hash_table_bytes(blocks)))
+    tables, offset = [], 0
+    for block in blocks:
+        tables.append(whole[offset : offset + block.page_count * HASH_BYTES])
+        offset += block.page_count * HASH_BYTES
+    return tables

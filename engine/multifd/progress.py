@@ -1,0 +1,104 @@
+"""Counters that a worker writes and control reads, without messages: one page of 64-bit words each.
+
+A word has one writer, its worker; readers may see counters that are microseconds apart from each
+other.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+
+from engine.memory.bitmaps import shared_memory
+from engine.memory.blocks import PAGE_SIZE
+
+
+class Count(enum.IntEnum):
+    """Word index in the page. All are totals of the worker's life within one migration."""
+
+    PACKETS = 0
+    WIRE_BYTES = 1  #: headers and payload, as handed to or taken from ZeroMQ
+    PAYLOAD_BYTES = 2
+    PAGES = 3  #: non-zero pages
+    ZERO_PAGES = 4
+    GATHERED_PAGES = 5  #: copied before sending, the others were lent
+    FRESH_PAGES = 6  #: placed by UFFDIO_COPY
+    STALLED_NS = 7  #: waiting for the channel to drain
+    PACED_NS = 8  #: waiting for bandwidth
+    STRANGERS = 9  #: messages dropped because they were not the peer's
+    HARVEST_NS = 10  #: how long the last harvest took
+
+
+class Progress:
+    """One worker's page; whoever `create`s it owns the descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._mapping = mmap.mmap(fd, PAGE_SIZE)
+        self._words = memoryview(self._mapping).cast("Q")
+
+    @classmethod
+    def create(cls) -> Progress:
+        """All counters zero."""
+        return cls(shared_memory("progress", PAGE_SIZE))
+
+    def __getitem__(self, count: Count) -> int:
+        return self._words[count]
+
+    def add(self, count: Count, amount: int) -> None:
+        """Only the worker that owns the page calls this."""
+        self._words[count] += amount
+
+    def put(self, count: Count, value: int) -> None:
+        """Only the worker that owns the page calls this."""
+        self._words[count] = value
+
+    def unmap(self) -> None:
+        """Give the mapping back, the descriptor stays open; idempotent."""
+        self._words.release()
+        self._mapping.close()
+
+    def close(self) -> None:
+        """Give back mapping and descriptor; idempotent."""
+        self.unmap()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Budget:
+    """The bandwidth budget that all senders take from; control owns it and sets its rate.
+
+    Two words: bytes per second (0: unlimited) and the time up to which bandwidth is sold.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.mapping = mmap.mmap(fd, PAGE_SIZE)
+        self._words = memoryview(self.mapping).cast("Q")
+
+    @classmethod
+    def create(cls) -> Budget:
+        """Unlimited."""
+        return cls(shared_memory("budget", PAGE_SIZE))
+
+    @property
+    def rate_bytes_per_s(self) -> int:
+        return self._words[0]
+
+    @rate_bytes_per_s.setter
+    def rate_bytes_per_s(self, rate: int) -> None:
+        self._words[0] = min(rate, 2**63 - 1)
+
+    def unmap(self) -> None:
+        """Give the mapping back, the descriptor stays open; idempotent."""
+        self._words.release()
+        self.mapping.close()
+
+    def close(self) -> None:
+        """Give back mapping and descriptor; idempotent."""
+        self.unmap()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

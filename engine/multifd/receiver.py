@@ -1,0 +1,203 @@
+"""A receiver: one process, one multifd channel, all RAM blocks (`python -m engine.multifd.receiver
+FD`).
+
+Every packet is checked before a byte of RAM is written. A bad or lost packet breaks the incarnation
+of the channel: nothing more of it is used, control is told, and the sender makes the channel anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import zmq
+
+from engine import wire
+from engine.errors import MemoryRefused, WireError
+from engine.memory.bitmaps import PageBitmaps
+from engine.memory.placement import Placer
+from engine.multifd.progress import Count, Progress
+from engine.multifd.worker import Inbox, blocks_of, log, run_worker, set_channel_options
+
+
+class Receiver:
+    """The loop's state; owns the socket, the mappings and everything `PrepareReceiver` lent it."""
+
+    def __init__(self, inbox: Inbox[wire.ReceiverOrder]) -> None:
+        self._inbox = inbox
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._socket: zmq.Socket[bytes] | None = None
+        self._identity = b""  #: routing id of the connection whose packets are used
+        self._incarnation = 0  #: newest incarnation that was opened
+        self._broken = True  #: nothing of the newest incarnation is used (any more)
+        self._sequence = 0
+        self._clear_round()
+
+    def run(self) -> None:
+        """Serve until control closes the inbox (ParentGone) or memory is refused (reported)."""
+        poller = zmq.Poller()
+        poller.register(self._inbox, zmq.POLLIN)
+        try:
+            while True:
+                if self._socket is not None and self._socket not in poller:
+                    poller.register(self._socket, zmq.POLLIN)
+                ready = dict(poller.poll())
+                if self._inbox.fileno() in ready:
+                    self._take_orders()
+                if self._socket is not None and self._socket in ready:
+                    self._take_packet(self._socket)
+        except MemoryRefused as exc:
+            cause = exc.__cause__
+            self._inbox.report(
+                wire.WorkerFailed(wire.cut(f"{exc} ({cause})" if cause else str(exc)))
+            )
+
+    def _take_orders(self) -> None:
+        while (taken := self._inbox.take()) is not None:
+            order, fds = taken
+            self._prepare(order, fds)
+
+    def _prepare(self, order: wire.PrepareReceiver, fds: Sequence[int]) -> None:
+        shared = dict(zip(wire.RECEIVER_FDS, fds, strict=False))
+        self._order = order
+        self._incarnation = order.incarnation - 1
+        self._blocks = blocks_of(order.blocks, fds[len(wire.RECEIVER_FDS) :])
+        self._placer = Placer(self._blocks, PageBitmaps(self._blocks, shared["placed"]))
+        self._progress = Progress(shared["progress"])
+        self._socket = self._context.socket(zmq.ROUTER)
+        set_channel_options(self._socket)
+        try:
+            self._socket.bind(order.bind)
+        except zmq.ZMQError as exc:
+            raise MemoryRefused(f"cannot listen on {order.bind}: {exc.strerror}") from exc
+        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self._inbox.report(wire.Ready(endpoint.rstrip(b"\0").decode(), self._placer.method))
+
+    # -- packets ---------------------------------------------------------------------------------
+
+    def _take_packet(self, socket: zmq.Socket[bytes]) -> None:
+        """Take one multipart message; a wrong one costs the channel's incarnation or is dropped."""
+        identity, header, payload = self._receive(socket)
+        is_peer = identity == self._identity and not self._broken
+        try:
+            if header is None:
+                raise WireError("message with too many frames or without a header")
+            packet = wire.decode_packet(header)
+            if packet.session != self._order.session:
+                raise WireError("packet of another session")
+            if packet.channel_id != self._order.index + 1:
+                raise WireError(f"packet of channel id {packet.channel_id}")
+            if packet.kind is wire.PacketKind.OPEN:
+                self._open(identity, packet)
+                return
+            if not is_peer or packet.incarnation != self._incarnation:
+                self._progress.add(Count.STRANGERS, 1)
+                return  # left over from an incarnation that was given up
+            self._use(packet, payload)
+        except WireError as exc:
+            if is_peer:
+                self._break(str(exc))
+            else:
+                self._progress.add(Count.STRANGERS, 1)
+                log.warning("channel %d dropped a stranger's message: %s", self._order.index, exc)
+
+    def _receive(
+        self, socket: zmq.Socket[bytes]
+    ) -> tuple[bytes, memoryview | None, list[memoryview]]:
+        """Identity, header and payload frames; the header is None when the frames are too many."""
+        frames: list[memoryview] = []
+        while True:
+            frame = socket.recv(copy=False)
+            if len(frames) <= wire.PACKET_FRAMES_MAX:
+                frames.append(frame.buffer)
+            if not frame.more:
+                break
+        if not 2 <= len(frames) <= wire.PACKET_FRAMES_MAX:
+            return bytes(frames[0]), None, []
+        return bytes(frames[0]), frames[1], frames[2:]
+
+    def _open(self, identity: bytes, packet: wire.Packet) -> None:
+        if packet.incarnation <= self._incarnation or packet.sequence != 1:
+            raise WireError(
+                f"OPEN of incarnation {packet.incarnation} after {self._incarnation}, "
+                f"sequence {packet.sequence}"
+            )
+        self._identity, self._incarnation = identity, packet.incarnation
+        self._sequence, self._broken = 1, False
+        self._clear_round()
+        self._inbox.report(wire.Opened(packet.incarnation))
+
+    def _use(self, packet: wire.Packet, payload: list[memoryview]) -> None:
+        if packet.sequence != self._sequence + 1:
+            raise WireError(f"packet {packet.sequence} after {self._sequence}: packets were lost")
+        self._sequence = packet.sequence
+        if packet.kind is wire.PacketKind.ROUND_END:
+            self._end_round(packet)
+            return
+        if packet.block_id > len(self._blocks):
+            raise WireError(f"packet for RAM block {packet.block_id} of {len(self._blocks)}")
+        if [len(frame) for frame in payload] != packet.frame_sizes():
+            raise WireError("packet whose payload frames are not of the sizes that its runs say")
+        self._place(packet, payload)
+        self._packets += 1
+        self._pages += packet.pages
+        self._zero_pages += packet.zero_pages
+        self._payload_bytes += packet.payload_bytes
+        self._progress.add(Count.PACKETS, 1)
+        self._progress.add(Count.PAGES, packet.pages)
+        self._progress.add(Count.ZERO_PAGES, packet.zero_pages)
+        self._progress.add(Count.PAYLOAD_BYTES, packet.payload_bytes)
+        header_bytes = wire.HEADER.size + len(packet.data_runs) + len(packet.zero_runs)
+        self._progress.add(Count.WIRE_BYTES, header_bytes + packet.payload_bytes)
+
+    def _place(self, packet: wire.Packet, payload: list[memoryview]) -> None:
+        index, runs = packet.block_id - 1, memoryview(packet.data_runs)
+        fresh = 0
+        split = packet.gathered_runs * wire.RUN.size
+        if split:
+            fresh += self._placer.place(index, payload[0], runs[:split], packet.gathered_runs)
+            payload = payload[1:]
+        for frame in payload:
+            fresh += self._placer.place(index, frame, runs[split : split + wire.RUN.size], 1)
+            split += wire.RUN.size
+        if packet.zero_runs:
+            zero_runs = memoryview(packet.zero_runs)
+            self._placer.clear(index, zero_runs, len(zero_runs) // wire.RUN.size)
+        self._progress.add(Count.FRESH_PAGES, fresh)
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def _end_round(self, packet: wire.Packet) -> None:
+        """Compare with what the sender counted, then acknowledge: all of it is placed."""
+        ours = (self._pages, self._zero_pages, self._payload_bytes)
+        if ours != (packet.pages, packet.zero_pages, packet.payload_bytes):
+            raise WireError(
+                f"round {packet.round_number}: {packet.pages} pages and {packet.zero_pages} zero "
+                f"pages were sent, {self._pages} and {self._zero_pages} came"
+            )
+        self._inbox.report(
+            wire.RoundReceived(
+                self._order.index, self._incarnation, packet.round_number, self._packets,
+                self._pages, self._zero_pages, self._payload_bytes,
+            )
+        )  # fmt: skip
+        self._clear_round()
+
+    def _clear_round(self) -> None:
+        self._packets = self._pages = self._zero_pages = self._payload_bytes = 0
+
+    def _break(self, reason: str) -> None:
+        self._broken = True
+        reason = wire.cut(reason)
+        log.warning("channel %d is broken: %s", self._order.index, reason)
+        self._inbox.report(wire.ChannelBroken(self._order.index, self._incarnation, reason))
+
+
+def main(fd: int) -> None:
+    """Serve control on the inherited descriptor `fd`."""
+    Receiver(Inbox(fd, wire.ReceiverOrder, "orders to a receiver")).run()
+
+
+if __name__ == "__main__":
+    sys.exit(run_worker("receiver", main))

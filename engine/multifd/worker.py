@@ -1,0 +1,130 @@
+"""What sender and receiver share: the inbox, the ZeroMQ options, the process entry point.
+
+A worker is one process with one loop. Its socket pair to control carries orders, reports and
+descriptors; its end of file is control's death, and the worker then ends at once.
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar
+
+import zmq
+
+from engine import wire
+from engine.errors import MigrationError
+from engine.memory.blocks import RamBlock
+
+log = logging.getLogger("ramferry.worker")
+
+FDS_MAX: Final = 8 + 2 * wire.BLOCKS_MAX
+#: Packets unsent or unread, each way: 4 x 2 MiB = 8 MiB a channel and side.
+QUEUE_PACKETS_MAX: Final = 4
+HEARTBEAT_INTERVAL_MS: Final = 1_000
+HEARTBEAT_TIMEOUT_MS: Final = 10_000
+#: Private memory of a worker. libzmq bounds neither the parts of one message nor its connections,
+#: so a
+#: hostile peer is bounded here: the worker dies and is replaced, the host is not harmed.
+PRIVATE_MEMORY_MAX_BYTES: Final = 512 * 1024 * 1024
+
+T = TypeVar("T")
+
+
+class ParentGone(Exception):
+    """Control has closed its end: nobody is left to report to."""
+
+
+class Inbox(Generic[T]):
+    """The worker's end of the socket pair; owns the socket."""
+
+    def __init__(self, fd: int, orders: object, where: str) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        self._decoder: wire.Decoder[T] = wire.Decoder(orders, wire.ORDER_BYTES_MAX, where)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def take(self) -> tuple[T, list[int]] | None:
+        """The next order and the descriptors beside it (now ours), or None.
+
+        :raise ParentGone: control is gone."""
+        fds = array.array("i")
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(
+                wire.ORDER_BYTES_MAX + 1,
+                socket.CMSG_SPACE(FDS_MAX * fds.itemsize),
+                socket.MSG_CMSG_CLOEXEC,
+            )
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            raise ParentGone from exc
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        if not data:
+            raise ParentGone
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise MigrationError("an order from control was cut: too long or too many descriptors")
+        return self._decoder.decode(data), list(fds)
+
+    def report(self, message: wire.Message) -> None:
+        """Tell control; reports are few, so a full socket is waited for."""
+        self._socket.setblocking(True)
+        try:
+            self._socket.send(wire.encode(message))
+        except OSError as exc:
+            raise ParentGone from exc
+        finally:
+            self._socket.setblocking(False)
+
+
+def blocks_of(shapes: Sequence[wire.BlockShape], fds: Sequence[int]) -> list[RamBlock]:
+    """RAM blocks as this worker sees them, on its own descriptors."""
+    return [
+        RamBlock(shape.name, shape.size, fd, shape.backing_page_size)
+        for shape, fd in zip(shapes, fds, strict=True)
+    ]
+
+
+def set_channel_options(socket_: zmq.Socket[bytes]) -> None:
+    """Bound every queue and notice a dead peer; never re-make a connection silently."""
+    socket_.setsockopt(zmq.SNDHWM, QUEUE_PACKETS_MAX)
+    socket_.setsockopt(zmq.RCVHWM, QUEUE_PACKETS_MAX)
+    socket_.setsockopt(zmq.LINGER, 0)
+    socket_.setsockopt(zmq.RECONNECT_IVL, -1)
+    socket_.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+    socket_.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket_.setsockopt(zmq.HANDSHAKE_IVL, HEARTBEAT_TIMEOUT_MS)
+    socket_.setsockopt(zmq.MAXMSGSIZE, max(wire.PAYLOAD_BYTES_MAX, wire.HEADER_BYTES_MAX))
+    socket_.setsockopt(zmq.IPV6, True)
+
+
+def run_worker(role: str, loop: Callable[[int], None]) -> int:
+    """Process entry: run `loop` on the inherited socket until control is gone or the loop ends.
+
+    Expected failures were reported by the loop; what arrives here ends the process with one
+    line."""
+    logging.basicConfig(format=f"ramferry {role}[{os.getpid()}]: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for control, which then stops us
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = PRIVATE_MEMORY_MAX_BYTES
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        loop(int(sys.argv[1]))
+    except ParentGone:
+        return 0
+    except MigrationError as exc:
+        log.error("%s", exc)
+        return 1
+    return 0
