@@ -1,0 +1,797 @@
+/* `engine._native`: arguments in, kernel, result out. engine/_native.pyi is the contract; here is no
+ * logic but the checks that keep a kernel inside the buffers it was given.
+ *
+ * Buffers stay held while the GIL is released, so the memory cannot move or go. */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <errno.h>
+#include <stdint.h>
+
+#include "batch.h"
+#include "bitmap.h"
+#include "budget.h"
+#include "linux_abi.h"
+#include "page_hash.h"
+#include "pages.h"
+#include "placement.h"
+#include "tracking.h"
+#include "userfault.h"
+#include "zero_scan.h"
+
+/* -- converters for PyArg_ParseTuple("O&"): a wrong value is a ValueError, never a wrapped one ----- */
+
+static int to_u64(PyObject *object, void *output)
+{
+    PyObject *number = PyNumber_Index(object);
+    unsigned long long value;
+
+    if (!number)
+        return 0;
+    value = PyLong_AsUnsignedLongLong(number);
+    Py_DECREF(number);
+    if (value == (unsigned long long)-1 && PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_OverflowError))
+            PyErr_Format(PyExc_ValueError, "%R is not in the range of 0 to 2**64-1", object);
+        return 0;
+    }
+    *(uint64_t *)output = value;
+    return 1;
+}
+
+/* A file offset or size, or a count of something in memory. */
+static int to_size(PyObject *object, void *output)
+{
+    uint64_t value;
+
+    if (!to_u64(object, &value))
+        return 0;
+    if (value > INT64_MAX) {
+        PyErr_Format(PyExc_ValueError, "%R is not in the range of 0 to 2**63-1", object);
+        return 0;
+    }
+    *(uint64_t *)output = value;
+    return 1;
+}
+
+static int to_int(PyObject *object, void *output)
+{
+    PyObject *number = PyNumber_Index(object);
+    long value;
+
+    if (!number)
+        return 0;
+    value = PyLong_AsLong(number);
+    Py_DECREF(number);
+    if (PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return 0;
+        PyErr_Clear();
+        value = LONG_MAX;
+    }
+    if (value < INT_MIN || value > INT_MAX) {
+        PyErr_Format(PyExc_ValueError, "%R does not fit a C int", object);
+        return 0;
+    }
+    *(int *)output = (int)value;
+    return 1;
+}
+
+static int to_slice(PyObject *object, void *output)
+{
+    struct page_slice *slice = output;
+    uint64_t *fields[] = {&slice->page_count, &slice->stripe_pages, &slice->worker_index,
+                          &slice->worker_count};
+
+    if (!PyTuple_Check(object) || PyTuple_Size(object) != 4) {
+        PyErr_SetString(PyExc_TypeError, "a slice is a tuple of four integers: page_count, "
+                                         "stripe_pages, worker_index, worker_count");
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < 4; ++i)
+        if (!to_u64(PyTuple_GetItem(object, i), fields[i]))
+            return 0;
+    if (slice_is_valid(slice))
+        return 1;
+    PyErr_Format(PyExc_ValueError,
+                 "slice %R is impossible: at most 2**32 pages, stripes of a positive multiple of 64 "
+                 "up to 2**32, worker_index < worker_count <= 65536",
+                 object);
+    return 0;
+}
+
+/* -- checks: each returns 1, or 0 with a ValueError set -------------------------------------------- */
+
+static int is_aligned(const Py_buffer *buffer, const char *what, size_t alignment)
+{
+    if ((uintptr_t)buffer->buf % alignment == 0)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%s is not aligned to %zu bytes", what, alignment);
+    return 0;
+}
+
+static int page_count_fits(uint64_t page_count)
+{
+    if (page_count <= PAGE_COUNT_MAX)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%llu pages are more than the 2**32 that a block may have",
+                 (unsigned long long)page_count);
+    return 0;
+}
+
+static int bitmap_fits(const Py_buffer *bitmap, const char *what, uint64_t page_count)
+{
+    if (!page_count_fits(page_count) || !is_aligned(bitmap, what, sizeof(bitmap_word)))
+        return 0;
+    if (bitmap->len % 8 == 0 && (uint64_t)bitmap->len * 8 >= page_count)
+        return 1;
+    PyErr_Format(PyExc_ValueError,
+                 "%s of %zd bytes is not whole 64-bit words with a bit for each of %llu pages", what,
+                 bitmap->len, (unsigned long long)page_count);
+    return 0;
+}
+
+/* Whether `buffer` has `unit` bytes for each of `page_count` pages. */
+static int pages_fit(const Py_buffer *buffer, const char *what, uint64_t page_count, size_t unit)
+{
+    if (page_count_fits(page_count) && (uint64_t)buffer->len / unit >= page_count)
+        return 1;
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "%s of %zd bytes does not hold %llu pages of %zu bytes", what,
+                     buffer->len, (unsigned long long)page_count, unit);
+    return 0;
+}
+
+static int range_fits(uint64_t first_page, uint64_t page_count)
+{
+    if (first_page <= PAGE_COUNT_MAX && page_count <= PAGE_COUNT_MAX - first_page)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "pages %llu and %llu more are beyond the 2**32 of a block",
+                 (unsigned long long)first_page, (unsigned long long)page_count);
+    return 0;
+}
+
+static int is_page_multiple(const char *what, uint64_t value)
+{
+    if (value % PAGE_BYTES == 0)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%s %llu is not a multiple of %zu", what,
+                 (unsigned long long)value, PAGE_BYTES);
+    return 0;
+}
+
+/* Check a run table by itself and against `page_count`; sum its pages. */
+static int runs_fit(const Py_buffer *runs, uint64_t run_count, uint64_t page_count, uint64_t *total)
+{
+    struct page_range bad;
+    size_t bad_run;
+
+    if (run_count > (uint64_t)runs->len / RUN_BYTES) {
+        PyErr_Format(PyExc_ValueError, "run table of %zd bytes does not hold %llu runs", runs->len,
+                     (unsigned long long)run_count);
+        return 0;
+    }
+    if (runs_check(runs->buf, (size_t)run_count, page_count, total, &bad_run) == 0)
+        return 1;
+    bad = run_at(runs->buf, bad_run);
+    PyErr_Format(PyExc_ValueError, "run %zu, %llu pages from page %llu, is empty or not within %llu",
+                 bad_run, (unsigned long long)bad.page_count, (unsigned long long)bad.first_page,
+                 (unsigned long long)page_count);
+    return 0;
+}
+
+static int payload_fits(const Py_buffer *payload, const char *what, uint64_t total_pages)
+{
+    if ((uint64_t)payload->len == total_pages * PAGE_BYTES)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%s of %zd bytes is not the %llu pages that the runs say", what,
+                 payload->len, (unsigned long long)total_pages);
+    return 0;
+}
+
+static int run_table_fits(const Py_buffer *runs, const char *what)
+{
+    if (runs->len >= (Py_ssize_t)RUN_BYTES)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%s of %zd bytes has no room for a run of 8 bytes", what,
+                 runs->len);
+    return 0;
+}
+
+static PyObject *os_error(int64_t rc)
+{
+    errno = (int)-rc;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* Kernels that return a count or -errno end here; NULL if an error is set already. */
+static PyObject *count_or_error(int64_t rc)
+{
+    if (PyErr_Occurred())
+        return NULL;
+    return rc < 0 ? os_error(rc) : PyLong_FromLongLong(rc);
+}
+
+static PyObject *none_or_error(int64_t rc)
+{
+    if (rc < 0)
+        return os_error(rc);
+    Py_RETURN_NONE;
+}
+
+/* -- zero scan ------------------------------------------------------------------------------------ */
+
+static PyObject *native_kernel_names(PyObject *module, PyObject *args)
+{
+    const char *kind, *name;
+    PyObject *names;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "s:kernel_names", &kind))
+        return NULL;
+    if (strcmp(kind, "zero_scan") != 0)
+        return PyErr_Format(PyExc_ValueError, "no kernels of kind '%s'; there is: zero_scan", kind);
+    names = PyList_New(0);
+    for (size_t i = 0; names && (name = zero_scan_name(i)); ++i) {
+        PyObject *item = PyUnicode_FromString(name);
+
+        if (!item || PyList_Append(names, item) < 0)
+            Py_CLEAR(names);
+        Py_XDECREF(item);
+    }
+    return names;
+}
+
+static int zero_scan_fits(const Py_buffer *pages, const Py_buffer *is_zero, uint64_t page_size)
+{
+    if (page_size == 0 || page_size % ZERO_SCAN_STEP != 0) {
+        PyErr_Format(PyExc_ValueError, "page size %llu is not a positive multiple of %zu",
+                     (unsigned long long)page_size, ZERO_SCAN_STEP);
+        return 0;
+    }
+    if ((uint64_t)pages->len % page_size == 0 &&
+        (uint64_t)is_zero->len == (uint64_t)pages->len / page_size)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%zd flags do not fit %zd bytes of pages of %llu bytes",
+                 is_zero->len, pages->len, (unsigned long long)page_size);
+    return 0;
+}
+
+static PyObject *native_zero_scan(PyObject *module, PyObject *args)
+{
+    Py_buffer pages, is_zero;
+    const char *name;
+    uint64_t page_size;
+    zero_scan_fn *kernel = NULL;
+    int64_t rc = 0;
+    int selected;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sy*w*O&:zero_scan", &name, &pages, &is_zero, to_size, &page_size))
+        return NULL;
+    selected = zero_scan_select(name, &kernel);
+    if (selected < 0)
+        PyErr_Format(PyExc_ValueError, "zero_scan kernel '%s' %s", name,
+                     selected == -EINVAL ? "is not known" : "does not run on this CPU");
+    else if (zero_scan_fits(&pages, &is_zero, page_size)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = (int64_t)kernel(pages.buf, (size_t)is_zero.len, (size_t)page_size, is_zero.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&is_zero);
+    PyBuffer_Release(&pages);
+    return count_or_error(rc);
+}
+
+/* -- bitmaps -------------------------------------------------------------------------------------- */
+
+static PyObject *native_bitmap_set_range(PyObject *module, PyObject *args)
+{
+    Py_buffer bitmap;
+    uint64_t first_page, page_count;
+    int64_t rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*O&O&:bitmap_set_range", &bitmap, to_u64, &first_page, to_u64,
+                          &page_count))
+        return NULL;
+    if (range_fits(first_page, page_count) &&
+        bitmap_fits(&bitmap, "bitmap", first_page + page_count)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = (int64_t)bitmap_set_range(bitmap.buf, first_page, page_count);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&bitmap);
+    return count_or_error(rc);
+}
+
+static PyObject *native_bitmap_clear_slice(PyObject *module, PyObject *args)
+{
+    Py_buffer bitmap;
+    struct page_slice slice;
+    int64_t rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*O&:bitmap_clear_slice", &bitmap, to_slice, &slice))
+        return NULL;
+    if (bitmap_fits(&bitmap, "bitmap", slice.page_count)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = (int64_t)bitmap_clear_slice(bitmap.buf, &slice);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&bitmap);
+    return count_or_error(rc);
+}
+
+static PyObject *native_bitmap_count(PyObject *module, PyObject *args)
+{
+    Py_buffer bitmap;
+    struct page_slice slice;
+    int64_t rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O&:bitmap_count", &bitmap, to_slice, &slice))
+        return NULL;
+    if (bitmap_fits(&bitmap, "bitmap", slice.page_count)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = (int64_t)bitmap_count(bitmap.buf, &slice);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&bitmap);
+    return count_or_error(rc);
+}
+
+static PyObject *native_bitmap_move_slice(PyObject *module, PyObject *args)
+{
+    Py_buffer source, target;
+    struct page_slice slice;
+    int64_t rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*w*O&:bitmap_move_slice", &source, &target, to_slice, &slice))
+        return NULL;
+    if (bitmap_fits(&source, "source bitmap", slice.page_count) &&
+        bitmap_fits(&target, "target bitmap", slice.page_count)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = (int64_t)bitmap_move_slice(source.buf, target.buf, &slice);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&target);
+    PyBuffer_Release(&source);
+    return count_or_error(rc);
+}
+
+static PyObject *native_bitmap_set_data(PyObject *module, PyObject *args)
+{
+    Py_buffer bitmap;
+    uint64_t offset, size;
+    int64_t rc = 0;
+    int fd;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&w*:bitmap_set_data", to_int, &fd, to_size, &offset, to_size,
+                          &size, &bitmap))
+        return NULL;
+    if (offset + size > INT64_MAX)
+        PyErr_SetString(PyExc_ValueError, "offset and size reach beyond 2**63-1");
+    else if (is_page_multiple("offset", offset) && is_page_multiple("size", size) &&
+             bitmap_fits(&bitmap, "bitmap", size / PAGE_BYTES)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = bitmap_set_data(fd, (off_t)offset, (off_t)size, bitmap.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&bitmap);
+    return count_or_error(rc);
+}
+
+/* -- source --------------------------------------------------------------------------------------- */
+
+static int batch_fits(const struct batch *batch, const Py_buffer *ram, const Py_buffer *dirty,
+                      const Py_buffer *in_flight, const Py_buffer *data, const Py_buffer *zero)
+{
+    uint64_t page_count = batch->slice.page_count;
+
+    if (batch->cursor > page_count) {
+        PyErr_Format(PyExc_ValueError, "cursor %llu is beyond the %llu pages of the slice",
+                     (unsigned long long)batch->cursor, (unsigned long long)page_count);
+        return 0;
+    }
+    if (batch->pages_max == 0) {
+        PyErr_SetString(PyExc_ValueError, "pages_max is 0; a batch has at least one page");
+        return 0;
+    }
+    return pages_fit(ram, "ram", page_count, PAGE_BYTES) &&
+           bitmap_fits(dirty, "dirty bitmap", page_count) &&
+           bitmap_fits(in_flight, "in_flight bitmap", page_count) &&
+           run_table_fits(data, "data_runs") && (!batch->detect_zero || run_table_fits(zero, "zero_runs"));
+}
+
+static struct run_table run_table_over(const Py_buffer *runs)
+{
+    return (struct run_table){.bytes = runs->buf, .capacity = (size_t)runs->len / RUN_BYTES};
+}
+
+static PyObject *native_take_batch(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, dirty, in_flight, data, zero;
+    struct batch batch;
+    PyObject *result = NULL;
+    int detect_zero;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*w*w*O&O&O&pw*w*:take_batch", &ram, &dirty, &in_flight, to_slice,
+                          &batch.slice, to_u64, &batch.cursor, to_u64, &batch.pages_max,
+                          &detect_zero, &data, &zero))
+        return NULL;
+    batch.detect_zero = detect_zero != 0;
+    if (batch_fits(&batch, &ram, &dirty, &in_flight, &data, &zero)) {
+        batch.ram = ram.buf;
+        batch.dirty = dirty.buf;
+        batch.in_flight = in_flight.buf;
+        batch.data = run_table_over(&data);
+        batch.zero = run_table_over(&zero);
+        Py_BEGIN_ALLOW_THREADS
+        take_batch(&batch);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("(KnnKK)", (unsigned long long)batch.cursor,
+                               (Py_ssize_t)batch.data.count, (Py_ssize_t)batch.zero.count,
+                               (unsigned long long)batch.data.pages,
+                               (unsigned long long)batch.zero.pages);
+    }
+    PyBuffer_Release(&zero);
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&in_flight);
+    PyBuffer_Release(&dirty);
+    PyBuffer_Release(&ram);
+    return result;
+}
+
+static PyObject *native_gather(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, runs;
+    uint64_t run_count, total;
+    PyObject *result = NULL;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*O&:gather", &ram, &runs, to_u64, &run_count))
+        return NULL;
+    if (runs_fit(&runs, run_count, (uint64_t)ram.len / PAGE_BYTES, &total)) {
+        if (total > PY_SSIZE_T_MAX / PAGE_BYTES)
+            PyErr_NoMemory();
+        else
+            result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(total * PAGE_BYTES));
+    }
+    if (result) {
+        char *output = PyBytes_AsString(result);
+
+        Py_BEGIN_ALLOW_THREADS
+        gather(ram.buf, runs.buf, (size_t)run_count, (unsigned char *)output);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&ram);
+    return result;
+}
+
+static PyObject *native_hash_pages(PyObject *module, PyObject *args)
+{
+    Py_buffer pages, hashes, runs;
+    uint64_t seed, run_count, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O&w*y*O&:hash_pages", &pages, to_u64, &seed, &hashes, &runs,
+                          to_u64, &run_count))
+        return NULL;
+    if (runs_fit(&runs, run_count, (uint64_t)hashes.len / PAGE_HASH_BYTES, &total) &&
+        payload_fits(&pages, "pages", total)) {
+        Py_BEGIN_ALLOW_THREADS
+        hash_pages(pages.buf, seed, hashes.buf, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&hashes);
+    PyBuffer_Release(&pages);
+    return PyErr_Occurred() ? NULL : none_or_error(0);
+}
+
+static PyObject *native_hash_scan(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, hashes, candidates, dirty;
+    struct page_slice slice;
+    uint64_t seed;
+    int64_t rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O&y*y*w*O&:hash_scan", &ram, to_u64, &seed, &hashes, &candidates,
+                          &dirty, to_slice, &slice))
+        return NULL;
+    if (pages_fit(&ram, "ram", slice.page_count, PAGE_BYTES) &&
+        pages_fit(&hashes, "hashes", slice.page_count, PAGE_HASH_BYTES) &&
+        bitmap_fits(&candidates, "candidates bitmap", slice.page_count) &&
+        bitmap_fits(&dirty, "dirty bitmap", slice.page_count)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = (int64_t)hash_scan(ram.buf, seed, hashes.buf, candidates.buf, dirty.buf, &slice);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&dirty);
+    PyBuffer_Release(&candidates);
+    PyBuffer_Release(&hashes);
+    PyBuffer_Release(&ram);
+    return count_or_error(rc);
+}
+
+/* -- dirty tracking ------------------------------------------------------------------------------- */
+
+static PyObject *native_pagemap_scan_supported(PyObject *module, PyObject *args)
+{
+    int pagemap_fd, rc;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&:pagemap_scan_supported", to_int, &pagemap_fd))
+        return NULL;
+    rc = pagemap_scan_supported(pagemap_fd);
+    return rc < 0 ? os_error(rc) : PyBool_FromLong(rc);
+}
+
+typedef int64_t tracking_scan_fn(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                                 const struct page_slice *slice);
+
+static PyObject *tracking_scan(PyObject *args, const char *format, tracking_scan_fn *scan)
+{
+    Py_buffer bitmap;
+    struct page_slice slice;
+    uint64_t address;
+    int64_t rc = 0;
+    int pagemap_fd;
+
+    if (!PyArg_ParseTuple(args, format, to_int, &pagemap_fd, to_size, &address, &bitmap, to_slice,
+                          &slice))
+        return NULL;
+    if (is_page_multiple("address", address) &&
+        bitmap_fits(&bitmap, "bitmap", slice.page_count)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = scan(pagemap_fd, address, bitmap.buf, &slice);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&bitmap);
+    return count_or_error(rc);
+}
+
+static PyObject *native_pagemap_scan(PyObject *module, PyObject *args)
+{
+    (void)module;
+    return tracking_scan(args, "O&O&w*O&:pagemap_scan", pagemap_scan);
+}
+
+static PyObject *native_soft_dirty_scan(PyObject *module, PyObject *args)
+{
+    (void)module;
+    return tracking_scan(args, "O&O&w*O&:soft_dirty_scan", soft_dirty_scan);
+}
+
+/* -- userfaultfd ---------------------------------------------------------------------------------- */
+
+static PyObject *native_mapping_address(PyObject *module, PyObject *args)
+{
+    Py_buffer mapping;
+    unsigned long long address;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*:mapping_address", &mapping))
+        return NULL;
+    address = (uintptr_t)mapping.buf;
+    PyBuffer_Release(&mapping);
+    return PyLong_FromUnsignedLongLong(address);
+}
+
+static PyObject *native_uffd_open(PyObject *module, PyObject *args)
+{
+    uint64_t features;
+    int flags;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&:uffd_open", to_int, &flags, to_u64, &features))
+        return NULL;
+    return count_or_error(uffd_open(flags, features));
+}
+
+static PyObject *native_uffd_register(PyObject *module, PyObject *args)
+{
+    uint64_t address, size, mode;
+    int uffd, rc;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&O&:uffd_register", to_int, &uffd, to_u64, &address, to_u64,
+                          &size, to_u64, &mode))
+        return NULL;
+    if (!is_page_multiple("address", address) || !is_page_multiple("size", size))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    rc = uffd_register(uffd, address, size, mode);
+    Py_END_ALLOW_THREADS
+    return none_or_error(rc);
+}
+
+static PyObject *native_uffd_unregister(PyObject *module, PyObject *args)
+{
+    uint64_t address, size;
+    int uffd, rc;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&:uffd_unregister", to_int, &uffd, to_u64, &address, to_u64,
+                          &size))
+        return NULL;
+    if (!is_page_multiple("address", address) || !is_page_multiple("size", size))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    rc = uffd_unregister(uffd, address, size);
+    Py_END_ALLOW_THREADS
+    return none_or_error(rc);
+}
+
+/* -- destination ---------------------------------------------------------------------------------- */
+
+static PyObject *native_place(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, placed, payload, runs;
+    struct placement to = {0};
+    struct placed_pages counts = {0, 0};
+    uint64_t run_count, page_count, total;
+    int64_t rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&w*w*y*y*O&O&:place", to_int, &to.uffd, to_size,
+                          &to.fresh_address, &ram, &placed, &payload, &runs, to_u64, &run_count,
+                          to_u64, &page_count))
+        return NULL;
+    if (is_page_multiple("fresh_address", to.fresh_address) && is_aligned(&ram, "ram", PAGE_BYTES) &&
+        pages_fit(&ram, "ram", page_count, PAGE_BYTES) &&
+        bitmap_fits(&placed, "placed bitmap", page_count) &&
+        runs_fit(&runs, run_count, page_count, &total) && payload_fits(&payload, "payload", total)) {
+        to.ram = ram.buf;
+        to.placed = placed.buf;
+        Py_BEGIN_ALLOW_THREADS
+        rc = place_runs(&to, payload.buf, runs.buf, (size_t)run_count, &counts);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&payload);
+    PyBuffer_Release(&placed);
+    PyBuffer_Release(&ram);
+    if (PyErr_Occurred())
+        return NULL;
+    if (rc < 0)
+        return os_error(rc);
+    return Py_BuildValue("(KK)", (unsigned long long)counts.fresh,
+                         (unsigned long long)counts.copied);
+}
+
+static PyObject *native_clear(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, placed, runs;
+    uint64_t run_count, page_count, total;
+    int64_t rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*w*y*O&O&:clear", &ram, &placed, &runs, to_u64, &run_count, to_u64,
+                          &page_count))
+        return NULL;
+    if (pages_fit(&ram, "ram", page_count, PAGE_BYTES) &&
+        bitmap_fits(&placed, "placed bitmap", page_count) &&
+        runs_fit(&runs, run_count, page_count, &total)) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = (int64_t)clear_runs(ram.buf, placed.buf, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&placed);
+    PyBuffer_Release(&ram);
+    return count_or_error(rc);
+}
+
+static PyObject *native_punch_hole(PyObject *module, PyObject *args)
+{
+    uint64_t offset, size;
+    int fd, rc;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&:punch_hole", to_int, &fd, to_size, &offset, to_size, &size))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    rc = punch_hole(fd, (off_t)offset, (off_t)size);
+    Py_END_ALLOW_THREADS
+    return none_or_error(rc);
+}
+
+/* -- bandwidth ------------------------------------------------------------------------------------ */
+
+static PyObject *native_budget_take(PyObject *module, PyObject *args)
+{
+    Py_buffer budget;
+    uint64_t byte_count, now_ns, burst_ns, may_go_ns = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*O&O&O&:budget_take", &budget, to_u64, &byte_count, to_u64,
+                          &now_ns, to_u64, &burst_ns))
+        return NULL;
+    if (budget.len < (Py_ssize_t)sizeof(struct budget))
+        PyErr_Format(PyExc_ValueError, "budget of %zd bytes is not two 64-bit words", budget.len);
+    else if (is_aligned(&budget, "budget", sizeof(uint64_t)))
+        may_go_ns = budget_take(budget.buf, byte_count, now_ns, burst_ns); /* a few instructions */
+    PyBuffer_Release(&budget);
+    return PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong(may_go_ns);
+}
+
+/* -- the workload guest: functions go here, their table entries to the section below -------------- */
+
+/* -- the module ----------------------------------------------------------------------------------- */
+
+static PyMethodDef METHODS[] = {
+    {"kernel_names", native_kernel_names, METH_VARARGS, NULL},
+    {"zero_scan", native_zero_scan, METH_VARARGS, NULL},
+    {"bitmap_set_range", native_bitmap_set_range, METH_VARARGS, NULL},
+    {"bitmap_clear_slice", native_bitmap_clear_slice, METH_VARARGS, NULL},
+    {"bitmap_count", native_bitmap_count, METH_VARARGS, NULL},
+    {"bitmap_move_slice", native_bitmap_move_slice, METH_VARARGS, NULL},
+    {"bitmap_set_data", native_bitmap_set_data, METH_VARARGS, NULL},
+    {"take_batch", native_take_batch, METH_VARARGS, NULL},
+    {"gather", native_gather, METH_VARARGS, NULL},
+    {"hash_pages", native_hash_pages, METH_VARARGS, NULL},
+    {"hash_scan", native_hash_scan, METH_VARARGS, NULL},
+    {"pagemap_scan_supported", native_pagemap_scan_supported, METH_VARARGS, NULL},
+    {"pagemap_scan", native_pagemap_scan, METH_VARARGS, NULL},
+    {"soft_dirty_scan", native_soft_dirty_scan, METH_VARARGS, NULL},
+    {"mapping_address", native_mapping_address, METH_VARARGS, NULL},
+    {"uffd_open", native_uffd_open, METH_VARARGS, NULL},
+    {"uffd_register", native_uffd_register, METH_VARARGS, NULL},
+    {"uffd_unregister", native_uffd_unregister, METH_VARARGS, NULL},
+    {"place", native_place, METH_VARARGS, NULL},
+    {"clear", native_clear, METH_VARARGS, NULL},
+    {"budget_take", native_budget_take, METH_VARARGS, NULL},
+    {"punch_hole", native_punch_hole, METH_VARARGS, NULL},
+    /* the workload guest */
+    {NULL, NULL, 0, NULL},
+};
+
+static int add_constants(PyObject *module)
+{
+    static const struct {
+        const char *name;
+        long value;
+    } CONSTANTS[] = {
+        {"PAGE_SIZE", (long)PAGE_BYTES},
+        {"UFFD_USER_MODE_ONLY", UFFD_USER_MODE_ONLY_FLAG},
+        {"UFFD_FEATURE_MISSING_SHMEM", UFFD_FEATURE_MISSING_SHMEM},
+        {"UFFD_FEATURE_MISSING_HUGETLBFS", UFFD_FEATURE_MISSING_HUGETLBFS},
+        {"UFFD_FEATURE_PAGEFAULT_FLAG_WP", UFFD_FEATURE_PAGEFAULT_FLAG_WP},
+        {"UFFD_FEATURE_WP_HUGETLBFS_SHMEM", UFFD_FEATURE_WP_HUGETLBFS_SHMEM},
+        {"UFFD_FEATURE_WP_UNPOPULATED", (long)UFFD_WP_UNPOPULATED_FEATURE},
+        {"UFFD_FEATURE_WP_ASYNC", (long)UFFD_WP_ASYNC_FEATURE},
+        {"UFFD_REGISTER_MISSING", (long)UFFDIO_REGISTER_MODE_MISSING},
+        {"UFFD_REGISTER_WP", (long)UFFDIO_REGISTER_MODE_WP},
+    };
+
+    for (size_t i = 0; i < sizeof CONSTANTS / sizeof CONSTANTS[0]; ++i)
+        if (PyModule_AddIntConstant(module, CONSTANTS[i].name, CONSTANTS[i].value) < 0)
+            return -1;
+    return 0;
+}
+
+static PyModuleDef_Slot SLOTS[] = {
+    {Py_mod_exec, (void *)add_constants},
+    {0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "engine._native",
+    .m_methods = METHODS,
+    .m_slots = SLOTS,
+};
+
+PyMODINIT_FUNC PyInit__native(void);
+PyMODINIT_FUNC PyInit__native(void)
+{
+    return PyModuleDef_Init(&MODULE);
+}

@@ -1,0 +1,20 @@
+/* The bandwidth budget: two words in memory shared by all workers. */
+#ifndef RAMFERRY_BUDGET_H
+#define RAMFERRY_BUDGET_H
+
+#include <stdint.h>
+
+struct budget {
+    _Atomic uint64_t rate_bytes_per_s; /* 0: unlimited; written by the control process */
+    _Atomic uint64_t sold_until_ns;    /* monotonic time up to which bandwidth is sold */
+};
+
+_Static_assert(sizeof(struct budget) == 16, "two words that all processes agree on");
+
+/* Buy bandwidth for `byte_count` bytes; return the monotonic time when they may go, at least
+ * `now_ns`. Lock-free (GCRA): bandwidth is sold in sequence, and what was unsold for longer than
+ * `burst_ns` is lost. Times past the end of 64 bits stay there. */
+uint64_t budget_take(struct budget *budget, uint64_t byte_count, uint64_t now_ns,
+                     uint64_t burst_ns);
+
+#endif

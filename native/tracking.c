@@ -1,0 +1,161 @@
+#define _GNU_SOURCE
+#include "tracking.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "linux_abi.h"
+
+/* 48 KiB of regions: a scan of alternating pages returns to us every 16 MiB. */
+#define REGIONS_MAX ((size_t)2048)
+#define ENTRIES_MAX ((size_t)2048)
+
+struct scan {
+    int pagemap_fd;
+    uint64_t address; /* of page 0 in the tracked process */
+    bitmap_word *bitmap;
+    struct pagemap_region *regions; /* REGIONS_MAX of them, all zero between two calls */
+    uint64_t newly_set;
+};
+
+int pagemap_scan_supported(int pagemap_fd)
+{
+    struct pagemap_scan_request request = {.size = sizeof request};
+
+    if (ioctl(pagemap_fd, PAGEMAP_SCAN_REQUEST, &request) >= 0)
+        return 1;
+    return errno == ENOTTY || errno == EINVAL ? 0 : -errno;
+}
+
+/* Move what the kernel wrote into the bitmap. After an error nobody says how many regions there are,
+ * but their pages are armed again already: so look until the first that is still zero. */
+static void note_regions(struct scan *scan, uint64_t start, uint64_t end)
+{
+    for (size_t i = 0; i < REGIONS_MAX && scan->regions[i].end != 0; ++i) {
+        struct pagemap_region *region = &scan->regions[i];
+
+        if (region->start >= start && region->end <= end && region->start < region->end)
+            scan->newly_set +=
+                bitmap_set_range(scan->bitmap, (region->start - scan->address) / PAGE_BYTES,
+                                 (region->end - region->start) / PAGE_BYTES);
+        *region = (struct pagemap_region){0, 0, 0};
+    }
+}
+
+static int scan_range(struct scan *scan, struct page_range range)
+{
+    uint64_t start = scan->address + range.first_page * PAGE_BYTES;
+    const uint64_t end = start + range.page_count * PAGE_BYTES;
+
+    while (start < end) {
+        /* The kernel has a fast path for exactly these masks. */
+        struct pagemap_scan_request request = {
+            .size = sizeof request,
+            .flags = PAGEMAP_SCAN_WP_MATCHING | PAGEMAP_SCAN_CHECK_WPASYNC,
+            .start = start,
+            .end = end,
+            .regions = (uint64_t)(uintptr_t)scan->regions,
+            .region_count = REGIONS_MAX,
+            .category_mask = PAGEMAP_PAGE_IS_WRITTEN,
+            .return_mask = PAGEMAP_PAGE_IS_WRITTEN,
+        };
+        int error = ioctl(scan->pagemap_fd, PAGEMAP_SCAN_REQUEST, &request) < 0 ? errno : 0;
+
+        note_regions(scan, start, end);
+        if (error == EINTR)
+            continue; /* where it stopped is not told reliably; what is armed is found clean */
+        if (error != 0)
+            return -error;
+        if (request.walk_end > end || request.walk_end <= start)
+            return -EIO; /* the kernel made no progress; never loop for ever */
+        start = request.walk_end;
+    }
+    return 0;
+}
+
+/* An exited process has no mappings left, so every scan of it would find "nothing written". */
+static int process_is_alive(int pagemap_fd, uint64_t address)
+{
+    uint64_t entry;
+    ssize_t size = pread(pagemap_fd, &entry, sizeof entry, (off_t)(address / PAGE_BYTES * 8));
+
+    if (size < 0)
+        return -errno;
+    return size == 0 ? -ESRCH : 0;
+}
+
+int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                     const struct page_slice *slice)
+{
+    struct scan scan = {.pagemap_fd = pagemap_fd, .address = address, .bitmap = bitmap};
+    struct page_range range;
+    int rc = 0;
+
+    scan.regions = calloc(REGIONS_MAX, sizeof *scan.regions);
+    if (!scan.regions)
+        return -ENOMEM;
+    for (uint64_t from = 0; rc == 0 && slice_next(slice, from, &range);) {
+        rc = scan_range(&scan, range);
+        from = range.first_page + range.page_count;
+    }
+    free(scan.regions);
+    if (rc == 0)
+        rc = process_is_alive(pagemap_fd, address);
+    return rc < 0 ? rc : (int64_t)scan.newly_set;
+}
+
+/* Set the bits of soft-dirty entries, contiguous ones together. */
+static uint64_t note_entries(bitmap_word *bitmap, const uint64_t *entries, uint64_t first_page,
+                             size_t count)
+{
+    uint64_t newly_set = 0;
+
+    for (size_t i = 0, end; i < count; i = end + 1) {
+        for (end = i; end < count && (entries[end] & PAGEMAP_ENTRY_SOFT_DIRTY);)
+            ++end;
+        newly_set += bitmap_set_range(bitmap, first_page + i, end - i);
+    }
+    return newly_set;
+}
+
+static int64_t soft_dirty_range(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                                struct page_range range)
+{
+    uint64_t entries[ENTRIES_MAX], newly_set = 0;
+
+    while (range.page_count > 0) {
+        size_t wanted = range.page_count < ENTRIES_MAX ? (size_t)range.page_count : ENTRIES_MAX;
+        uint64_t at = (address / PAGE_BYTES + range.first_page) * sizeof entries[0];
+        ssize_t size = pread(pagemap_fd, entries, wanted * sizeof entries[0], (off_t)at);
+
+        if (size < 0 && errno == EINTR)
+            continue;
+        if (size < 0)
+            return -errno;
+        if ((size_t)size < sizeof entries[0])
+            return -ESRCH;
+        wanted = (size_t)size / sizeof entries[0];
+        newly_set += note_entries(bitmap, entries, range.first_page, wanted);
+        range.first_page += wanted;
+        range.page_count -= wanted;
+    }
+    return (int64_t)newly_set;
+}
+
+int64_t soft_dirty_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                        const struct page_slice *slice)
+{
+    struct page_range range;
+    int64_t newly_set = 0;
+
+    for (uint64_t from = 0; slice_next(slice, from, &range);) {
+        int64_t rc = soft_dirty_range(pagemap_fd, address, bitmap, range);
+
+        if (rc < 0)
+            return rc;
+        newly_set += rc;
+        from = range.first_page + range.page_count;
+    }
+    return newly_set;
+}

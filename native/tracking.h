@@ -1,0 +1,29 @@
+/* Dirty tracking through /proc/PID/pagemap of the process that writes the RAM. */
+#ifndef RAMFERRY_TRACKING_H
+#define RAMFERRY_TRACKING_H
+
+#include "bitmap.h"
+#include "pages.h"
+
+/* 1 when the running kernel knows PAGEMAP_SCAN as linux_abi.h says it, 0 when not, or -errno. */
+int pagemap_scan_supported(int pagemap_fd);
+
+/* Read and re-arm the slice's pages of the RAM at `address` in the tracked process; set the bits of
+ * those written since the last call (at first: of all that are in its page tables).
+ *
+ * Ranges that the process never touched have no page tables: they cost nothing, stay so, and their
+ * pages are reported once touched.
+ *
+ * Returns the bits newly set, or -EPERM when the range is not registered for asynchronous
+ * write-protection, -ESRCH when the process is gone, -errno otherwise. Whatever the kernel reported
+ * before an error is in the bitmap. If *this* process dies in the call, what was re-armed but not
+ * yet in the bitmap is lost: the slice must then count as dirty. */
+int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                     const struct page_slice *slice);
+
+/* Set the bits of the slice's pages whose pagemap entry says soft-dirty; nothing is re-armed.
+ * Returns the bits newly set, -ESRCH when the process is gone, or -errno. */
+int64_t soft_dirty_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                        const struct page_slice *slice);
+
+#endif
