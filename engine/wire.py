@@ -396,7 +396,7 @@ class Ready(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """Worker -> control: this incarnation of the channel is open; nothing older is used any more."""
+    """Worker -> control: this incarnation is open; nothing older is used any more."""
 
     incarnation: int
 
@@ -440,7 +440,7 @@ def encode(message: Message) -> bytes:
 
 
 class Decoder(Generic[T]):
-    """Decodes one border's messages: `Decoder[ToSource](ToSource, MAIN_BYTES_MAX, "main channel")`."""
+    """Decodes the messages of one border, and names the border in its errors."""
 
     def __init__(self, types: Any, bytes_max: int, where: str) -> None:
         self._decoder = msgspec.msgpack.Decoder(types)

@@ -1,7 +1,7 @@
 """The destination: receivers, their bookkeeping, and the promise that lets the token come.
 
-Statuses go none -> setup -> active -> completed | failed, as QEMU's do. Until the token is taken nothing
-of the guest runs here; a failure before that gives its memory back and the source goes on.
+Statuses go none -> setup -> active -> completed | failed, as QEMU's do. Until the token is taken
+nothing of the guest runs here; a failure before that gives its memory back and the source goes on.
 """
 
 from __future__ import annotations
@@ -21,14 +21,22 @@ from engine.control.mainchannel import ConnectionLost, DestinationEnd
 from engine.control.pool import REPORT_WAIT_S, Worker
 from engine.control.status import RunState, Status
 from engine.control.uri import Address
-from engine.errors import GuestError, MemoryRefused, MigrationError, PeerRefused, WireError, WorkerLost
+from engine.errors import (
+    GuestError,
+    MemoryRefused,
+    MigrationError,
+    PeerRefused,
+    WireError,
+    WorkerLost,
+)
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count, Progress
 
 log = logging.getLogger("ramferry.destination")
 
-#: A source that is silent for so long while it has something to say is gone; heartbeats notice sooner.
+#: A source that is silent for so long while it has something to say is gone; heartbeats notice
+#: sooner.
 TOKEN_WAIT_S: Final = 60.0
 
 

@@ -108,7 +108,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Abandoned:
-    """Everything was given back, and the guest is as it was before (unless its outcome is unknown)."""
+    """All was given back; the guest is as it was before, unless the outcome is unknown."""
 
 
 Event = (

@@ -1,7 +1,8 @@
 """The main channel: one typed conversation between the two control processes, over ZeroMQ.
 
-The source connects a DEALER, the destination binds a ROUTER and talks to the first peer whose `Hello` is
-right; others are refused. A lost connection is never re-made silently: it ends the conversation.
+The source connects a DEALER, the destination binds a ROUTER and talks to the first peer whose
+`Hello` is right; others are refused. A lost connection is never re-made silently: it ends the
+conversation.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class SourceEnd:
 
 
 class DestinationEnd:
-    """The destination's end; owns its socket. Talks to one peer, from its first right `Hello` on."""
+    """The destination's end; owns its socket. Talks to the first peer with a right `Hello`."""
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
         """:raise OSError: cannot listen there."""

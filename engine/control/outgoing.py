@@ -1,7 +1,7 @@
 """The source's driver: carries out what the machine decides, and feeds back how it ended.
 
-`Outgoing` (machine.py) decides; everything with a socket, a process or a clock is here. Work is one task
-at a time, healing runs beside it; both are cancelled before the migration is given up.
+`Outgoing` (machine.py) decides; everything with a socket, a process or a clock is here. Work is one
+task at a time, healing runs beside it; both are cancelled before the migration is given up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.control.host import Host
 from engine.control.machine import Effect, Heal, Outgoing, Phase
 from engine.control.mainchannel import ConnectionLost, SourceEnd
 from engine.control.senders import SenderGroup
-from engine.control.statistics import SAMPLE_S, ChannelSample, DowntimePhases, MigrationNumbers
+from engine.control.statistics import SAMPLE_S, DowntimePhases, MigrationNumbers
 from engine.control.status import RunState, Status
 from engine.control.uri import Address
 from engine.errors import MigrationError, PeerRefused, StateError, WireError
@@ -62,7 +62,6 @@ class OutgoingMigration:
         self._round_number = 0
         self._harvest_number = 0
         self._dirty_pages = 0
-        self._sampled_ns = 0
         self._last_round = policy.Round(0, 1, 0)
         self.ended = asyncio.Event()
 
@@ -158,7 +157,13 @@ class OutgoingMigration:
         channels = self._host.parameters.multifd_channels
         await main.send(
             wire.Hello(
-                wire.VERSION, self._session, PAGE_SIZE, shapes, channels, guest.kind, guest.is_running
+                wire.VERSION,
+                self._session,
+                PAGE_SIZE,
+                shapes,
+                channels,
+                guest.kind,
+                guest.is_running,
             )
         )
         try:
@@ -171,7 +176,7 @@ class OutgoingMigration:
         if not isinstance(answer, wire.Welcome):
             raise WireError(f"the destination answered Hello with {type(answer).__name__}")
         if answer.version != wire.VERSION or answer.session != self._session:
-            raise WireError(f"the destination speaks version {answer.version} or of another session")
+            raise WireError(f"the destination speaks version {answer.version}, or another session")
         if len(answer.endpoints) != channels:
             raise WireError(f"{channels} channels wanted, {len(answer.endpoints)} offered")
         return answer
@@ -415,26 +420,9 @@ class OutgoingMigration:
             await asyncio.sleep(SAMPLE_S)
 
     def _sample_now(self, senders: SenderGroup) -> None:
-        """Refresh the numbers from the workers' counters."""
-        numbers, now_ns = self.numbers, time.monotonic_ns()
-        elapsed_s = max(1e-9, (now_ns - self._sampled_ns) / 1e9)
-        self._sampled_ns = now_ns
-        numbers.channels = numbers.channels or [ChannelSample() for _ in senders.lanes]
-        for lane, sample in zip(senders.lanes, numbers.channels, strict=True):
-            wire_bytes = lane.progress[Count.WIRE_BYTES]
-            sample.rate_bytes_per_s = (wire_bytes - sample.wire_bytes) / elapsed_s
-            sample.wire_bytes, sample.incarnation = wire_bytes, lane.incarnation
-            sample.pages = lane.progress[Count.PAGES]
-            sample.zero_pages = lane.progress[Count.ZERO_PAGES]
-        pages = senders.total(Count.PAGES) + senders.total(Count.ZERO_PAGES)
-        numbers.pages_per_s = int((pages - numbers.pages - numbers.zero_pages) / elapsed_s)
-        numbers.wire_bytes = senders.total(Count.WIRE_BYTES)
-        numbers.payload_bytes = senders.total(Count.PAYLOAD_BYTES)
-        numbers.pages, numbers.zero_pages = senders.total(Count.PAGES), senders.total(Count.ZERO_PAGES)
-        numbers.rate_bytes_per_s = sum(sample.rate_bytes_per_s for sample in numbers.channels)
-        numbers.remaining_bytes = senders.dirty.count() * PAGE_SIZE
         if self._main is not None:
-            numbers.main_bytes = self._main.sent_bytes
+            self.numbers.main_bytes = self._main.sent_bytes
+        senders.sample(self.numbers)
 
     def bandwidth_changed(self) -> None:
         """`max-bandwidth` was set: it holds from now on, except during the switchover."""

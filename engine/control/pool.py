@@ -1,8 +1,8 @@
 """Worker processes as control sees them: started, ordered, heard, and noticed when they die.
 
-A worker is started with exec on one end of a socket pair; the other end belongs to its `Worker` object
-here. End of file there is its death. Starting an interpreter takes longer than a small migration, so a
-`Pool` keeps workers that wait for their first order.
+A worker is started with exec on one end of a socket pair; the other end belongs to its `Worker`
+object here. End of file there is its death. Starting an interpreter takes longer than a small
+migration, so a `Pool` keeps workers that wait for their first order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ REPORT_WAIT_S: Final = 20.0  #: a worker that does not answer an order for so lo
 END_WAIT_S: Final = 5.0
 SOCKET_BUFFER_BYTES: Final = 1024 * 1024
 
-#: glibc maps and unmaps each large message by default; reuse the memory instead (the most it takes).
+#: glibc maps and unmaps each large message by default; reuse the memory instead (the most it
+#: takes).
 WORKER_ENVIRONMENT: Final = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(64 * 1024 * 1024),
@@ -40,8 +41,8 @@ R = TypeVar("R")
 class Worker(Generic[R]):
     """One worker process; owns the process and our end of its socket pair.
 
-    `on_report` gets each report, `on_lost` once the reason when the process is gone; neither is called
-    after `end`.
+    `on_report` gets each report, `on_lost` once the reason when the process is gone; neither is
+    called after `end`.
     """
 
     def __init__(self, role: str, reports: Any) -> None:

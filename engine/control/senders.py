@@ -1,8 +1,8 @@
 """The source's senders as one group: harvest on all, a round on all, and a lost one made anew.
 
-What is on its way is known at every instant: a page's bit moves from `dirty` to `in_flight` when it is
-taken, and from there to `delivered` when the destination has acknowledged the round. A sender or channel
-that is lost gives its `in_flight` bits back to `dirty`.
+What is on its way is known at every instant: a page's bit moves from `dirty` to `in_flight` when it
+is taken, and from there to `delivered` when the destination has acknowledged the round. A sender or
+channel that is lost gives its `in_flight` bits back to `dirty`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Final
 
 from engine import wire
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
+from engine.control.statistics import ChannelSample, MigrationNumbers
 from engine.errors import MigrationError, WorkerLost
 from engine.guest.base import TrackerName, Tracking
 from engine.memory.bitmaps import PageBitmaps, shared_memory
-from engine.memory.blocks import RamBlock
+from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.tracking import hash_table_bytes
 from engine.multifd.progress import Budget, Count, Progress
 
-#: No byte and no acknowledgement for so long ends the migration (heartbeats notice most deaths sooner).
+#: No byte and no acknowledgement for so long ends the migration (heartbeats notice most deaths
+#: sooner).
 STALL_NS: Final = 30_000_000_000
 WATCH_S: Final = 1.0
 
@@ -90,6 +92,27 @@ class SenderGroup:
     def total(self, count: Count) -> int:
         """A counter's sum over all lanes."""
         return sum(lane.progress[count] for lane in self.lanes)
+
+    def sample(self, numbers: MigrationNumbers) -> None:
+        """Refresh what the workers' counters tell."""
+        now_ns = time.monotonic_ns()
+        elapsed_s = max(1e-6, (now_ns - (numbers.sampled_ns or numbers.started_ns)) / 1e9)
+        numbers.sampled_ns = now_ns
+        numbers.channels = numbers.channels or [ChannelSample() for _ in self.lanes]
+        for lane, sample in zip(self.lanes, numbers.channels, strict=True):
+            wire_bytes = lane.progress[Count.WIRE_BYTES]
+            sample.rate_bytes_per_s = (wire_bytes - sample.wire_bytes) / elapsed_s
+            sample.wire_bytes, sample.incarnation = wire_bytes, lane.incarnation
+            sample.pages = lane.progress[Count.PAGES]
+            sample.zero_pages = lane.progress[Count.ZERO_PAGES]
+        pages, zero_pages = self.total(Count.PAGES), self.total(Count.ZERO_PAGES)
+        new_pages = pages + zero_pages - numbers.pages - numbers.zero_pages
+        numbers.pages_per_s = int(new_pages / elapsed_s)
+        numbers.pages, numbers.zero_pages = pages, zero_pages
+        numbers.wire_bytes = self.total(Count.WIRE_BYTES)
+        numbers.payload_bytes = self.total(Count.PAYLOAD_BYTES)
+        numbers.rate_bytes_per_s = sum(sample.rate_bytes_per_s for sample in numbers.channels)
+        numbers.remaining_bytes = self.dirty.count() * PAGE_SIZE
 
     # -- start and end ---------------------------------------------------------------------------
 

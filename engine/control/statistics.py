@@ -65,6 +65,7 @@ class MigrationNumbers:
     tracker_reason: str = ""
     placement: str = ""
     heals: int = 0
+    sampled_ns: int = 0
     _dirty_since_ns: int = 0
     _dirty_pages: int = 0
 

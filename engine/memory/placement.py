@@ -33,7 +33,7 @@ class Placer:
             raise MemoryRefused("cannot map the destination's RAM") from exc
 
     def _open_fresh(self) -> None:
-        """Register second mappings for missing faults, where the kernel and the backing allow it."""
+        """Register second mappings for missing faults, where kernel and backing allow it."""
         if any(block.backing_page_size != PAGE_SIZE for block in self._blocks):
             return  # UFFDIO_COPY takes only whole huge pages, packets do not promise them
         try:

@@ -112,7 +112,7 @@ class WriteProtected(_Slices):
 
 
 class SoftDirty(WriteProtected):
-    """Soft-dirty bits: control stops the guest, orders the harvest, has the guest clear its bits."""
+    """Soft-dirty bits: control stops the guest, orders the harvest, has the bits cleared."""
 
     def harvest(self, dirty: PageBitmaps) -> None:
         for i, (pagemap_fd, address) in enumerate(self._targets):

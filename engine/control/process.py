@@ -1,0 +1,191 @@
+"""The control process: one guest, its settings, and at most one migration in each direction.
+
+It is what a monitor's commands act on, and what a migration borrows from (`Host`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import zmq.asyncio
+
+from engine import wire
+from engine.control import machine
+from engine.control.incoming import IncomingMigration
+from engine.control.outgoing import OutgoingMigration
+from engine.control.parameters import CapabilityStore, Parameters, ParameterStore
+from engine.control.pool import Pool, receiver_pool, sender_pool
+from engine.control.status import ENDED, RunState, Status
+from engine.control.uri import Address
+from engine.errors import UsageError
+from engine.guest.base import Guest
+
+log = logging.getLogger("ramferry.control")
+
+#: Workers that wait for work; more channels than these start their workers when they are needed.
+WARM_WORKERS_MAX: Final = 16
+
+Emit = Callable[[str, "dict[str, object] | None"], None]
+
+
+class ControlProcess:
+    """Owns the guest, the worker pools, the ZeroMQ context and the migrations."""
+
+    def __init__(self, guest: Guest, *, incoming: bool) -> None:
+        self.guest = guest
+        self.store = ParameterStore()
+        self.capabilities = CapabilityStore()
+        self.run_state = self._initial_state(incoming)
+        self.waits_for_incoming = incoming
+        self.outgoing: OutgoingMigration | None = None
+        self.incoming: IncomingMigration | None = None
+        self.exit_on_error = True
+        self.senders: Pool[wire.SenderReport] = sender_pool()
+        self.receivers: Pool[wire.ReceiverReport] = receiver_pool()
+        self.emit: Emit = lambda event, data=None: None
+        self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._watcher = asyncio.get_running_loop().create_task(self._watch_guest())
+        self.store.subscribe(self._settings_changed)
+        self._warm()
+
+    def _initial_state(self, incoming: bool) -> RunState:
+        if incoming:
+            return RunState.INMIGRATE
+        return RunState.RUNNING if self.guest.is_running else RunState.PAUSED
+
+    # -- what a migration borrows ----------------------------------------------------------------
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.store.values
+
+    def capability(self, name: str) -> bool:
+        return self.capabilities.is_on(name)
+
+    def set_run_state(self, state: RunState) -> None:
+        ran, self.run_state = self.run_state is RunState.RUNNING, state
+        if ran and state is not RunState.RUNNING:
+            self.emit("STOP", None)
+        elif not ran and state is RunState.RUNNING:
+            self.emit("RESUME", None)
+
+    def _settings_changed(self) -> None:
+        self._warm()
+        if self.outgoing is not None:
+            self.outgoing.bandwidth_changed()
+
+    def _warm(self) -> None:
+        """Start the interpreters before they are waited for."""
+        pool = self.receivers if self.waits_for_incoming else self.senders
+        pool.warm(min(self.parameters.multifd_channels, WARM_WORKERS_MAX))
+
+    async def _watch_guest(self) -> None:
+        reason = await self.guest.died()
+        log.error("the guest died: %s", reason)
+        self.set_run_state(RunState.INTERNAL_ERROR)
+
+    # -- what a monitor asks for -----------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """QMP `stop`: pause the guest; nothing to do where it does not run."""
+        if self.run_state is RunState.RUNNING:
+            await self.guest.pause(for_migration=False)
+            self.set_run_state(RunState.PAUSED)
+
+    async def cont(self) -> None:
+        """QMP `cont`.
+
+        :raise UsageError: the guest is not here (yet, or any more), or nothing tracks its
+        writes."""
+        match self.run_state:
+            case RunState.RUNNING:
+                return
+            case RunState.INMIGRATE:
+                raise UsageError("Expecting an INMIGRATE: the guest has not arrived yet")
+            case RunState.POSTMIGRATE | RunState.FINISH_MIGRATE:
+                raise UsageError(
+                    "the guest is at the destination, or on its way there; 'migrate_cancel' may "
+                    "still bring it back"
+                )
+            case RunState.INTERNAL_ERROR:
+                raise UsageError("the guest is dead; only 'quit' is left")
+        if self.outgoing is not None and self.outgoing.is_untracked:
+            raise UsageError(
+                "the guest was stopped when its migration began, so its writes are not tracked; "
+                "wait for the migration or cancel it first"
+            )
+        await self.guest.resume()
+        self.set_run_state(RunState.RUNNING)
+
+    async def migrate(self, address: Address, resume: bool) -> None:
+        """QMP `migrate`: returns when the migration has begun; checks in QEMU's order."""
+        if resume:
+            raise UsageError("Cannot resume if there is no paused migration")
+        if self.outgoing is not None and self.outgoing.status not in ENDED:
+            raise UsageError("There's a migration process in progress")
+        if self.run_state is RunState.INMIGRATE:
+            raise UsageError("Guest is waiting for an incoming migration")
+        if self.run_state is RunState.POSTMIGRATE:
+            raise UsageError("Can't migrate the vm that was paused due to previous migration")
+        if self.run_state is RunState.INTERNAL_ERROR:
+            raise UsageError("Can't migrate a guest that is dead")
+        self.outgoing = OutgoingMigration(self, self._context, address)
+        self.outgoing.handle(machine.Start())
+
+    async def migrate_incoming(self, address: Address, exit_on_error: bool) -> None:
+        """QMP `migrate-incoming`: returns when it listens.
+
+        :raise UsageError: not started with -incoming, or already done.
+        :raise UsageError: cannot listen there."""
+        if not self.waits_for_incoming:
+            raise UsageError("'-incoming' was not specified on the command line")
+        if self.incoming is not None:
+            raise UsageError("The incoming migration has already been started")
+        self.exit_on_error = exit_on_error
+        incoming = IncomingMigration(self, self._context, address)
+        try:
+            incoming.start()
+        except OSError as exc:
+            raise UsageError(incoming.error or str(exc)) from exc
+        self.incoming = incoming
+        self._follower = asyncio.get_running_loop().create_task(self._follow(incoming))
+
+    async def _follow(self, incoming: IncomingMigration) -> None:
+        """The end of an incoming migration: the guest is ours, or the process has no use."""
+        await incoming.ended.wait()
+        self.waits_for_incoming = incoming.status is not Status.COMPLETED
+        if incoming.status is Status.FAILED and self.exit_on_error and not self.over.done():
+            self.over.set_result(1)
+        if not self.waits_for_incoming:
+            await self.receivers.close()
+            self._warm()
+
+    async def cancel(self) -> None:
+        """QMP `migrate_cancel`: no-op where nothing runs."""
+        if self.outgoing is not None:
+            self.outgoing.handle(machine.Cancel())
+
+    def quit(self) -> None:
+        """QMP `quit`."""
+        if not self.over.done():
+            self.over.set_result(0)
+
+    async def close(self) -> None:
+        """End the migrations, the workers and the guest. Idempotent.
+
+        A migration that is on its way is cancelled first, so that the destination knows."""
+        if self.outgoing is not None and self.outgoing.status not in ENDED:
+            self.outgoing.handle(machine.Cancel())
+            await self.outgoing.ended.wait()
+        if self.incoming is not None:
+            await self.incoming.close()
+            await self._follower
+        self._watcher.cancel()
+        await asyncio.gather(self._watcher, return_exceptions=True)
+        await asyncio.gather(self.senders.close(), self.receivers.close())
+        await self.guest.quit()
+        self._context.destroy(linger=200)

@@ -1,0 +1,172 @@
+"""A live receiver or sender with a test in control's place: real process, memory and ZeroMQ."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from engine import wire
+from engine.control.pool import Worker
+from engine.memory.bitmaps import PageBitmaps
+from engine.memory.blocks import PAGE_SIZE, RamBlock
+from engine.multifd.progress import Budget, Progress
+
+SESSION = b"session-of-tests"
+DEADLINE_S = 30.0
+
+
+def memory(page_count: int, content: bytes = b"") -> RamBlock:
+    """A memfd block; the caller closes its descriptor."""
+    fd = os.memfd_create("test-ram", os.MFD_CLOEXEC)
+    os.ftruncate(fd, page_count * PAGE_SIZE)
+    if content:
+        os.pwrite(fd, content, 0)
+    return RamBlock("ram", page_count * PAGE_SIZE, fd)
+
+
+def shapes(block: RamBlock) -> list[wire.BlockShape]:
+    return [wire.BlockShape(block.name, block.size, block.backing_page_size)]
+
+
+@dataclass
+class Heard:
+    """Reports of a worker, and its death."""
+
+    reports: list[Any] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def listen(self, worker: Worker[Any]) -> None:
+        def on_report(report: Any) -> None:
+            self.reports.append(report)
+            self._news.set()
+
+        def on_lost(lost: Exception) -> None:
+            self.lost.append(str(lost))
+            self._news.set()
+
+        worker.listen(on_report, on_lost)
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
+    async def next(self, kind: type[Any], count: int = 1) -> Any:
+        """The `count`-th report of a kind."""
+        await self.until(lambda: self.lost or len(self.of(kind)) >= count)
+        assert len(self.of(kind)) >= count, (kind, self.reports, self.lost)
+        return self.of(kind)[count - 1]
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [report for report in self.reports if isinstance(report, kind)]
+
+
+@dataclass
+class ReceiverRig:
+    """A receiver that waits for channel 0."""
+
+    block: RamBlock
+    worker: Worker[wire.ReceiverReport]
+    heard: Heard
+    endpoint: str
+    context: zmq.asyncio.Context
+
+    def ram(self) -> bytes:
+        return os.pread(self.block.fd, self.block.size, 0)
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[zmq.asyncio.Socket]:
+        socket = self.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(self.endpoint)
+        try:
+            yield socket
+        finally:
+            socket.close()
+
+
+@asynccontextmanager
+async def receiver(page_count: int = 64) -> AsyncIterator[ReceiverRig]:
+    block = memory(page_count)
+    placed = PageBitmaps.create("placed", [block])
+    progress = Progress.create()
+    worker: Worker[wire.ReceiverReport] = Worker("receiver", wire.ReceiverReport)
+    context = zmq.asyncio.Context()
+    heard = Heard()
+    try:
+        heard.listen(worker)
+        worker.order(
+            wire.PrepareReceiver(0, SESSION, "tcp://127.0.0.1:*", 1, shapes(block)),
+            [placed.fd, progress.fd, block.fd],
+        )
+        ready = await heard.next(wire.Ready)
+        yield ReceiverRig(block, worker, heard, ready.endpoint, context)
+    finally:
+        await worker.end()
+        context.destroy(linger=0)
+        placed.close()
+        progress.close()
+        os.close(block.fd)
+
+
+@dataclass
+class SenderRig:
+    """A sender of channel 0 of 1, connected to a ROUTER of ours."""
+
+    block: RamBlock
+    worker: Worker[wire.SenderReport]
+    heard: Heard
+    socket: zmq.asyncio.Socket
+    dirty: PageBitmaps
+    in_flight: PageBitmaps
+    budget: Budget
+    delivered: PageBitmaps
+
+    async def packet(self) -> tuple[wire.Packet, bytes]:
+        """The next packet and its payload."""
+        async with asyncio.timeout(DEADLINE_S):
+            _, header, *payload = await self.socket.recv_multipart()
+        return wire.decode_packet(header), b"".join(payload)
+
+
+@asynccontextmanager
+async def sender(block: RamBlock, *, tracker: str = "none") -> AsyncIterator[SenderRig]:
+    dirty, in_flight, delivered = (
+        PageBitmaps.create(name, [block]) for name in ("dirty", "in-flight", "delivered")
+    )
+    progress, budget = Progress.create(), Budget.create()
+    hashes = os.memfd_create("test-hashes", os.MFD_CLOEXEC)
+    os.ftruncate(hashes, block.page_count * 16)
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.LINGER, 0)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    worker: Worker[wire.SenderReport] = Worker("sender", wire.SenderReport)
+    heard = Heard()
+    try:
+        heard.listen(worker)
+        worker.order(
+            wire.PrepareSender(
+                0, 1, SESSION, f"tcp://127.0.0.1:{port}", 1, shapes(block), tracker, [0], True, 7
+            ),
+            [dirty.fd, in_flight.fd, delivered.fd, hashes, progress.fd, budget.fd, block.fd],
+        )
+        await heard.next(wire.Opened)
+        yield SenderRig(block, worker, heard, socket, dirty, in_flight, budget, delivered)
+    finally:
+        await worker.end()
+        context.destroy(linger=0)
+        for bitmaps in (dirty, in_flight, delivered):
+            bitmaps.close()
+        progress.close()
+        budget.close()
+        os.close(hashes)

@@ -1,0 +1,168 @@
+"""A live sender: what it sends, keeps in flight, and does when the channel is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from engine import wire
+from engine.memory.blocks import PAGE_SIZE
+from tests.multifd.rig import SenderRig, memory, sender
+
+pytestmark = pytest.mark.process
+
+
+async def one_round(rig: SenderRig, number: int = 1) -> tuple[list[wire.Packet], dict[int, bytes]]:
+    """Order a round; return its packets and every page that was sent, zero pages as zeros."""
+    rig.worker.order(wire.SendRound(number))
+    packets, sent = [], {}
+    while True:
+        packet, payload = await rig.packet()
+        if packet.kind is wire.PacketKind.OPEN:
+            continue
+        packets.append(packet)
+        if packet.kind is wire.PacketKind.ROUND_END:
+            return packets, sent
+        position = 0
+        for first, count in wire.RUN.iter_unpack(packet.data_runs):
+            for page in range(first, first + count):
+                sent[page] = payload[position : position + PAGE_SIZE]
+                position += PAGE_SIZE
+        for first, count in wire.RUN.iter_unpack(packet.zero_runs):
+            sent.update(dict.fromkeys(range(first, first + count), bytes(PAGE_SIZE)))
+
+
+def test_a_round_carries_every_page_with_data_and_no_hole() -> None:
+    """Runs short and long, zero pages in between, and a stretch that was never touched."""
+    kinds = [os.urandom(PAGE_SIZE) if page % 7 else bytes(PAGE_SIZE) for page in range(300)]
+    kinds += [os.urandom(PAGE_SIZE) for _ in range(300)]
+    block = memory(4096, b"".join(kinds))
+
+    async def scenario() -> tuple[list[wire.Packet], dict[int, bytes]]:
+        async with sender(block) as rig:
+            rig.dirty.set_data()
+            return await one_round(rig)
+
+    packets, sent = asyncio.run(scenario())
+    assert sent == dict(enumerate(kinds))
+    assert [packet.sequence for packet in packets] == list(range(2, 2 + len(packets)))
+    end = packets[-1]
+    assert (end.pages, end.zero_pages) == (600 - 43, 43)
+    assert os.fstat(block.fd).st_blocks * 512 == 600 * PAGE_SIZE
+    os.close(block.fd)
+
+
+def test_what_was_taken_is_in_flight_and_no_longer_dirty() -> None:
+    block = memory(64, os.urandom(10 * PAGE_SIZE))
+
+    async def scenario() -> tuple[int, int]:
+        async with sender(block) as rig:
+            rig.dirty.set_data()
+            await one_round(rig)
+            return rig.dirty.count(), rig.in_flight.count()
+
+    assert asyncio.run(scenario()) == (0, 10)
+    os.close(block.fd)
+
+
+def test_a_lost_connection_is_reported_and_an_order_opens_a_new_one() -> None:
+    block = memory(64, os.urandom(10 * PAGE_SIZE))
+
+    async def scenario() -> tuple[wire.ChannelBroken, dict[int, bytes]]:
+        async with sender(block) as rig:
+            rig.dirty.set_data()
+            rig.socket.close(linger=0)
+            broken = await rig.heard.next(wire.ChannelBroken)
+            rig.socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+            rig.socket.setsockopt(zmq.LINGER, 0)
+            port = rig.socket.bind_to_random_port("tcp://127.0.0.1")
+            rig.worker.order(wire.OpenChannel(f"tcp://127.0.0.1:{port}", 2))
+            await rig.heard.next(wire.Opened, 2)
+            _, sent = await one_round(rig)
+            rig.socket.close(linger=0)
+            zmq.asyncio.Context.instance().term()
+            return broken, sent
+
+    broken, sent = asyncio.run(scenario())
+    assert (broken.index, broken.incarnation) == (0, 1)
+    assert len(sent) == 10
+    os.close(block.fd)
+
+
+def test_a_refused_connection_is_reported_not_waited_for() -> None:
+    block = memory(64)
+
+    async def scenario() -> wire.ChannelBroken:
+        async with sender(block) as rig:
+            rig.worker.order(wire.OpenChannel("tcp://127.0.0.1:9", 2))
+            broken: wire.ChannelBroken = await rig.heard.next(wire.ChannelBroken)
+            return broken
+
+    broken = asyncio.run(scenario())
+    assert (broken.incarnation, broken.reason) == (2, "connection refused")
+    os.close(block.fd)
+
+
+def test_content_that_changes_and_changes_back_is_never_taken_for_sent() -> None:
+    """The hash is of what was sent: A is sent, B is found, A is back before it is sent."""
+    a, b = os.urandom(PAGE_SIZE), os.urandom(PAGE_SIZE)
+    block = memory(8, a)
+
+    async def harvest(rig: SenderRig, number: int) -> int:
+        rig.worker.order(wire.Harvest(number))
+        report = await rig.heard.next(wire.Harvested, number)
+        dirty_pages: int = report.dirty_pages
+        return dirty_pages
+
+    async def scenario() -> list[int]:
+        async with sender(block, tracker="content-hash") as rig:
+            rig.dirty.set_data()
+            rig.delivered.set_data()
+            await one_round(rig)
+            found = [await harvest(rig, 1)]
+            os.pwrite(block.fd, b, 0)
+            found.append(await harvest(rig, 2))
+            os.pwrite(block.fd, a, 0)
+            _, sent = await one_round(rig, 2)
+            assert sent == {0: a}
+            found.append(await harvest(rig, 3))
+            os.pwrite(block.fd, bytes(PAGE_SIZE), 0)
+            found.append(await harvest(rig, 4))
+            _, sent = await one_round(rig, 3)
+            assert sent == {0: bytes(PAGE_SIZE)}
+            os.pwrite(block.fd, a, 0)
+            found.append(await harvest(rig, 5))
+            return found
+
+    assert asyncio.run(scenario()) == [0, 1, 0, 1, 1]
+    os.close(block.fd)
+
+
+def test_the_budget_holds_the_rate_and_a_lifted_limit_ends_the_wait() -> None:
+    block = memory(4096, os.urandom(4096 * PAGE_SIZE))
+
+    async def scenario() -> tuple[float, float]:
+        async with sender(block) as rig:
+            rig.dirty.set_data()
+            rig.budget.rate_bytes_per_s = 10_000_000
+            rig.worker.order(wire.SendRound(1))
+            sent_bytes, began = 0, time.monotonic()
+            while time.monotonic() - began < 0.5:
+                packet, _ = await rig.packet()
+                sent_bytes += packet.payload_bytes
+            rate = sent_bytes / (time.monotonic() - began)
+            rig.budget.rate_bytes_per_s = 0
+            lifted = time.monotonic()
+            while packet.kind is not wire.PacketKind.ROUND_END:
+                packet, _ = await rig.packet()
+            return rate, time.monotonic() - lifted
+
+    rate, rest_s = asyncio.run(scenario())
+    assert rate == pytest.approx(10_000_000, rel=0.15)
+    assert rest_s < 0.6  # 11 MB more would take over a second under the limit
+    os.close(block.fd)
