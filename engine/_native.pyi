@@ -61,8 +61,15 @@ def bitmap_set_data(fd: int, offset: int, size: int, bitmap: Buffer) -> int:
 # -- source: what to send -----------------------------------------------------------------------
 
 def take_batch(
-    ram: Buffer, dirty: Buffer, in_flight: Buffer, slice: Slice, cursor: int, pages_max: int,
-    detect_zero: bool, data_runs: Buffer, zero_runs: Buffer,
+    ram: Buffer,
+    dirty: Buffer,
+    in_flight: Buffer,
+    slice: Slice,
+    cursor: int,
+    pages_max: int,
+    detect_zero: bool,
+    data_runs: Buffer,
+    zero_runs: Buffer,
 ) -> tuple[int, int, int, int, int]:
     """Walk the slice's dirty bits from page `cursor`; take up to `pages_max` non-zero pages.
 
@@ -82,7 +89,9 @@ def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count
     """Store the seeded 128-bit hash of each page of the private copy `pages` (the runs' pages in order)
     at `hashes[16 * page_index]`."""
 
-def hash_scan(ram: Buffer, seed: int, hashes: Buffer, candidates: Buffer, dirty: Buffer, slice: Slice) -> int:
+def hash_scan(
+    ram: Buffer, seed: int, hashes: Buffer, candidates: Buffer, dirty: Buffer, slice: Slice
+) -> int:
     """Set the dirty bit of each page of the slice whose `candidates` bit is set and whose hash differs
     from `hashes`; return bits newly set. Pages whose candidates bit is clear are not touched."""
 
@@ -114,8 +123,14 @@ def uffd_unregister(uffd: int, address: int, size: int) -> None: ...
 # -- destination --------------------------------------------------------------------------------
 
 def place(
-    uffd: int, fresh_address: int, ram: Buffer, placed: Buffer, payload: Buffer,
-    runs: Buffer, run_count: int, page_count: int,
+    uffd: int,
+    fresh_address: int,
+    ram: Buffer,
+    placed: Buffer,
+    payload: Buffer,
+    runs: Buffer,
+    run_count: int,
+    page_count: int,
 ) -> tuple[int, int]:
     """Put `payload`, the runs' pages in order, into RAM; return (pages placed fresh, pages copied).
 
@@ -146,14 +161,28 @@ Workload = NewType("Workload", object)
 def workload_fill(ram: Buffer, first_page: int, page_count: int, contents: str, seed: int) -> None:
     """Write initial contents ("zero", "text", "heap", "random", "mixed"); zero pages stay untouched."""
 
-def workload_judge(ram: Buffer, first_page: int, page_count: int, contents: str, seed: int, counters: Buffer) -> tuple[int, int]:
+def workload_judge(
+    ram: Buffer, first_page: int, page_count: int, contents: str, seed: int, counters: Buffer
+) -> tuple[int, int]:
     """Judge each page by itself; store its write counter (uint64) at `counters[8 * (page - first)]`,
     2**64-1 for a wrong page. Return (wrong pages, first wrong page or -1). Holes should be skipped by
     the caller. A page never written whose contents are "zero" is right when it is all zero."""
 
+def workload_judge_hole(
+    first_page: int, page_count: int, contents: str, seed: int, counters: Buffer
+) -> tuple[int, int]:
+    """The same for pages that are holes, not touching them: a page whose contents are not "zero" is
+    wrong. Only counters of wrong pages are stored."""
+
 def workload_start(
-    ram: Buffer, page_count: int, vcpus: int, pattern: str, rate_bytes_per_s: int, words_per_write: int,
-    seed: int, written_bitmap: Buffer | None,
+    ram: Buffer,
+    page_count: int,
+    vcpus: int,
+    pattern: str,
+    rate_bytes_per_s: int,
+    words_per_write: int,
+    seed: int,
+    written_bitmap: Buffer | None,
 ) -> Workload:
     """Start the vCPU threads, paused. `written_bitmap` (or None) gets a page's bit *after* each write."""
 

@@ -207,6 +207,21 @@ struct workload_judgement workload_judge(const void *ram, uint64_t first_page, u
     return judgement;
 }
 
+struct workload_judgement workload_judge_hole(uint64_t first_page, uint64_t page_count,
+                                              enum workload_kind contents, uint64_t seed,
+                                              uint64_t *counters)
+{
+    struct workload_judgement judgement = {0, UINT64_MAX};
+    for (uint64_t i = 0; i < page_count; i++) {
+        if (workload_page_kind(contents, seed, first_page + i) == WORKLOAD_ZERO)
+            continue;
+        counters[i] = WORKLOAD_WRONG;
+        if (judgement.wrong_pages++ == 0)
+            judgement.first_wrong = first_page + i;
+    }
+    return judgement;
+}
+
 /* One write: the counter goes up by one, and one window of the body turns by one word, so that what the
  * page is made of stays the same. The checksum gets the difference only (see the header). */
 static void write_page(uint64_t *page, uint64_t index, uint32_t words, uint64_t seed)
@@ -454,6 +469,11 @@ uint32_t workload_vcpus(const struct workload *workload)
     return workload->options.vcpus;
 }
 
+uint64_t workload_page_count(const struct workload *workload)
+{
+    return workload->options.page_count;
+}
+
 void workload_writes(struct workload *workload, uint64_t *writes)
 {
     for (uint32_t i = 0; i < workload->options.vcpus; i++)
@@ -568,6 +588,7 @@ struct state_vcpu {
 };
 
 _Static_assert(sizeof(struct state_header) == 48 && sizeof(struct state_vcpu) == 24, "no padding");
+_Static_assert(WORKLOAD_STATE_BYTES_MAX == 48 + 24 * WORKLOAD_VCPUS_MAX + sizeof(uint64_t), "room");
 
 static uint64_t state_checksum(const unsigned char *state, size_t size)
 {

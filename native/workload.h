@@ -70,6 +70,12 @@ struct workload_judgement workload_judge(const void *ram, uint64_t first_page, u
                                          enum workload_kind contents, uint64_t seed,
                                          uint64_t *counters);
 
+/* The same for pages that are holes, without touching them: those that must not be all zero are wrong.
+ * Only their counters are stored. */
+struct workload_judgement workload_judge_hole(uint64_t first_page, uint64_t page_count,
+                                              enum workload_kind contents, uint64_t seed,
+                                              uint64_t *counters);
+
 struct workload_options {
     void *ram; /* page 0; stays the caller's and must outlive the workload */
     uint64_t page_count;
@@ -100,12 +106,14 @@ void workload_set_bitmap(struct workload *workload, uint64_t *written_bitmap);
 
 /* writes[vcpu] for each vCPU; exact while paused. */
 uint32_t workload_vcpus(const struct workload *workload);
+uint64_t workload_page_count(const struct workload *workload);
 void workload_writes(struct workload *workload, uint64_t *writes);
 
 /* The state of all vCPUs: versioned, with the options it belongs to, and a checksum.
  * save: writes exactly workload_state_size() bytes. -EBUSY unless paused.
  * load: -EBUSY unless paused; -EINVAL with a static text in *wrong that says what does not fit, and then
  * nothing is changed. */
+#define WORKLOAD_STATE_BYTES_MAX (56u + 24u * WORKLOAD_VCPUS_MAX)
 size_t workload_state_size(const struct workload *workload);
 int workload_save(struct workload *workload, void *state);
 int workload_load(struct workload *workload, const void *state, size_t size, const char **wrong);

@@ -94,6 +94,12 @@ static void a_page_in_the_place_of_another_is_wrong(void)
     memset(ram + 9 * 4096, 0, 4096);
     CHECK(workload_judge(ram, 0, PAGES, WORKLOAD_RANDOM, SEED, counters).wrong_pages == 2);
     CHECK(workload_judge(ram, 0, PAGES, WORKLOAD_RANDOM, SEED + 1, counters).wrong_pages == PAGES);
+    memset(counters, 0, sizeof counters);
+    struct workload_judgement hole = workload_judge_hole(0, PAGES, WORKLOAD_MIXED, SEED, counters);
+    for (unsigned page = 0; page < PAGES; page++)
+        hole.wrong_pages -= counters[page] == WORKLOAD_WRONG;
+    CHECK(hole.wrong_pages == 0 && counters[hole.first_wrong] == WORKLOAD_WRONG);
+    CHECK(workload_judge_hole(0, PAGES, WORKLOAD_ZERO, SEED, counters).wrong_pages == 0);
     munmap(ram, PAGES * 4096u);
 }
 
