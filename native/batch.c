@@ -64,15 +64,14 @@ static void take_pages(struct batch *batch, zero_scan_fn *scan, uint64_t word, u
 /* Take what there is room for among the dirty pages of one word; true when it was all. */
 static bool take_word(struct batch *batch, zero_scan_fn *scan, uint64_t word, uint64_t end)
 {
-    for (;;) {
+    end = least(end, (word + 1) * 64);
+    while (batch->cursor < end) {
         uint64_t bits = atomic_load_explicit(&batch->dirty[word], memory_order_relaxed) &
                         word_mask(word, batch->cursor, end);
         uint64_t page, room, taken;
 
-        if (bits == 0) {
-            batch->cursor = least(end, (word + 1) * 64);
-            return true;
-        }
+        if (bits == 0)
+            break;
         page = word * 64 + (uint64_t)__builtin_ctzll(bits);
         room = least(batch->pages_max - batch->data.pages, table_room(&batch->data, page));
         if (batch->detect_zero)
@@ -85,6 +84,8 @@ static bool take_word(struct batch *batch, zero_scan_fn *scan, uint64_t word, ui
         take_pages(batch, scan, word, taken);
         batch->cursor = word * 64 + 64 - (uint64_t)__builtin_clzll(taken);
     }
+    batch->cursor = end;
+    return true;
 }
 
 void take_batch(struct batch *batch)

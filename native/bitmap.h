@@ -13,7 +13,7 @@ typedef _Atomic uint64_t bitmap_word;
 
 _Static_assert(sizeof(bitmap_word) == 8, "atomic words have no lock beside them");
 
-/* The bits of word `word` that stand for pages first <= p < end. */
+/* The bits of word `word` that stand for pages first <= p < end; it has at least one. */
 static inline uint64_t word_mask(uint64_t word, uint64_t first, uint64_t end)
 {
     uint64_t mask = ~UINT64_C(0), start = word * 64;

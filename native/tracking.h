@@ -9,10 +9,12 @@
 int pagemap_scan_supported(int pagemap_fd);
 
 /* Read and re-arm the slice's pages of the RAM at `address` in the tracked process; set the bits of
- * those written since the last call (at first: of all that are in its page tables).
+ * those written since the last call.
  *
- * Ranges that the process never touched have no page tables: they cost nothing, stay so, and their
- * pages are reported once touched.
+ * Memory is never touched or allocated. The kernel cannot tell a page that was never touched from one
+ * that was written and dropped from the page tables, so the first scan may report holes: all of them
+ * (Linux 6.18.44: it arms them too, in page tables of 2 MiB a GiB) or those that share a page table
+ * with touched pages (Linux 6.7). Later a page is reported when touched, not before.
  *
  * Returns the bits newly set, or -EPERM when the range is not registered for asynchronous
  * write-protection, -ESRCH when the process is gone, -errno otherwise. Whatever the kernel reported

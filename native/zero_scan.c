@@ -131,12 +131,14 @@ struct zero_scan_kernel {
     bool (*is_supported)(void);
 };
 
-/* Fastest first, as measured; the first one that the CPU can run is the default. */
+/* Fastest first, as measured; the first one that the CPU can run is the default. GB/s over 512 MiB of
+ * touched shared memory, and over 512 KiB in the cache: avx2 32.2 and 111, sse2 31.0 and 91, avx512
+ * 27.3 and 102, scalar 26.7 and 28 (AMD EPYC 9004, Zen 4, one core, gcc 12). NEON is not measured. */
 static const struct zero_scan_kernel KERNELS[] = {
 #if defined(__x86_64__)
     {"avx2", zero_scan_avx2, has_avx2},
-    {"avx512", zero_scan_avx512, has_avx512},
     {"sse2", zero_scan_sse2, always},
+    {"avx512", zero_scan_avx512, has_avx512},
 #elif defined(__aarch64__)
     {"neon", zero_scan_neon, always},
 #endif
