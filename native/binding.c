@@ -162,6 +162,27 @@ static int is_page_multiple(const char *what, uint64_t value)
     return 0;
 }
 
+/* Whether a block at `address` ends within what a process can have. */
+static int address_fits(uint64_t address, uint64_t page_count)
+{
+    if (!is_page_multiple("address", address))
+        return 0;
+    if (address <= INT64_MAX - page_count * PAGE_BYTES)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "RAM of %llu pages at address %llu reaches beyond 2**63-1",
+                 (unsigned long long)page_count, (unsigned long long)address);
+    return 0;
+}
+
+static int fresh_address_fits(int uffd, uint64_t address)
+{
+    if (uffd >= 0 && address == 0) {
+        PyErr_SetString(PyExc_ValueError, "fresh_address is 0, but a uffd is given");
+        return 0;
+    }
+    return is_page_multiple("fresh_address", address);
+}
+
 /* Check a run table by itself and against `page_count`; sum its pages. */
 static int runs_fit(const Py_buffer *runs, uint64_t run_count, uint64_t page_count, uint64_t *total)
 {
@@ -549,7 +570,7 @@ static PyObject *tracking_scan(PyObject *args, const char *format, tracking_scan
     if (!PyArg_ParseTuple(args, format, to_int, &pagemap_fd, to_size, &address, &bitmap, to_slice,
                           &slice))
         return NULL;
-    if (is_page_multiple("address", address) &&
+    if (address_fits(address, slice.page_count) &&
         bitmap_fits(&bitmap, "bitmap", slice.page_count)) {
         Py_BEGIN_ALLOW_THREADS
         rc = scan(pagemap_fd, address, bitmap.buf, &slice);
@@ -646,7 +667,7 @@ static PyObject *native_place(PyObject *module, PyObject *args)
                           &to.fresh_address, &ram, &placed, &payload, &runs, to_u64, &run_count,
                           to_u64, &page_count))
         return NULL;
-    if (is_page_multiple("fresh_address", to.fresh_address) && is_aligned(&ram, "ram", PAGE_BYTES) &&
+    if (fresh_address_fits(to.uffd, to.fresh_address) && is_aligned(&ram, "ram", PAGE_BYTES) &&
         pages_fit(&ram, "ram", page_count, PAGE_BYTES) &&
         bitmap_fits(&placed, "placed bitmap", page_count) &&
         runs_fit(&runs, run_count, page_count, &total) && payload_fits(&payload, "payload", total)) {
