@@ -1,19 +1,18 @@
 """Kernels of `native/`: whatever loops over pages.
 
 Units: addresses, sizes and offsets are bytes; page indices count 4096-byte pages from the start of
-one RAM block. A *bitmap* is a buffer of native 64-bit words, bit `i % 64` of word `i // 64` for page
-`i`, its length a multiple of 8 and large enough for `page_count` pages; words are read and written
-atomically because other processes share them. A *run table* is a buffer of little-endian
+one RAM block. A *bitmap* is a buffer of native 64-bit words, bit `i % 64` of word `i // 64` for
+page `i`, its length a multiple of 8 and large enough for `page_count` pages; words are read and
+written atomically because other processes share them. A *run table* is a buffer of little-endian
 `(uint32 first_page, uint32 page_count)` pairs.
 
-A *slice* is `(page_count, stripe_pages, worker_index, worker_count)`: the pages `p < page_count` with
-`(p // stripe_pages) % worker_count == worker_index`. `stripe_pages` is a multiple of 64.
+A *slice* is `(page_count, stripe_pages, worker_index, worker_count)`: the pages `p < page_count`
+with `(p // stripe_pages) % worker_count == worker_index`. `stripe_pages` is a multiple of 64.
 
-Every function raises ValueError when sizes, indices or alignment do not fit (never touching memory),
-OSError with the kernel's errno when a system call fails, and releases the GIL while it works.
-"""
+Every function raises ValueError when sizes, indices or alignment do not fit (never touching
+memory), OSError with the kernel's errno when a system call fails, and releases the GIL while it
+works."""
 
-from collections.abc import Sequence
 from typing import NewType
 
 from typing_extensions import Buffer
@@ -49,12 +48,14 @@ def bitmap_count(bitmap: Buffer, slice: Slice) -> int:
     """Count the set bits of the slice."""
 
 def bitmap_move_slice(source: Buffer, target: Buffer, slice: Slice) -> int:
-    """Set in `target` every bit that is set in `source`, then clear it there; return bits newly set.
+    """Set in `target` every bit that is set in `source`, then clear it there; return bits newly
+    set.
 
     A crash between the two leaves the bit in both: nothing is ever lost."""
 
 def bitmap_set_data(fd: int, offset: int, size: int, bitmap: Buffer) -> int:
-    """Set the bit of each page of `fd[offset:offset+size]` that SEEK_DATA reports; return newly set.
+    """Set the bit of each page of `fd[offset:offset+size]` that SEEK_DATA reports; return newly
+    set.
 
     Holes are not touched. The descriptor's file position changes."""
 
@@ -73,10 +74,11 @@ def take_batch(
 ) -> tuple[int, int, int, int, int]:
     """Walk the slice's dirty bits from page `cursor`; take up to `pages_max` non-zero pages.
 
-    For each page taken: its `in_flight` bit is set, *then* its `dirty` bit cleared, *then* its content
-    looked at (zero scan with the default kernel when `detect_zero`). Non-zero pages go as runs to
-    `data_runs`, zero ones to `zero_runs`; runs merge when adjacent; the walk stops when either table
-    is full or the slice ends.
+    For each page taken: its `in_flight` bit is set, *then* its `dirty` bit cleared, *then* its
+    content looked at (zero scan with the default kernel when `detect_zero`). Non-zero pages go as
+    runs to `data_runs`, zero ones to `zero_runs`; runs merge when adjacent; the walk stops when
+    either table is full, after 16384 pages of either kind (so that orders are heard), or when the
+    slice ends.
 
     :return: (next cursor, data runs, zero runs, data pages, zero pages). The next cursor is
         `page_count` when the slice was walked to its end.
@@ -86,14 +88,15 @@ def gather(ram: Buffer, runs: Buffer, run_count: int) -> bytes:
     """Copy the runs' pages, in order, into one new bytes object (allocated without clearing)."""
 
 def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count: int) -> None:
-    """Store the seeded 128-bit hash of each page of the private copy `pages` (the runs' pages in order)
-    at `hashes[16 * page_index]`."""
+    """Store the seeded 128-bit hash of each page of the private copy `pages` (the runs' pages in
+    order) at `hashes[16 * page_index]`."""
 
 def hash_scan(
     ram: Buffer, seed: int, hashes: Buffer, candidates: Buffer, dirty: Buffer, slice: Slice
 ) -> int:
-    """Set the dirty bit of each page of the slice whose `candidates` bit is set and whose hash differs
-    from `hashes`; return bits newly set. Pages whose candidates bit is clear are not touched."""
+    """Set the dirty bit of each page of the slice whose `candidates` bit is set and whose hash
+    differs from `hashes`; return bits newly set. Pages whose candidates bit is clear are not
+    touched."""
 
 # -- source: dirty tracking ---------------------------------------------------------------------
 
@@ -101,9 +104,15 @@ def pagemap_scan_supported(pagemap_fd: int) -> bool:
     """Tell whether the kernel knows PAGEMAP_SCAN (Linux 6.7)."""
 
 def pagemap_scan(pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice) -> int:
-    """Read and re-arm in one call (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, PAGE_IS_WRITTEN) the
-    slice of the RAM that starts at `address` in the tracked process; set the written pages' bits;
-    return how many bits were newly set. OSError(EPERM): the range is not registered WP_ASYNC."""
+    """Read and re-arm in one call (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, PAGE_IS_WRITTEN)
+    the slice of the RAM that starts at `address` in the tracked process; set the written pages'
+    bits; return how many bits were newly set.
+
+    Nothing is allocated, but the first scan may report holes: all of them (Linux 6.18.44, which
+    also arms them, in 2 MiB of page tables a GiB) or those beside touched pages (Linux 6.7). So
+    discard the first scan, and never read a reported page that SEEK_DATA calls a hole. If the
+    caller dies in the call, its slice must count as dirty. OSError(EPERM): the range is not
+    registered WP_ASYNC; OSError(ESRCH): the tracked process is gone."""
 
 def soft_dirty_scan(pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice) -> int:
     """Set the bits of pages whose soft-dirty flag (pagemap bit 55) is set; return newly set."""
@@ -135,10 +144,13 @@ def place(
     """Put `payload`, the runs' pages in order, into RAM; return (pages placed fresh, pages copied).
 
     Every run is checked against `page_count`, and the payload's length against the runs, before the
-    first byte is written. A page's `placed` bit is set before its content is written. Pages whose bit
-    was clear go with UFFDIO_COPY (whole runs, DONTWAKE) to `fresh_address`, a second mapping of the same
-    RAM registered for missing faults on `uffd`; EEXIST falls back to memcpy. Others, and all when
-    `uffd` is -1, are copied into `ram`, a mapping that is not registered."""
+    first byte is written. A page's `placed` bit is set before its content is written. Pages whose
+    bit was clear go with UFFDIO_COPY (whole runs, DONTWAKE) to `fresh_address`, a second mapping of
+    the same RAM registered for missing faults on `uffd`; EEXIST falls back to memcpy. Others, and
+    all when `uffd` is -1, are copied into `ram`, a page-aligned mapping that is not registered.
+
+    A full file system is OSError(ENOMEM or ENOSPC), never SIGBUS; pages that were not placed then
+    have no `placed` bit."""
 
 def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count: int) -> int:
     """Zero the runs' pages whose `placed` bit is set (others are holes already); return how many.
@@ -150,8 +162,8 @@ def budget_take(budget: Buffer, byte_count: int, now_ns: int, burst_ns: int) -> 
     """Take from the budget shared by all workers; return the monotonic time when the bytes may go.
 
     `budget` is two 64-bit words: rate in bytes per second (0: unlimited, returns `now_ns`), and the
-    time up to which bandwidth is sold (virtual scheduling, GCRA; compare-and-swap). Time unsold longer
-    than `burst_ns` ago is lost."""
+    time up to which bandwidth is sold (virtual scheduling, GCRA; compare-and-swap). Time unsold
+    longer than `burst_ns` ago is lost. What is sold stays sold when the rate changes."""
 
 # -- the workload guest -------------------------------------------------------------------------
 
@@ -159,14 +171,16 @@ Workload = NewType("Workload", object)
 """Capsule: vCPU threads over one RAM mapping; stopped and joined when the last reference goes."""
 
 def workload_fill(ram: Buffer, first_page: int, page_count: int, contents: str, seed: int) -> None:
-    """Write initial contents ("zero", "text", "heap", "random", "mixed"); zero pages stay untouched."""
+    """Write initial contents ("zero", "text", "heap", "random", "mixed"); zero pages stay
+    untouched."""
 
 def workload_judge(
     ram: Buffer, first_page: int, page_count: int, contents: str, seed: int, counters: Buffer
 ) -> tuple[int, int]:
-    """Judge each page by itself; store its write counter (uint64) at `counters[8 * (page - first)]`,
-    2**64-1 for a wrong page. Return (wrong pages, first wrong page or -1). Holes should be skipped by
-    the caller. A page never written whose contents are "zero" is right when it is all zero."""
+    """Judge each page by itself; store its write counter (uint64) at `counters[8 * (page -
+    first)]`, 2**64-1 for a wrong page. Return (wrong pages, first wrong page or -1). Holes should
+    be skipped by the caller. A page never written whose contents are "zero" is right when it is all
+    zero."""
 
 def workload_judge_hole(
     first_page: int, page_count: int, contents: str, seed: int, counters: Buffer
@@ -184,7 +198,8 @@ def workload_start(
     seed: int,
     written_bitmap: Buffer | None,
 ) -> Workload:
-    """Start the vCPU threads, paused. `written_bitmap` (or None) gets a page's bit *after* each write."""
+    """Start the vCPU threads, paused. `written_bitmap` (or None) gets a page's bit *after* each
+    write."""
 
 def workload_set_bitmap(workload: Workload, written_bitmap: Buffer | None) -> None: ...
 def workload_pause(workload: Workload) -> int:
@@ -201,7 +216,8 @@ def workload_save(workload: Workload) -> bytes:
     """Device state of all vCPUs; only while paused."""
 
 def workload_load(workload: Workload, state: bytes) -> None:
-    """Take over a state; ValueError says what is wrong with hostile bytes, nothing is changed then."""
+    """Take over a state; ValueError says what is wrong with hostile bytes, nothing is changed
+    then."""
 
 def workload_stop(workload: Workload) -> None:
     """Stop and join the threads; the RAM is no longer touched. Idempotent."""
