@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -65,7 +65,7 @@ class IncomingMigration:
         self._lanes: list[Lane] = []
         self._placed: PageBitmaps | None = None
         self._session = b""
-        self._failure: asyncio.Future[None] | None = None
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._taken = asyncio.Event()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -113,18 +113,12 @@ class IncomingMigration:
 
     async def _serve(self, main: DestinationEnd) -> None:
         """One whole migration; returns when the token was taken."""
-        hello = await main.accept()
-        try:
-            await self._accept(main, hello)
-        except MigrationError as exc:
-            await main.send(wire.Refused(wire.cut(self._text(exc))))
-            raise
+        await self._accept(main, await self._next_fitting(main))
         self._set_status(Status.ACTIVE)
-        self._failure = asyncio.get_running_loop().create_future()
         self._beside(self._watch_guest())
         conversation = asyncio.ensure_future(self._converse(main))
         taken = asyncio.ensure_future(self._taken.wait())
-        waiting = {conversation, taken, self._failure}
+        waiting: set[asyncio.Future[Any]] = {conversation, taken, self._failure}
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not taken.done():
@@ -139,7 +133,6 @@ class IncomingMigration:
         if not await self._host.guest.disarm():
             await asyncio.wait_for(self._taken.wait(), TOKEN_WAIT_S)
             return
-        assert self._failure is not None
         for failed in (self._failure, conversation):
             if failed.done():
                 failed.result()
@@ -186,20 +179,32 @@ class IncomingMigration:
         self._inner.add(asyncio.get_running_loop().create_task(guarded()))
 
     def _break_off(self, exc: Exception) -> None:
-        if self._failure is not None and not self._failure.done():
+        if not self._failure.done():
             self._failure.set_exception(exc)
 
     async def _watch_guest(self) -> None:
         reason = await self._host.guest.died()
         raise GuestError(f"the guest died: {reason}")
 
+    async def _next_fitting(self, main: DestinationEnd) -> wire.Hello:
+        """Wait for a source that fits here; others are told what differs, and may come again."""
+        while True:
+            hello = await main.accept()
+            try:
+                self._check(hello)
+            except (PeerRefused, WireError) as exc:
+                log.warning("refused a source: %s", exc)
+                with contextlib.suppress(ConnectionLost):
+                    await main.send(wire.Refused(wire.cut(str(exc))))
+                continue
+            return hello
+
     # -- agreeing --------------------------------------------------------------------------------
 
     async def _accept(self, main: DestinationEnd, hello: wire.Hello) -> None:
-        """Check what the source wants to bring, make room, start the receivers.
+        """Make room, start the receivers, tell the source where they listen.
 
-        :raise PeerRefused: it does not fit here; the text says what differs."""
-        self._check(hello)
+        :raise MigrationError: no memory, port or worker for it."""
         guest = self._host.guest
         self._session = hello.session
         for block in guest.blocks:
@@ -297,9 +302,11 @@ class IncomingMigration:
         assert self._main is not None
         self._beside(self._main.send(message))
 
-    async def _until(self, is_done: Any) -> None:
+    async def _until(self, is_done: Callable[[], object]) -> None:
         async with asyncio.timeout(REPORT_WAIT_S):
             while not is_done():
+                if self._failure.done():
+                    self._failure.result()
                 self._changed.clear()
                 await self._changed.wait()
 

@@ -68,9 +68,20 @@ class SourceEnd:
             raise ChannelError(0, f"connecting to {endpoint}") from exc
 
     async def send(self, message: wire.Message) -> None:
+        """Queue a message; waits while the peer is not connected (`receive` tells when it is lost).
+
+        :raise ConnectionLost: the socket is unusable."""
         data = wire.encode(message)
         self.sent_bytes += len(data)
-        await self._socket.send(data)
+        try:
+            await self._socket.send(data)
+        except zmq.ZMQError as exc:
+            raise ConnectionLost("the connection to the destination is lost") from exc
+
+    async def say_last(self, message: wire.Message) -> None:
+        """Queue a last message if the peer is still there, else forget it; never waits."""
+        with contextlib.suppress(zmq.ZMQError):
+            await self._socket.send(wire.encode(message), flags=zmq.NOBLOCK)
 
     async def receive(self) -> wire.ToSource:
         """The destination's next message.

@@ -110,7 +110,21 @@ class OutgoingMigration:
         leaving = effect in (Effect.ABANDON, Effect.ABANDON_STOPPED, Effect.FINISH)
         if leaving and self._work is not None:
             self._work.cancel()
-        self._work = asyncio.get_running_loop().create_task(self._guarded(work[effect]))
+        self._work = self._task(self._guarded(work[effect]))
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(self._look_for_bug)
+        return task
+
+    def _look_for_bug(self, task: asyncio.Task[None]) -> None:
+        """A bug of ours ends the migration as a failure would, with its traceback in the log."""
+        if task.cancelled() or (bug := task.exception()) is None:
+            return
+        log.error("internal error in a migration", exc_info=bug)
+        self.handle(machine.Failure(f"internal error: {bug!r}"))
+        if task is self._work and self.machine.phase in (Phase.FAILING, Phase.CANCELLING):
+            self.handle(machine.Abandoned())
 
     async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Turn what the world did to a piece of work into an event."""
@@ -203,9 +217,24 @@ class OutgoingMigration:
     async def _collect(self) -> int:
         """Harvest on all lanes; return the dirty bytes."""
         self._harvest_number += 1
-        self._dirty_pages = await self._need_senders().harvest(self._harvest_number)
+        soft_dirty = self.numbers.tracker == TrackerName.SOFT_DIRTY.value
+        if soft_dirty and self._host.guest.is_running:
+            self._dirty_pages = await self._harvest_soft_dirty()
+        else:
+            self._dirty_pages = await self._need_senders().harvest(self._harvest_number)
         self.numbers.dirtied(self._dirty_pages)
         return self._dirty_pages * PAGE_SIZE
+
+    async def _harvest_soft_dirty(self) -> int:
+        """Soft-dirty bits are read and cleared in two steps, so the guest stands meanwhile."""
+        guest = self._host.guest
+        self._paused_by_us = True
+        await guest.pause(for_migration=True)
+        pages = await self._need_senders().harvest(self._harvest_number)
+        await guest.clear_soft_dirty()
+        await guest.resume()
+        self._paused_by_us = False
+        return pages
 
     async def _harvest(self) -> None:
         dirty_bytes = await self._collect()
@@ -327,7 +356,7 @@ class OutgoingMigration:
         await asyncio.gather(*self._heals.values(), *self._background, return_exceptions=True)
         if self._main is not None:
             if last_word is not None:
-                await self._main.send(last_word)
+                await self._main.say_last(last_word)
             self._main.close()
         if self._senders is not None:
             await self._senders.end()
@@ -355,8 +384,7 @@ class OutgoingMigration:
         async def guarded() -> None:
             await self._guarded(lambda: work)
 
-        task = asyncio.get_running_loop().create_task(guarded())
-        self._background.add(task)
+        self._background.add(self._task(guarded()))
 
     async def _listen(self, main: SourceEnd) -> None:
         """Take what the destination says, until the channel is closed."""
@@ -405,7 +433,7 @@ class OutgoingMigration:
         async def heal() -> None:
             await self._guarded(lambda: self._need_senders().heal(index, self._reopen))
 
-        self._heals[index] = asyncio.get_running_loop().create_task(heal())
+        self._heals[index] = self._task(heal())
 
     async def _reopen(self, index: int, incarnation: int) -> str:
         reopened = self._expect(("reopened", index, incarnation))
@@ -433,6 +461,12 @@ class OutgoingMigration:
     @property
     def status(self) -> Status:
         return self.machine.status
+
+    @property
+    def is_untracked(self) -> bool:
+        """The guest was stopped at the start and nothing would see its writes."""
+        is_over = self.ended.is_set()
+        return not is_over and self.numbers.tracker == TrackerName.NONE.value
 
     def _need_senders(self) -> SenderGroup:
         assert self._senders is not None, "the machine connects first"

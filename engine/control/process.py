@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import zmq.asyncio
 
 from engine import wire
 from engine.control import machine
+from engine.control.capabilities import CapabilityStore, is_capability
 from engine.control.incoming import IncomingMigration
 from engine.control.outgoing import OutgoingMigration
-from engine.control.parameters import CapabilityStore, Parameters, ParameterStore
+from engine.control.parameters import Parameters, ParameterStore, parse_switch, parse_value
 from engine.control.pool import Pool, receiver_pool, sender_pool
 from engine.control.status import ENDED, RunState, Status
 from engine.control.uri import Address
 from engine.errors import UsageError
 from engine.guest.base import Guest
+from engine.guest.judgement import Judgement
+from engine.guest.workload import WorkloadGuest
 
 log = logging.getLogger("ramferry.control")
 
@@ -29,6 +33,10 @@ log = logging.getLogger("ramferry.control")
 WARM_WORKERS_MAX: Final = 16
 
 Emit = Callable[[str, "dict[str, object] | None"], None]
+
+
+def _unheard(event: str, data: dict[str, object] | None) -> None:
+    """No monitor listens yet."""
 
 
 class ControlProcess:
@@ -45,9 +53,10 @@ class ControlProcess:
         self.exit_on_error = True
         self.senders: Pool[wire.SenderReport] = sender_pool()
         self.receivers: Pool[wire.ReceiverReport] = receiver_pool()
-        self.emit: Emit = lambda event, data=None: None
+        self.send_event: Emit = _unheard
         self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._context = zmq.asyncio.Context(io_threads=1)
+        self._judgement: Judgement | None = None
         self._watcher = asyncio.get_running_loop().create_task(self._watch_guest())
         self.store.subscribe(self._settings_changed)
         self._warm()
@@ -65,6 +74,11 @@ class ControlProcess:
 
     def capability(self, name: str) -> bool:
         return self.capabilities.is_on(name)
+
+    def emit(self, event: str, data: dict[str, object] | None = None) -> None:
+        """MIGRATION events go out only with the capability `events`, as in QEMU."""
+        if not event.startswith("MIGRATION") or self.capability("events"):
+            self.send_event(event, data)
 
     def set_run_state(self, state: RunState) -> None:
         ran, self.run_state = self.run_state is RunState.RUNNING, state
@@ -87,6 +101,46 @@ class ControlProcess:
         reason = await self.guest.died()
         log.error("the guest died: %s", reason)
         self.set_run_state(RunState.INTERNAL_ERROR)
+
+    # -- settings --------------------------------------------------------------------------------
+
+    def set(self, setting: str) -> None:
+        """One `name=value` of the command line, parameter or capability.
+
+        :raise UsageError: says what is allowed."""
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"'{setting}' is not name=value")
+        if is_capability(name):
+            self.set_capabilities({name: parse_switch(name, text)})
+        else:
+            self.store.set({name: parse_value(name, text)})
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """:raise UsageError: a migration runs, or QEMU's text for what is wrong."""
+        if self.outgoing is not None and self.outgoing.status not in ENDED:
+            raise UsageError("There's a migration process in progress")
+        self.capabilities.set(changes)
+
+    @property
+    def tracker(self) -> tuple[str, str]:
+        """The tracker in use by the newest migration and why; empty before there was one."""
+        if self.outgoing is None:
+            return "", ""
+        return self.outgoing.numbers.tracker, self.outgoing.numbers.tracker_reason
+
+    async def judge(self, guest: WorkloadGuest) -> Judgement:
+        """Judge every page; the newest judgement stays readable until the next."""
+        judgement = await guest.judge()
+        if self._judgement is not None:
+            self._judgement.close()
+        self._judgement = judgement
+        return judgement
+
+    @staticmethod
+    def path_of(fd: int) -> str:
+        """Where another process of this user can open a descriptor of ours."""
+        return f"/proc/{os.getpid()}/fd/{fd}"
 
     # -- what a monitor asks for -----------------------------------------------------------------
 
@@ -169,10 +223,10 @@ class ControlProcess:
         if self.outgoing is not None:
             self.outgoing.handle(machine.Cancel())
 
-    def quit(self) -> None:
-        """QMP `quit`."""
+    def quit(self, exit_code: int = 0) -> None:
+        """QMP `quit`, or a signal."""
         if not self.over.done():
-            self.over.set_result(0)
+            self.over.set_result(exit_code)
 
     async def close(self) -> None:
         """End the migrations, the workers and the guest. Idempotent.
@@ -188,4 +242,7 @@ class ControlProcess:
         await asyncio.gather(self._watcher, return_exceptions=True)
         await asyncio.gather(self.senders.close(), self.receivers.close())
         await self.guest.quit()
+        if self._judgement is not None:
+            self._judgement.close()
+            self._judgement = None
         self._context.destroy(linger=200)

@@ -145,7 +145,8 @@ class SenderGroup:
         fds += [block.pagemap_fd for block in blocks if block.pagemap_fd >= 0]
         fds += [block.bitmap_fd for block in blocks if block.bitmap_fd >= 0]
         shapes = [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in self._blocks]
-        worker.order(
+        self._order(
+            lane,
             wire.PrepareSender(
                 lane.index,
                 self.count,
@@ -260,11 +261,11 @@ class SenderGroup:
             sum(end.payload_bytes for end in ends),
         ), sent_ns
 
-    def _order(self, lane: Lane, message: wire.Message) -> None:
+    def _order(self, lane: Lane, message: wire.Message, fds: Sequence[int] = ()) -> None:
         """A worker that takes no orders is lost; its `on_lost` has said so."""
         try:
             if lane.worker is not None:
-                lane.worker.order(message)
+                lane.worker.order(message, fds)
         except WorkerLost:
             return
 
@@ -272,15 +273,16 @@ class SenderGroup:
         """Wait until every lane is done; with `doing`, for REPORT_WAIT_S at most, else as long as
         bytes move."""
         deadline = None if doing is None else time.monotonic_ns() + int(REPORT_WAIT_S * 1e9)
-        moved_bytes, moved_ns = -1, time.monotonic_ns()
+        moved, moved_ns = -1, time.monotonic_ns()
         while not all(is_done(lane) for lane in self.lanes):
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
             except TimeoutError:
                 now_ns = time.monotonic_ns()
-                if (bytes_now := self.total(Count.WIRE_BYTES)) != moved_bytes:
-                    moved_bytes, moved_ns = bytes_now, now_ns
+                moving = self.total(Count.WIRE_BYTES) + self.total(Count.PACED_NS)
+                if moving != moved:
+                    moved, moved_ns = moving, now_ns
                 late = next(lane for lane in self.lanes if not is_done(lane))
                 if deadline is not None and now_ns > deadline:
                     raise WorkerLost("sender", late.index, f"no answer while {doing}") from None
@@ -303,7 +305,7 @@ class SenderGroup:
             self._employ(lane)
             self._forget_harvest(lane)
         else:
-            lane.worker.order(wire.OpenChannel(lane.endpoint, incarnation))
+            self._order(lane, wire.OpenChannel(lane.endpoint, incarnation))
         deadline_ns = time.monotonic_ns() + int(REPORT_WAIT_S * 1e9)
         while not lane.is_open:
             self._changed.clear()

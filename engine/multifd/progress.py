@@ -90,6 +90,7 @@ class Budget:
     @rate_bytes_per_s.setter
     def rate_bytes_per_s(self, rate: int) -> None:
         self._words[0] = min(rate, 2**63 - 1)
+        self._words[1] = 0  # what was sold at the old rate does not hold the new one back
 
     def unmap(self) -> None:
         """Give the mapping back, the descriptor stays open; idempotent."""

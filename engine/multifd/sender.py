@@ -372,7 +372,7 @@ class Sender:
 
     def _pace(self, channel: Channel, wire_bytes: int) -> None:
         """Wait until the shared budget lets `wire_bytes` go; a lifted limit ends the wait."""
-        now_ns = began_ns = time.monotonic_ns()
+        now_ns = time.monotonic_ns()
         until_ns = _native.budget_take(self._budget.mapping, wire_bytes, now_ns, BURST_NS)
         while now_ns < until_ns and self._budget.rate_bytes_per_s:
             wait_ns = min(until_ns - now_ns, BURST_NS)
@@ -381,9 +381,9 @@ class Sender:
             channel.check()
             if self._channel is not channel:
                 raise Superseded
-            now_ns = time.monotonic_ns()
-        if now_ns > began_ns:
-            self._progress.add(Count.PACED_NS, now_ns - began_ns)
+            waited_ns = time.monotonic_ns() - now_ns
+            self._progress.add(Count.PACED_NS, waited_ns)
+            now_ns += waited_ns
 
 
 def main(fd: int) -> None:

@@ -30,7 +30,7 @@ EXAMPLES: dict[type, list[machine.Event]] = {
     machine.Cancel: [machine.Cancel()],
     machine.Abandoned: [machine.Abandoned()],
 }
-HAPPY = [
+HAPPY: list[machine.Event] = [
     machine.Start(),
     machine.Connected(),
     machine.RoundAcknowledged(),
@@ -68,7 +68,8 @@ def test_every_pair_is_in_the_table_or_raises_with_the_story(
 def test_a_migration_that_converges_goes_through_qemus_statuses() -> None:
     outgoing, statuses = Outgoing(), [Status.NONE]
 
-    for event in [*HAPPY, machine.HandedOver(Handover.TAKEN)]:
+    events: list[machine.Event] = [*HAPPY, machine.HandedOver(Handover.TAKEN)]
+    for event in events:
         outgoing.handle(event)
         if outgoing.status is not statuses[-1]:
             statuses.append(outgoing.status)

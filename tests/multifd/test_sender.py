@@ -20,7 +20,8 @@ pytestmark = pytest.mark.process
 async def one_round(rig: SenderRig, number: int = 1) -> tuple[list[wire.Packet], dict[int, bytes]]:
     """Order a round; return its packets and every page that was sent, zero pages as zeros."""
     rig.worker.order(wire.SendRound(number))
-    packets, sent = [], {}
+    packets: list[wire.Packet] = []
+    sent: dict[int, bytes] = {}
     while True:
         packet, payload = await rig.packet()
         if packet.kind is wire.PacketKind.OPEN:

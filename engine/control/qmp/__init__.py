@@ -1,0 +1,1 @@
+"""QMP, as QEMU speaks it: JSON framing, sessions with their negotiation, commands, events."""

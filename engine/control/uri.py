@@ -1,0 +1,172 @@
+"""Migration URIs: what a person or a client writes, and the ZeroMQ endpoints that it means."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from engine.errors import UsageError, WireError
+
+KNOWN_LATER: Final = ("file", "exec", "fd", "vsock", "rdma")
+UNIX_PATH_BYTES_MAX: Final = 90  #: sun_path holds 108; `.channel-254` and a NUL must fit behind
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A TCP or unix address; `path` is empty for TCP.
+
+    :ivar host: name or address without brackets; empty means every interface (listeners only).
+    """
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @property
+    def display(self) -> str:
+        return self.path or f"{self._bracketed}:{self.port}"
+
+    @property
+    def _bracketed(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def endpoint(self) -> str:
+        """Where to connect with ZeroMQ."""
+        return f"ipc://{self.path}" if self.path else f"tcp://{self._bracketed}:{self.port}"
+
+    @property
+    def bind_endpoint(self) -> str:
+        """Where to listen with ZeroMQ."""
+        if self.path:
+            return f"ipc://{self.path}"
+        return f"tcp://{self._bracketed or '*'}:{self.port or '*'}"
+
+    def listening_at(self, endpoint: str) -> Address:
+        """This address, with the port that the listener really got."""
+        return self if self.path else replace(self, port=_port_of(endpoint))
+
+    def channel_endpoint(self, index: int, port_base: int) -> str:
+        """Where the receiver of channel `index` listens; a base of 0 takes any free port."""
+        if self.path:
+            return f"ipc://{self.path}.channel-{index}"
+        port = str(port_base + 1 + index) if port_base else "*"
+        return f"tcp://{self._bracketed or '*'}:{port}"
+
+    def handover_uri(self, port_base: int) -> str:
+        """Where the incoming guest listens for the token."""
+        if self.path:
+            return f"unix:{self.path}.handover"
+        return f"tcp:{self._bracketed or '0.0.0.0'}:{port_base}"
+
+    def reach(self, endpoint: str) -> str:
+        """What the peer announced, with the host by which we reach it.
+
+        :raise WireError: not an endpoint of this kind of address."""
+        if self.path:
+            if not endpoint.startswith((f"ipc://{self.path}.", f"unix:{self.path}.")):
+                raise WireError(f"the destination announced the endpoint '{endpoint[:100]}'")
+            return endpoint
+        scheme = "tcp:" if not endpoint.startswith("tcp://") else "tcp://"
+        return f"{scheme}{self._bracketed}:{_port_of(endpoint)}"
+
+    def remove_files(self, channels: int) -> None:
+        """Remove what killed listeners may have left behind; no-op for TCP."""
+        if self.path:
+            names = [self.path, f"{self.path}.handover"]
+            names += [f"{self.path}.channel-{index}" for index in range(channels)]
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+
+    def socket_address(self) -> dict[str, object]:
+        """QAPI SocketAddress, as query-migrate shows it."""
+        if self.path:
+            return {"type": "unix", "path": self.path}
+        kind: dict[str, object] = {"ipv6": True} if ":" in self.host else {"ipv4": True}
+        return kind | {"type": "inet", "host": self.host or "0.0.0.0", "port": str(self.port)}
+
+
+def _port_of(endpoint: str) -> int:
+    """:raise WireError: no valid port at the end."""
+    port = endpoint.rpartition(":")[2]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise WireError(f"the endpoint '{endpoint[:100]}' has no port")
+    return int(port)
+
+
+def parse_uri(text: str) -> Address:
+    """`tcp:HOST:PORT` or `unix:PATH`.
+
+    :raise UsageError: anything else, in QEMU's words where it has some."""
+    scheme, separator, rest = text.partition(":")
+    if scheme == "unix" and separator:
+        return _unix(rest)
+    if scheme == "tcp" and separator:
+        host, colon, port = rest.rpartition(":")
+        if not colon:
+            raise UsageError(f"error parsing address '{rest}'; write tcp:HOST:PORT")
+        return _tcp(host.removeprefix("[").removesuffix("]"), port, rest)
+    if scheme in KNOWN_LATER:
+        raise UsageError(f"migration over '{scheme}:' is not in this build; use tcp: or unix:")
+    raise UsageError(f"unknown migration protocol: {text}")
+
+
+def _tcp(host: str, port: str, rest: str) -> Address:
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise UsageError(f"error parsing port in address '{rest}'; 0 to 65535 are allowed")
+    if any(character in host for character in "/*;,[]") or not host.isprintable():
+        raise UsageError(f"error parsing host in address '{rest}'")
+    return Address(host=host, port=int(port))
+
+
+def _unix(path: str) -> Address:
+    if not path or len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX or "\0" in path:
+        raise UsageError(
+            f"UNIX socket path '{path}' is empty or too long; "
+            f"1 to {UNIX_PATH_BYTES_MAX} bytes are allowed"
+        )
+    return Address(path=path)
+
+
+def parse_listen_address(text: str) -> Address:
+    """Where a monitor listens: `unix:PATH` or `tcp:HOST:PORT`.
+
+    :raise UsageError: anything else."""
+    try:
+        return parse_uri(text)
+    except UsageError as exc:
+        raise UsageError(f"'{text}': a monitor listens at unix:PATH or tcp:HOST:PORT") from exc
+
+
+def parse_migrate_target(uri: str | None, channels: Sequence[Mapping[str, Any]] | None) -> Address:
+    """`migrate`'s and `migrate-incoming`'s target: `uri`, or one main channel of sockets.
+
+    :raise UsageError: QEMU's texts."""
+    if (uri is None) is (not channels):
+        raise UsageError("need either 'uri' or 'channels' argument")
+    if uri is not None:
+        return parse_uri(uri)
+    assert channels
+    kinds = [channel.get("channel-type") for channel in channels]
+    for kind in ("main", "cpr"):
+        if kinds.count(kind) > 1:
+            raise UsageError(f"Channel list has more than one {kind} entry")
+    if kinds != ["main"]:
+        raise UsageError("Channel list has no main entry")
+    return _from_channel(channels[0].get("addr"))
+
+
+def _from_channel(addr: object) -> Address:
+    if not isinstance(addr, Mapping) or addr.get("transport") != "socket":
+        transport = addr.get("transport") if isinstance(addr, Mapping) else addr
+        raise UsageError(f"migration over transport '{transport}' is not in this build; use socket")
+    match addr.get("type"), addr.get("host"), addr.get("port"), addr.get("path"):
+        case "unix", _, _, str(path):
+            return _unix(path)
+        case "inet", str(host), str(port), _:
+            return _tcp(host, port, f"{host}:{port}")
+    raise UsageError("Parameter 'addr' needs type inet with host and port, or unix with path")

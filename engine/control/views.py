@@ -1,0 +1,118 @@
+"""`query-migrate` in QEMU's shape: which members show in which status, and our own members."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from engine.control.incoming import IncomingMigration
+from engine.control.outgoing import OutgoingMigration
+from engine.control.statistics import MigrationNumbers
+from engine.control.status import Status
+from engine.memory.blocks import PAGE_SIZE
+
+NS_PER_MS: Final = 1_000_000
+
+#: Statuses in which a source shows `ram` and its times.
+_WITH_NUMBERS: Final = frozenset(
+    {
+        Status.ACTIVE,
+        Status.CANCELLING,
+        Status.PRE_SWITCHOVER,
+        Status.DEVICE,
+        Status.COMPLETED,
+    }
+)
+
+
+def migration_info(
+    outgoing: OutgoingMigration | None, incoming: IncomingMigration | None
+) -> dict[str, Any]:
+    """MigrationInfo; the source's part wins where a process has had both. Empty before anything."""
+    info = incoming_info(incoming) if incoming is not None else {}
+    return outgoing_info(outgoing) if outgoing is not None else info
+
+
+def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
+    """A destination shows its status, why it failed, and where it listens."""
+    info: dict[str, Any] = {"status": incoming.status.value}
+    if incoming.error is not None:
+        info["error-desc"] = incoming.error
+    if incoming.address is not None and incoming.status in (Status.SETUP, Status.ACTIVE):
+        info["socket-address"] = [incoming.address.socket_address()]
+    return info
+
+
+def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
+    """A source shows its numbers while it has some that mean something."""
+    status, numbers = outgoing.status, outgoing.numbers
+    info: dict[str, Any] = {"status": status.value}
+    if outgoing.machine.error is not None and status in (Status.FAILED, Status.CANCELLED):
+        info["error-desc"] = outgoing.machine.error
+    if status not in _WITH_NUMBERS:
+        return info
+    info["total-time"] = numbers.total_ns // NS_PER_MS
+    info["setup-time"] = numbers.setup_ns // NS_PER_MS
+    if status is Status.COMPLETED and numbers.downtime_ns is not None:
+        info["downtime"] = -(-numbers.downtime_ns // NS_PER_MS)
+    else:
+        info["expected-downtime"] = numbers.expected_downtime_ns // NS_PER_MS
+    if numbers.throttle_percent and status is not Status.COMPLETED:
+        info["cpu-throttle-percentage"] = numbers.throttle_percent
+    info["ram"] = _ram(numbers, status)
+    return info | _extensions(numbers)
+
+
+def _ram(numbers: MigrationNumbers, status: Status) -> dict[str, Any]:
+    """MigrationStats, every member always present."""
+    is_over = status is Status.COMPLETED
+    transferred = numbers.wire_bytes + numbers.main_bytes
+    send_ns = max(1, numbers.total_ns - numbers.setup_ns)
+    rate = transferred * 1e9 / send_ns if is_over else numbers.rate_bytes_per_s
+    return {
+        "transferred": transferred,
+        "remaining": 0 if is_over else numbers.remaining_bytes,
+        "total": numbers.total_bytes,
+        "duplicate": numbers.zero_pages,
+        "normal": numbers.pages,
+        "normal-bytes": numbers.pages * PAGE_SIZE,
+        "dirty-pages-rate": 0 if is_over else numbers.dirty_pages_per_s,
+        "mbps": rate * 8 / 1e6,
+        "dirty-sync-count": numbers.rounds,
+        "postcopy-requests": 0,
+        "page-size": PAGE_SIZE,
+        "multifd-bytes": numbers.wire_bytes,
+        "pages-per-second": numbers.pages_per_s,
+        "precopy-bytes": 0,
+        "downtime-bytes": numbers.main_bytes,
+        "postcopy-bytes": 0,
+        "dirty-sync-missed-zero-copy": 0,
+    }
+
+
+def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
+    phases = numbers.phases
+    return {
+        "x-expected-downtime-ns": numbers.expected_downtime_ns,
+        "x-downtime-phases": {
+            "pause": phases.pause,
+            "harvest": phases.harvest,
+            "send": phases.send,
+            "acknowledge": phases.acknowledge,
+            "resume": phases.resume,
+        },
+        "x-channels": [
+            {
+                "index": index,
+                "bytes": sample.wire_bytes,
+                "throughput-bytes-per-second": int(sample.rate_bytes_per_s),
+                "pages": sample.pages,
+                "zero-pages": sample.zero_pages,
+                "incarnation": sample.incarnation,
+            }
+            for index, sample in enumerate(numbers.channels)
+        ],
+        "x-tracker": numbers.tracker,
+        "x-tracker-reason": numbers.tracker_reason,
+        "x-placement": numbers.placement,
+        "x-heals": numbers.heals,
+    }
