@@ -1,0 +1,42 @@
+"""ramferry: live migration of RAM, outside the VMM.
+
+    import engine
+    async with engine.Control.start("workload:size=256M") as source: ...
+
+The names below are imported on first use: worker processes need none of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.api import Control, Migration, MigrationFailed, Statistics, Verdict, verify
+    from engine.control.status import Status
+    from engine.errors import MigrationError, UsageError
+
+__all__ = [
+    "Control",
+    "Migration",
+    "MigrationError",
+    "MigrationFailed",
+    "Statistics",
+    "Status",
+    "UsageError",
+    "Verdict",
+    "verify",
+]
+
+_HOMES = {
+    "MigrationError": "engine.errors",
+    "UsageError": "engine.errors",
+    "Status": "engine.control.status",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'engine' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES.get(name, "engine.api")), name)

@@ -1,0 +1,345 @@
+"""The library: control processes, migrations and statistics for scripts and notebooks.
+
+Each `Control` is a `ramferry serve` process of its own, driven over QMP: what a script does is what
+any QMP client can do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+from qemu.qmp import ExecuteError, Message, QMPClient, QMPError
+
+from engine.control.status import Status
+from engine.errors import GuestError, MigrationError, UsageError
+
+START_WAIT_S: Final = 60.0
+END_WAIT_S: Final = 15.0
+POLL_S: Final = 0.05
+STDERR_BYTES_MAX: Final = 64 * 1024
+
+_ENDED: Final = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
+
+class MigrationFailed(MigrationError):
+    """The migration ended as failed or cancelled; `statistics` has what is known."""
+
+    def __init__(self, reason: str, statistics: Statistics) -> None:
+        super().__init__(reason)
+        self.statistics = statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """`query-migrate` with types; members that QEMU leaves out in a status are 0 or None.
+
+    :ivar downtime_ms: real, None until completed.
+    :ivar rounds: dirty bitmap syncs.
+    :ivar phases_ns: where the downtime went.
+    :ivar raw: the answer as QMP gives it.
+    """
+
+    status: Status
+    total_time_ms: int = 0
+    setup_time_ms: int = 0
+    expected_downtime_ms: int = 0
+    downtime_ms: int | None = None
+    rounds: int = 0
+    transferred_bytes: int = 0
+    remaining_bytes: int = 0
+    total_bytes: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+    dirty_pages_per_s: int = 0
+    throughput_bytes_per_s: float = 0.0
+    throttle_percent: int = 0
+    tracker: str = ""
+    tracker_reason: str = ""
+    placement: str = ""
+    error: str | None = None
+    phases_ns: Mapping[str, int] = field(default_factory=dict)
+    channels: tuple[Mapping[str, int], ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Statistics:
+        """From the answer to query-migrate."""
+        ram = info.get("ram", {})
+        return cls(
+            status=Status(info.get("status", "none")),
+            total_time_ms=info.get("total-time", 0),
+            setup_time_ms=info.get("setup-time", 0),
+            expected_downtime_ms=round(info.get("x-expected-downtime-ns", 0) / 1e6),
+            downtime_ms=info.get("downtime"),
+            rounds=ram.get("dirty-sync-count", 0),
+            transferred_bytes=ram.get("transferred", 0),
+            remaining_bytes=ram.get("remaining", 0),
+            total_bytes=ram.get("total", 0),
+            normal_pages=ram.get("normal", 0),
+            zero_pages=ram.get("duplicate", 0),
+            dirty_pages_per_s=ram.get("dirty-pages-rate", 0),
+            throughput_bytes_per_s=ram.get("mbps", 0.0) * 1e6 / 8,
+            throttle_percent=info.get("cpu-throttle-percentage", 0),
+            tracker=info.get("x-tracker", ""),
+            tracker_reason=info.get("x-tracker-reason", ""),
+            placement=info.get("x-placement", ""),
+            error=info.get("error-desc"),
+            phases_ns=info.get("x-downtime-phases", {}),
+            channels=tuple(info.get("x-channels", ())),
+            raw=dict(info),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The check of every page on both sides.
+
+    :ivar wrong_pages: wrong by themselves on either side, or older at the destination.
+    :ivar lost_writes: page writes that the vCPUs made and the destination's pages do not show.
+    """
+
+    verified_pages: int
+    wrong_pages: int
+    lost_writes: int
+
+    @property
+    def is_right(self) -> bool:
+        return self.wrong_pages == 0 and self.lost_writes == 0
+
+
+class Migration:
+    """One migration that `Control.migrate` began."""
+
+    def __init__(self, source: Control) -> None:
+        self._source = source
+
+    async def statistics(self) -> Statistics:
+        """What is known now."""
+        return Statistics.of(await self._source.execute("query-migrate"))
+
+    async def progress(self, period_s: float = 0.1) -> AsyncIterator[Statistics]:
+        """Statistics every `period_s` until the migration has ended; the last one is final."""
+        while True:
+            statistics = await self.statistics()
+            yield statistics
+            if statistics.status in _ENDED:
+                return
+            await asyncio.sleep(period_s)
+
+    async def result(self) -> Statistics:
+        """Wait for the end.
+
+        :raise MigrationFailed: failed or cancelled; the guest runs at the source as before."""
+        while (statistics := await self.statistics()).status not in _ENDED:
+            await asyncio.sleep(POLL_S)
+        if statistics.status is not Status.COMPLETED:
+            reason = statistics.error or f"the migration was {statistics.status.value}"
+            raise MigrationFailed(reason, statistics)
+        return statistics
+
+    async def cancel(self) -> None:
+        """Ask for the end; `result` then raises MigrationFailed."""
+        await self._source.execute("migrate_cancel")
+
+
+class Control:
+    """A `ramferry serve` process; owns it and its private directory with the QMP socket.
+
+    Use as `async with Control.start(...) as control`; at its end the process and its guest
+    are gone, whatever happened inside.
+    """
+
+    def __init__(self, guest: str, incoming: str | None, settings: Iterable[str]) -> None:
+        self._guest, self._incoming, self._settings = guest, incoming, tuple(settings)
+        self._directory = ""
+        self._process: asyncio.subprocess.Process | None = None
+        self._client = QMPClient("ramferry")
+        self._stderr = bytearray()
+        self._drain: asyncio.Task[None] | None = None
+
+    @classmethod
+    def start(
+        cls, guest: str, incoming: str | None = None, settings: Iterable[str] = ()
+    ) -> Control:
+        """Describe a control process; entering the context starts it.
+
+        :param guest: a SPEC, like `workload:size=256M,rate=100M`.
+        :param incoming: `tcp:HOST:0`, `unix:PATH` or `defer` for a destination.
+        :param settings: `name=value` of migration parameters."""
+        return cls(guest, incoming, settings)
+
+    async def __aenter__(self) -> Control:
+        """:raise UsageError: the guest, URI or a setting is wrong.
+        :raise MigrationError: the process did not start."""
+        self._directory = tempfile.mkdtemp(prefix="ramferry-")
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _start(self) -> None:
+        path = str(Path(self._directory) / "qmp")
+        command = ["serve", "--guest", self._guest, "--qmp", f"unix:{path}", "--set", "events=on"]
+        if self._incoming is not None:
+            command += ["--incoming", self._incoming]
+        for setting in self._settings:
+            command += ["--set", setting]
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "engine.cli",
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is the script's; `close` ends the process
+        )
+        self._drain = asyncio.create_task(self._keep_stderr(self._process))
+        async with asyncio.timeout(START_WAIT_S):
+            while not Path(path).exists():
+                if self._process.returncode is not None:
+                    await self._drain
+                    raise self._start_error(self._process.returncode)
+                await asyncio.sleep(POLL_S / 5)
+        try:
+            await self._client.connect(path)
+        except QMPError as exc:
+            raise MigrationError("the control process does not answer") from exc
+
+    def _start_error(self, exit_code: int) -> MigrationError:
+        lines = self.stderr.strip().splitlines()
+        reason = lines[-1].removeprefix("ramferry: ") if lines else f"exit code {exit_code}"
+        return UsageError(reason) if exit_code == 2 else MigrationError(reason)
+
+    async def _keep_stderr(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        while data := await process.stderr.read(4096):
+            self._stderr += data
+            del self._stderr[:-STDERR_BYTES_MAX]
+
+    @property
+    def stderr(self) -> str:
+        """The end of what the process said to people."""
+        return self._stderr.decode(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "start it first"
+        return self._process.pid
+
+    async def close(self) -> None:
+        """End the process and its guest. Idempotent, never raises for what the process did."""
+        with contextlib.suppress(QMPError, ExecuteError, TimeoutError):
+            async with asyncio.timeout(END_WAIT_S):
+                await self._client.execute("quit")
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await self._client.disconnect()
+        if self._process is not None:
+            await self._end(self._process)
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None and process.returncode is None:
+                process.send_signal(number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), END_WAIT_S)
+                break
+        if self._drain is not None:
+            await self._drain
+
+    # -- what it can do --------------------------------------------------------------------------
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Any QMP command; `_` in argument names stands for `-`.
+
+        :raise UsageError: the process refused, with its text.
+        :raise MigrationError: the process is gone."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            return await self._client.execute(command, named or None)
+        except ExecuteError as exc:
+            raise UsageError(str(exc)) from exc
+        except QMPError as exc:
+            raise MigrationError(f"the control process (pid {self.pid}) is gone") from exc
+
+    async def events(self) -> AsyncIterator[Message]:
+        """QMP events as they come: STOP, RESUME, MIGRATION, MIGRATION_PASS."""
+        with self._client.listener() as listener:
+            async for event in listener:
+                yield event
+
+    async def address(self) -> str:
+        """The URI under which this destination can be reached."""
+        info = await self.execute("query-migrate")
+        if not info.get("socket-address"):
+            raise UsageError("this process does not wait for a migration")
+        socket = info["socket-address"][0]
+        if socket["type"] == "unix":
+            return f"unix:{socket['path']}"
+        host = f"[{socket['host']}]" if ":" in socket["host"] else socket["host"]
+        return f"tcp:{host}:{socket['port']}"
+
+    async def migrate(self, destination: str | Control, **parameters: Any) -> Migration:
+        """Begin a migration to a URI or another `Control`.
+
+        :param parameters: migration parameters, like `multifd_channels=4, max_bandwidth=0`.
+        :raise UsageError: a parameter or the state does not allow it."""
+        uri = await destination.address() if isinstance(destination, Control) else destination
+        if parameters:
+            await self.execute("migrate-set-parameters", **parameters)
+        await self.execute("migrate", uri=uri)
+        return Migration(self)
+
+    async def query_guest(self) -> dict[str, Any]:
+        """Kind, whether it runs, page writes so far, tracker, RAM blocks."""
+        answer: dict[str, Any] = await self.execute("x-query-guest")
+        return answer
+
+    async def judge(self) -> dict[str, Any]:
+        """Judge every page of a workload guest by itself."""
+        answer: dict[str, Any] = await self.execute("x-judge")
+        return answer
+
+
+async def verify(source: Control, destination: Control) -> Verdict:
+    """Check every page of a migrated workload guest on both sides.
+
+    Each page is judged by itself (index, checksum); no page may be older at the destination than at
+    the source; and the destination's pages must show exactly as many writes as its vCPUs made.
+
+    :raise GuestError: the two sides have different guests."""
+    before, after = await asyncio.gather(source.judge(), destination.judge())
+    if before["pages"] != after["pages"]:
+        raise GuestError(f"{before['pages']} pages at the source, {after['pages']} here")
+    old = np.fromfile(before["counters-path"], dtype=np.uint64)
+    new = np.fromfile(after["counters-path"], dtype=np.uint64)
+    wrong = np.uint64(2**64 - 1)
+    bad = (old == wrong) | (new == wrong) | (new < old)
+    return Verdict(
+        verified_pages=len(new),
+        wrong_pages=int(np.count_nonzero(bad)),
+        lost_writes=abs(after["vcpu-writes"] - after["page-writes"]),
+    )

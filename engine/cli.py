@@ -1,0 +1,144 @@
+"""The `ramferry` command: a thin layer over the library and the control process."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import click
+
+from engine.errors import MigrationError, UsageError
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+
+
+def _version() -> str:
+    try:
+        return version("ramferry")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+class _LazyBench(click.Group):
+    """The suite of perf/, imported only when it is asked for: it needs the `perf` extra."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), "bench"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name != "bench":
+            return super().get_command(ctx, cmd_name)
+        try:
+            module = importlib.import_module("perf.cli")
+        except ModuleNotFoundError as exc:
+            raise UsageError(
+                f"'ramferry bench' needs {exc.name}; install it with: pip install 'ramferry[perf]'"
+            ) from exc
+        command: click.Command = module.bench
+        return command
+
+
+@click.group(cls=_LazyBench, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="ramferry")
+def cli() -> None:
+    """Live migration of RAM, outside the VMM."""
+
+
+@cli.command()
+@click.option("--guest", required=True, metavar="SPEC", help="ram:size=2G | workload:size=2G,...")
+@click.option("--qmp", multiple=True, metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT")
+@click.option("--incoming", metavar="URI", help="tcp:HOST:PORT | unix:PATH | defer")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a parameter")
+def serve(guest: str, qmp: tuple[str, ...], incoming: str | None, settings: tuple[str, ...]) -> int:
+    """Run one control process with one guest, as source or (with --incoming) destination."""
+    from engine.control.serve import ServeOptions, run
+
+    if not qmp and incoming in (None, "defer"):
+        raise UsageError("nobody could tell this process what to do; give it --qmp unix:PATH")
+    return run(ServeOptions(guest, qmp, incoming, settings))
+
+
+@cli.command()
+@click.option("--size", default="1G", show_default=True, help="RAM of the guest")
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option(
+    "--codec",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "lz4", "zstd", "zlib", "auto"]),
+)
+@click.option("--postcopy", is_flag=True, help="switch to postcopy")
+@click.option("--max-bandwidth", default="0", show_default=True, help="bytes/s, like 200M; 0: all")
+@click.option(
+    "--downtime-limit",
+    default=300,
+    show_default=True,
+    type=click.IntRange(0, 2_000_000),
+    help="milliseconds",
+)
+@click.option("--rate", default="200M", show_default=True, help="bytes/s the guest writes; 0: all")
+@click.option(
+    "--pattern",
+    default="hotspot",
+    show_default=True,
+    type=click.Choice(["sweep", "random", "hotspot", "append"]),
+)
+@click.option(
+    "--tracker",
+    default="auto",
+    show_default=True,
+    help="how dirty pages are found",
+    type=click.Choice(["auto", "uffd-wp", "guest-bitmap", "soft-dirty", "content-hash"]),
+)
+@click.option("--auto-converge", is_flag=True, help="throttle the guest if it writes too fast")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout instead")
+def demo(as_json: bool, codec: str, postcopy: bool, **options: Any) -> int:  # fmt: skip
+    """Migrate a guest that keeps writing, between two processes here, and check every page."""
+    from engine.demo import DemoOptions, run_demo
+
+    if codec != "none":
+        raise UsageError(f"--codec {codec}: this build sends pages as they are; use --codec none")
+    if postcopy:
+        raise UsageError("--postcopy: this build has no postcopy yet; leave it out")
+    code: int = asyncio.run(run_demo(DemoOptions(**options), as_json=as_json))
+    return code
+
+
+def _run(command: Callable[[], Any]) -> int:
+    """What the world does to a command ends in one line and an exit code, never a traceback."""
+    try:
+        return int(command() or 0)
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except (click.Abort, KeyboardInterrupt, asyncio.CancelledError):
+        click.echo("ramferry: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except UsageError as exc:
+        click.echo(f"ramferry: {exc}", err=True)
+        return EXIT_USAGE
+    except MigrationError as exc:
+        cause = f": {exc.__cause__}" if exc.__cause__ else ""
+        click.echo(f"ramferry: {exc}{cause}", err=True)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except OSError as exc:
+        click.echo(f"ramferry: {exc}", err=True)
+        return EXIT_FAILED
+
+
+def main() -> None:
+    """Entry point of the `ramferry` command."""
+    sys.exit(_run(lambda: cli.main(standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""How the demo looks: a live picture on a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from engine.api import Statistics
+from engine.control.status import Status
+
+if TYPE_CHECKING:
+    from engine.demo.run import Outcome
+
+CHANNELS_SHOWN_MAX: Final = 8
+PLAIN_PERIOD_NS: Final = 1_000_000_000
+PHASES: Final = ("pause", "harvest", "send", "acknowledge", "resume")
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def rate_text(bytes_per_s: float) -> str:
+    """Bytes per second for people."""
+    return f"{bytes_text(bytes_per_s)}/s"
+
+
+class Display:
+    """Writes to stdout, or nothing at all when `quiet`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(quiet=quiet, highlight=False)
+        self._live: Live | None = None
+        self._plain_ns = 0
+
+    def starting(self, size: str, pattern: str, rate: str) -> None:
+        limit = "at full speed" if rate == "0" else f"at {rate}B/s"
+        self._console.print(
+            f"[bold]ramferry demo[/]: a guest of {size} writes ({pattern}) {limit}; "
+            "two control processes on this machine"
+        )
+
+    def measured(self, writes_per_s: float) -> None:
+        self._console.print(f"guest before the migration: {self._writes(writes_per_s)}")
+
+    def checking(self) -> None:
+        self._console.print("checking every page on both sides ...")
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """The picture is kept up to date inside, and stays as it was at the end."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(console=self._console, refresh_per_second=10) as self._live:
+            yield
+        self._live = None
+
+    def show(self, statistics: Statistics) -> None:
+        """Draw what is known now."""
+        if self._live is not None:
+            self._live.update(_picture(statistics))
+        elif statistics.total_bytes and time.monotonic_ns() - self._plain_ns > PLAIN_PERIOD_NS:
+            self._plain_ns = time.monotonic_ns()
+            self._console.print(_plain(statistics))
+
+    def ended(self, outcome: Outcome) -> None:
+        """The table at the end, and the verdict."""
+        self._console.print(_summary(outcome))
+        self._console.print(_verdict(outcome))
+
+    @staticmethod
+    def _writes(writes_per_s: float) -> str:
+        return f"{writes_per_s:,.0f} page writes/s ({rate_text(writes_per_s * 4096)})"
+
+
+def _plain(statistics: Statistics) -> str:
+    return (
+        f"{statistics.status.value}: round {statistics.rounds}, "
+        f"{bytes_text(statistics.remaining_bytes)} remaining, "
+        f"{rate_text(statistics.throughput_bytes_per_s)}"
+    )
+
+
+def _picture(statistics: Statistics) -> RenderableType:
+    done = statistics.total_bytes - statistics.remaining_bytes
+    dirty = statistics.dirty_pages_per_s * 4096
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("status", f"[bold]{statistics.status.value}[/]", "round", str(statistics.rounds))
+    facts.add_row(
+        "remaining", bytes_text(statistics.remaining_bytes), "dirty rate", rate_text(dirty)
+    )
+    facts.add_row(
+        "throughput",
+        rate_text(statistics.throughput_bytes_per_s),
+        "expected downtime",
+        f"{statistics.expected_downtime_ms} ms",
+    )
+    if statistics.throttle_percent:
+        facts.add_row("guest throttled", f"{statistics.throttle_percent} %")
+    return Group(
+        facts,
+        ProgressBar(total=max(1, statistics.total_bytes), completed=done),
+        _channels(statistics),
+        Text(f"tracker {statistics.tracker}, placement {statistics.placement}", style="dim"),
+    )
+
+
+def _channels(statistics: Statistics) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    shown = statistics.channels[:CHANNELS_SHOWN_MAX]
+    fastest = max((channel["throughput-bytes-per-second"] for channel in shown), default=0)
+    for channel in shown:
+        rate = channel["throughput-bytes-per-second"]
+        again = channel["incarnation"] - 1
+        table.add_row(
+            f"channel {channel['index']}",
+            ProgressBar(total=max(1, fastest), completed=rate, width=24),
+            rate_text(rate),
+            f"made anew {again}x" if again else "",
+        )
+    hidden = len(statistics.channels) - len(shown)
+    if hidden > 0:
+        table.add_row(f"and {hidden} more")
+    return table
+
+
+def _summary(outcome: Outcome) -> RenderableType:
+    statistics = outcome.statistics
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("status", statistics.status.value)
+    if statistics.error:
+        table.add_row("error", statistics.error)
+    if statistics.status is Status.COMPLETED:
+        phases = ", ".join(
+            f"{name} {statistics.phases_ns.get(name, 0) / 1e6:.1f}" for name in PHASES
+        )
+        table.add_row("total time", f"{statistics.total_time_ms} ms")
+        table.add_row("downtime", f"{statistics.downtime_ms} ms ({phases})")
+        table.add_row("expected downtime", f"{statistics.expected_downtime_ms} ms")
+        table.add_row("rounds", str(statistics.rounds))
+        table.add_row("on the wire", bytes_text(statistics.transferred_bytes))
+        table.add_row(
+            "pages", f"{statistics.normal_pages:,} normal, {statistics.zero_pages:,} zero"
+        )
+        table.add_row("throughput", rate_text(statistics.throughput_bytes_per_s))
+        table.add_row("tracker", f"{statistics.tracker} ({statistics.tracker_reason})")
+        table.add_row("placement", statistics.placement)
+    table.add_row(
+        "guest writes/s",
+        f"{outcome.writes_before:,.0f} before, {outcome.writes_during:,.0f} during, "
+        f"{outcome.writes_after:,.0f} after",
+    )
+    return table
+
+
+def _verdict(outcome: Outcome) -> Text:
+    verdict = outcome.verdict
+    if verdict is None:
+        return Text("not migrated: the guest runs at the source as before", style="bold red")
+    if outcome.is_right:
+        return Text(
+            f"every page is right: {verdict.verified_pages:,} checked on both sides, 0 wrong",
+            style="bold green",
+        )
+    return Text(
+        f"{verdict.wrong_pages:,} of {verdict.verified_pages:,} pages are WRONG, "
+        f"{verdict.lost_writes:,} writes lost",
+        style="bold red",
+    )
