@@ -69,6 +69,10 @@ class Guest(Protocol):
         """Give the tracker back; the guest pays nothing for it any more. Idempotent."""
         ...
 
+    async def clear_soft_dirty(self) -> None:
+        """Begin a new period of soft-dirty tracking; only while paused and tracked like that."""
+        ...
+
     async def save_state(self) -> bytes:
         """Device state of the paused guest, at most 1 MiB."""
         ...

@@ -1,0 +1,455 @@
+"""The workload guest's own process: `python -m engine.guest.agent FD`, started by control.
+
+It serves one control process at a time, over a socket pair and later, when that one has died, over
+a socket in its run directory. What it does when control is gone depends on who may run:
+
+    incoming, not taken over   voids the session and ends
+    owner                      goes on as before the migration, and listens to be adopted
+    handing over               finishes the exchange by itself, then one of the other three
+    outcome unknown            stays stopped, and listens to be adopted
+    handed over                ends
+
+SIGTERM ends it in any state; SIGINT is for control. A token that comes in makes it the owner and
+starts the vCPUs in one step of its event loop, so no death of control falls in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from engine.errors import ChannelError, GuestError, MemoryRefused, MigrationError, WireError
+from engine.guest import messages
+from engine.guest.base import Handover
+from engine.guest.handover import DestinationEnd, SourceEnd
+from engine.guest.rundir import open_rundir, remove_file
+from engine.guest.vcpus import Ended, Machine
+from engine.memory.tracking import TrackerName
+from engine.wire import cut
+
+REQUESTS_MAX: Final = 64  #: unanswered at once; a control process that wants more is broken
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer and the descriptors beside it; `spent` ones are closed once they are sent."""
+
+    answer: messages.Answer
+    lent: Sequence[int] = ()
+    spent: Sequence[int] = ()
+
+
+class Role(enum.Enum):
+    """Who has the right to run."""
+
+    NEW = "new"  #: Start was not answered yet
+    INCOMING = "incoming"
+    OWNER = "owner"
+    HANDING_OVER = "handing over"  #: given up, and no answer yet (or none at all: unknown)
+    GONE = "gone"  #: the destination guest has it
+
+
+class Agent:
+    """The process: one machine, one control connection or a listener for the next one."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.role = Role.NEW
+        self._control: socket.socket | None = None
+        self._first = control
+        self._listener: socket.socket | None = None
+        self._listener_path = self._created_path = self._rundir = ""
+        self._backing_page_size = 0
+        self._machine: Machine | None = None
+        self._paused_for_migration = False
+        self._run_when_taken = False
+        self._destination = DestinationEnd(self._taken)
+        self._source: SourceEnd | None = None
+        self._one_at_a_time = asyncio.Lock()
+        self._requests: set[asyncio.Task[None]] = set()
+        self._threads: set[asyncio.Future[Any]] = set()
+        self._alone: asyncio.Task[None] | None = None
+        self._end = asyncio.Event()
+        self._decoder = messages.request_decoder()
+
+    async def run(self) -> None:
+        """Serve until told to end; give everything back."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._end.set)
+        self._serve(self._first)
+        try:
+            await self._end.wait()
+        finally:
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        if self._machine is not None:
+            self._machine.end()
+        tasks = [*self._requests, *([self._alone] if self._alone else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._threads, return_exceptions=True)
+        await self._destination.end()
+        if self._source is not None:
+            self._source.close()
+        self._stop_listening()
+        self._hang_up()
+        if self._machine is not None:
+            if self._created_path:
+                remove_file(self._created_path, self._machine.ram_fd)
+            self._machine.close()
+
+    def _need_machine(self) -> Machine:
+        if self._machine is None:
+            raise GuestError("the guest was not started yet")
+        return self._machine
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        """Run what takes long; if we are cancelled, `_give_back` waits for it."""
+        future = asyncio.get_running_loop().run_in_executor(None, work)
+        self._threads.add(future)
+        future.add_done_callback(self._threads.discard)
+        return await asyncio.shield(future)
+
+    # -- control ---------------------------------------------------------------------------------
+
+    def _serve(self, control: socket.socket) -> None:
+        control.setblocking(False)
+        self._control = control
+        asyncio.get_running_loop().add_reader(control, self._read)
+
+    def _hang_up(self) -> None:
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+            self._control = None
+
+    def _read(self) -> None:
+        assert self._control is not None
+        try:
+            data, fds = messages.receive(self._control)
+        except BlockingIOError:
+            return
+        except (OSError, WireError):
+            self._lose_control()
+            return
+        try:
+            if not data or len(self._requests) >= REQUESTS_MAX:
+                raise WireError("control is gone or floods")
+            request = self._decoder.decode(data)
+        except WireError:
+            messages.close_all(fds)
+            self._lose_control()
+            return
+        task = asyncio.get_running_loop().create_task(self._answer(request, fds))
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+
+    async def _answer(self, request: messages.AnyRequest, fds: list[int]) -> None:
+        """Do what is asked and say how it went; descriptors that nobody took are closed."""
+        control = self._control
+        try:
+            reply = await HANDLERS[type(request)](self, request, fds)
+        except MigrationError as exc:
+            doing = exc.doing if isinstance(exc, ChannelError) else str(exc)
+            reason = f"{doing}: {exc.__cause__}" if exc.__cause__ else doing
+            reply = Reply(messages.Failed(request.id, type(exc).__name__, cut(reason)))
+        except Ended:
+            return
+        finally:
+            messages.close_all(fds)
+        if control is self._control:
+            self._say(reply.answer, [*reply.lent, *reply.spent])
+        messages.close_all(reply.spent)
+
+    def _say(self, answer: messages.Answer, fds: Sequence[int] = ()) -> None:
+        if self._control is None:
+            return
+        try:
+            messages.send(self._control, answer, fds)
+        except OSError:
+            self._lose_control()
+
+    def _lose_control(self) -> None:
+        """Control is gone. An owner first finishes what was begun; an incoming guest ends."""
+        self._hang_up()
+        if self.role in (Role.NEW, Role.INCOMING):
+            self._destination.disarm()
+            self._end.set()
+        elif self._alone is None or self._alone.done():
+            self._alone = asyncio.get_running_loop().create_task(self._go_on_alone())
+
+    async def _go_on_alone(self) -> None:
+        await asyncio.gather(*self._requests, return_exceptions=True)
+        machine = self._need_machine()
+        if self.role is Role.GONE:
+            self._end.set()
+            return
+        if self.role is Role.OWNER:
+            machine.stop_tracking()
+            machine.throttle(0)
+            if self._paused_for_migration:
+                self._resume()
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+        self._listen_alone(machine)
+
+    def _listen_alone(self, machine: Machine) -> None:
+        """Wait to be adopted; say where on stderr."""
+        state = "runs on" if machine.is_running else "stays stopped"
+        text = f"ramferry guest[{os.getpid()}]: its control process is gone; it {state}"
+        try:
+            self._listener, self._listener_path = open_rundir(self._rundir)
+            asyncio.get_running_loop().add_reader(self._listener, self._adopt)
+            text += f"; adopt it with --guest workload:socket={self._listener_path}"
+        except OSError as exc:
+            text += f"; nobody can adopt it: {exc.strerror}"
+        text += f"; end it with: kill {os.getpid()}\n"
+        with contextlib.suppress(OSError):  # stderr may have gone with control
+            os.write(sys.stderr.fileno(), text.encode())
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            remove_file(self._listener_path)
+            self._listener.close()
+            self._listener = None
+
+    def _adopt(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("3i", credentials)[1] not in (0, os.getuid()):
+            connection.close()
+            return
+        self._stop_listening()
+        self._serve(connection)
+
+    # -- requests: each returns the answer and the descriptors beside it -------------------------
+
+    async def _start(self, request: messages.Start, fds: list[int]) -> Reply:
+        if self.role is not Role.NEW or self._machine is not None or len(fds) != 1:
+            raise GuestError("the guest is started already, or came without RAM")
+        self._created_path, self._rundir = request.created_path, request.rundir
+        self._backing_page_size = request.backing_page_size
+        self._machine = Machine(fds.pop(), request.size, request.options)
+        if request.fill:
+            await self._in_thread(self._machine.fill)
+        self.role = Role.INCOMING if request.incoming else Role.OWNER
+        if request.run and self.role is Role.OWNER:
+            self._resume()
+        return Reply(messages.Done(request.id))
+
+    async def _attach(self, request: messages.Attach, _fds: list[int]) -> Reply:
+        machine = self._need_machine()
+        attached = messages.Attached(
+            request.id,
+            machine.size,
+            self._backing_page_size,
+            machine.is_running,
+            self._created_path,
+        )
+        return Reply(attached, [machine.ram_fd])
+
+    async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            machine = self._need_machine()
+            self._paused_for_migration = request.for_migration and (
+                machine.is_running or self._paused_for_migration
+            )
+            return Reply(messages.At(request.id, machine.pause()))
+
+    async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            self._resume()
+            return Reply(messages.Done(request.id))
+
+    def _resume(self) -> None:
+        """Run. When nobody knows who has the right to, asking for it is the operator's decision."""
+        if self.role is Role.GONE:
+            raise GuestError("the guest runs at the destination now")
+        if self.role in (Role.NEW, Role.INCOMING):
+            raise GuestError("the guest waits for an incoming migration")
+        if self.role is Role.HANDING_OVER and self._is_handing_over():
+            raise GuestError("the guest is being handed over")
+        self.role = Role.OWNER
+        self._paused_for_migration = False
+        self._need_machine().resume()
+
+    def _is_handing_over(self) -> bool:
+        return self._source is not None and self._source.is_busy
+
+    async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            self._need_machine().throttle(request.percent)
+            return Reply(messages.Done(request.id))
+
+    async def _writes(self, request: messages.Writes, _fds: list[int]) -> Reply:
+        return Reply(messages.Count(request.id, self._need_machine().writes()))
+
+    async def _start_tracking(self, request: messages.StartTracking, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            try:
+                wanted = TrackerName(request.wanted) if request.wanted else None
+            except ValueError as exc:
+                raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
+            tracker = self._need_machine().start_tracking(wanted)
+            answer = messages.Tracked(
+                request.id, tracker.name.value, tracker.address, tracker.reason
+            )
+            return Reply(answer, [tracker.fd] if tracker.fd >= 0 else [])
+
+    async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            self._need_machine().stop_tracking()
+            return Reply(messages.Done(request.id))
+
+    async def _clear_soft_dirty(self, request: messages.ClearSoftDirty, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            self._need_machine().clear_soft_dirty()
+            return Reply(messages.Done(request.id))
+
+    async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            return Reply(messages.State(request.id, self._need_machine().save()))
+
+    async def _load(self, request: messages.LoadState, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            if self.role is not Role.INCOMING:
+                raise GuestError("only a guest that waits for a migration takes a state")
+            self._need_machine().load(request.state)
+            return Reply(messages.Done(request.id))
+
+    async def _judge(self, request: messages.Judge, _fds: list[int]) -> Reply:
+        """The guest stands meanwhile."""
+        async with self._one_at_a_time:
+            machine = self._need_machine()
+            was_running = machine.is_running
+            machine.pause()
+            try:
+                vcpu_writes = machine.writes()
+                judgement = await self._in_thread(machine.judge)
+            finally:
+                if was_running and not self._end.is_set():
+                    machine.resume()
+        judged = messages.Judged(
+            request.id,
+            judgement.wrong_pages,
+            judgement.first_wrong,
+            judgement.page_writes_sum,
+            vcpu_writes,
+        )
+        return Reply(judged, spent=[judgement.counters_fd])
+
+    # -- handover --------------------------------------------------------------------------------
+
+    async def _listen(self, request: messages.ListenHandover, _fds: list[int]) -> Reply:
+        if self.role is not Role.INCOMING:
+            raise GuestError("only a guest that waits for a migration can take over")
+        return Reply(messages.Listening(request.id, await self._destination.listen(request.uri)))
+
+    async def _arm(self, request: messages.Arm, _fds: list[int]) -> Reply:
+        if self.role is not Role.INCOMING:
+            raise GuestError("only a guest that waits for a migration can take over")
+        self._destination.arm(request.session)
+        self._run_when_taken = request.run
+        return Reply(messages.Done(request.id))
+
+    def _taken(self) -> None:
+        """The token is here. No step of the event loop lies between owning and running."""
+        self.role = Role.OWNER
+        if self._run_when_taken:
+            self._need_machine().resume()
+        self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken))
+
+    async def _disarm(self, request: messages.Disarm, _fds: list[int]) -> Reply:
+        return Reply(messages.Count(request.id, int(self._destination.disarm())))
+
+    async def _connect(self, request: messages.ConnectHandover, _fds: list[int]) -> Reply:
+        if self._is_handing_over():
+            raise GuestError("the guest is being handed over")
+        source = SourceEnd(request.session)
+        await source.connect(request.endpoint)
+        if self._source is not None:
+            self._source.close()
+        self._source = source
+        return Reply(messages.Done(request.id))
+
+    async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:  # a judge that stands it for a while is not a pause
+            source = self._source
+            if self.role is not Role.OWNER or source is None:
+                raise GuestError(f"the guest ({self.role.value}) is not connected to hand over")
+            if self._need_machine().is_running:
+                raise GuestError("the guest runs; pause it before it is handed over")
+            self.role = Role.HANDING_OVER
+            source.is_busy = True
+        outcome = await source.hand_over(request.wait_ns)
+        if outcome is Handover.TAKEN:
+            self.role = Role.GONE
+        elif outcome is Handover.REFUSED:
+            self.role = Role.OWNER
+        return Reply(messages.HandedOver(request.id, outcome.value))
+
+    async def _close_handover(self, request: messages.CloseHandover, _fds: list[int]) -> Reply:
+        if self._source is not None and not self._source.is_busy:
+            self._source.close()
+            self._source = None
+        await self._destination.close()
+        return Reply(messages.Done(request.id))
+
+    async def _quit(self, _request: messages.Quit, _fds: list[int]) -> Reply:
+        self._end.set()
+        raise Ended
+
+
+HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]]]] = {
+    messages.Start: Agent._start,
+    messages.Attach: Agent._attach,
+    messages.Pause: Agent._pause,
+    messages.Resume: Agent._resume_asked,
+    messages.Throttle: Agent._throttle,
+    messages.Writes: Agent._writes,
+    messages.StartTracking: Agent._start_tracking,
+    messages.StopTracking: Agent._stop_tracking,
+    messages.ClearSoftDirty: Agent._clear_soft_dirty,
+    messages.SaveState: Agent._save,
+    messages.LoadState: Agent._load,
+    messages.Judge: Agent._judge,
+    messages.ListenHandover: Agent._listen,
+    messages.Arm: Agent._arm,
+    messages.Disarm: Agent._disarm,
+    messages.ConnectHandover: Agent._connect,
+    messages.HandOver: Agent._hand_over,
+    messages.CloseHandover: Agent._close_handover,
+    messages.Quit: Agent._quit,
+}
+
+
+def main() -> None:
+    """Process entry."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+
+    async def run() -> None:
+        await Agent(control).run()
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""What a control process and its guest's agent say to each other, one message in one datagram.
+
+Requests carry an id above 0, and get exactly one answer with the same id; `Taken` comes by itself.
+Descriptors travel beside `Start`, `Attached`, `Tracked` and `Judged`, as their docstrings say.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+import msgspec
+
+from engine.errors import WireError
+from engine.wire import Decoder, Message, encode
+
+DATAGRAM_BYTES_MAX: Final = 64 * 1024
+STATE_BYTES_MAX: Final = 32 * 1024  #: 64 vCPUs need 1.6 KiB
+FDS_MAX: Final = 4
+VCPUS_MAX: Final = 64
+WORDS_MAX: Final = 508
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class Options(Message, frozen=True):
+    """What the vCPUs do; part of the device state, so a destination takes its source's over."""
+
+    vcpus: Annotated[int, msgspec.Meta(ge=1, le=VCPUS_MAX)]
+    pattern: Text
+    rate_bytes_per_s: Natural
+    words: Annotated[int, msgspec.Meta(ge=0, le=WORDS_MAX)]
+    contents: Text
+    seed: Natural
+
+
+class Request(Message, frozen=True):
+    """Root of what control asks."""
+
+    id: int
+
+
+class Start(Request, frozen=True):
+    """First request to a new agent, with the RAM's descriptor. Answer: Done, when RAM is filled.
+
+    :ivar created_path: a file that was made for this RAM and goes with the guest, or empty.
+    :ivar rundir: where the agent listens when its control process is gone.
+    """
+
+    size: int
+    backing_page_size: int
+    options: Options
+    incoming: bool
+    fill: bool
+    run: bool
+    created_path: Text
+    rundir: Text
+
+
+class Attach(Request, frozen=True):
+    """First request to an orphaned agent. Answer: Attached."""
+
+
+class Pause(Request, frozen=True):
+    """Answer: At."""
+
+    for_migration: bool
+
+
+class Resume(Request, frozen=True):
+    """Answer: Done."""
+
+
+class Throttle(Request, frozen=True):
+    """Answer: Done."""
+
+    percent: int
+
+
+class Writes(Request, frozen=True):
+    """Answer: Count."""
+
+
+class StartTracking(Request, frozen=True):
+    """Answer: Tracked. An empty name lets the agent choose."""
+
+    wanted: Text
+
+
+class StopTracking(Request, frozen=True):
+    """Answer: Done."""
+
+
+class ClearSoftDirty(Request, frozen=True):
+    """Answer: Done."""
+
+
+class SaveState(Request, frozen=True):
+    """Answer: State."""
+
+
+class LoadState(Request, frozen=True):
+    """Answer: Done."""
+
+    state: bytes
+
+
+class Judge(Request, frozen=True):
+    """Answer: Judged."""
+
+
+class ListenHandover(Request, frozen=True):
+    """Answer: Listening."""
+
+    uri: Text
+
+
+class Arm(Request, frozen=True):
+    """Answer: Done."""
+
+    session: bytes
+    run: bool
+
+
+class Disarm(Request, frozen=True):
+    """Answer: Count, 1 when disarmed and 0 when the token was taken before."""
+
+
+class ConnectHandover(Request, frozen=True):
+    """Answer: Done."""
+
+    endpoint: Text
+    session: bytes
+
+
+class HandOver(Request, frozen=True):
+    """Answer: HandedOver."""
+
+    wait_ns: int
+
+
+class CloseHandover(Request, frozen=True):
+    """Answer: Done."""
+
+
+class Quit(Request, frozen=True):
+    """Answer: the end of the process."""
+
+
+class Answer(Message, frozen=True):
+    """Root of what the agent says; `id` is the request's."""
+
+    id: int
+
+
+class Done(Answer, frozen=True):
+    """It is so now."""
+
+
+class Failed(Answer, frozen=True):
+    """It is not, and nothing was changed; `error` names the class in engine.errors."""
+
+    error: str
+    reason: str
+
+
+class At(Answer, frozen=True):
+    """Monotonic time when it was so."""
+
+    at_ns: int
+
+
+class Count(Answer, frozen=True):
+    """A number."""
+
+    value: int
+
+
+class Attached(Answer, frozen=True):
+    """Who the agent is; beside it the RAM's descriptor."""
+
+    size: int
+    backing_page_size: int
+    running: bool
+    created_path: str
+
+
+class Tracked(Answer, frozen=True):
+    """The tracker in use; beside it the descriptor of its pagemap or bitmap, if it has one."""
+
+    name: str
+    address: int
+    reason: str
+
+
+class State(Answer, frozen=True):
+    """Device state."""
+
+    state: bytes
+
+
+class Judged(Answer, frozen=True):
+    """Every page judged; beside it a memfd with one 64-bit write counter a page."""
+
+    wrong_pages: int
+    first_wrong: int
+    page_writes: int
+    vcpu_writes: int
+
+
+class Listening(Answer, frozen=True):
+    """The endpoint to tell the peer."""
+
+    endpoint: str
+
+
+class HandedOver(Answer, frozen=True):
+    """Value of `Handover`."""
+
+    outcome: str
+
+
+class Taken(Answer, frozen=True):
+    """Unasked, id 0: the token came, this guest is the owner since `at_ns`."""
+
+    at_ns: int
+    running: bool
+
+
+AnyRequest = (
+    Start
+    | Attach
+    | Pause
+    | Resume
+    | Throttle
+    | Writes
+    | StartTracking
+    | StopTracking
+    | ClearSoftDirty
+    | SaveState
+    | LoadState
+    | Judge
+    | ListenHandover
+    | Arm
+    | Disarm
+    | ConnectHandover
+    | HandOver
+    | CloseHandover
+    | Quit
+)
+AnyAnswer = (
+    Done
+    | Failed
+    | At
+    | Count
+    | Attached
+    | Tracked
+    | State
+    | Judged
+    | Listening
+    | HandedOver
+    | Taken
+)
+
+
+def request_decoder() -> Decoder[AnyRequest]:
+    """For the agent's end."""
+    return Decoder(AnyRequest, DATAGRAM_BYTES_MAX, "guest agent")
+
+
+def answer_decoder() -> Decoder[AnyAnswer]:
+    """For the control process's end."""
+    return Decoder(AnyAnswer, DATAGRAM_BYTES_MAX, "guest agent's control")
+
+
+def send(connection: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
+    """Send one datagram; the descriptors stay the caller's.
+
+    :raise OSError: the peer is gone, or does not read (the buffer holds hundreds)."""
+    socket.send_fds(connection, [encode(message)], list(fds))
+
+
+def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive one datagram; the descriptors are the caller's. No bytes: the peer is gone.
+
+    :raise WireError: it was cut; its descriptors are closed.
+    :raise BlockingIOError: there is none."""
+    fds = array.array("i")
+    data, ancillary, flags, _ = connection.recvmsg(
+        DATAGRAM_BYTES_MAX, socket.CMSG_SPACE(FDS_MAX * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        close_all(fds)
+        raise WireError("guest agent: a message was cut, or came with too many descriptors")
+    return data, list(fds)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close descriptors that nobody wanted."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,160 @@
+"""A guest that is memory and nothing else; this process is its agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from engine.errors import GuestError, MemoryRefused
+from engine.guest.backing import OwnedRam
+from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
+from engine.guest.handover import DestinationEnd, SourceEnd
+from engine.memory.blocks import RamBlock
+
+STATE: Final = b"ramferry ram guest 1"
+
+
+class RamGuest:
+    """Memory that somebody else may write while it "runs"; owns the memory."""
+
+    def __init__(self, ram: OwnedRam, *, incoming: bool, run: bool = True) -> None:
+        """Take the memory over."""
+        self._ram = ram
+        self._is_incoming = incoming
+        self._is_running = run and not incoming
+        self._is_gone = False
+        self._is_open = True
+        self._tracking: Tracking | None = None
+        self._destination = DestinationEnd(self._own)
+        self._source: SourceEnd | None = None
+        self._run_when_taken = False
+        self._when_taken: Callable[[int], Awaitable[None]] | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self._death: asyncio.Event = asyncio.Event()
+
+    @property
+    def kind(self) -> str:
+        return "ram"
+
+    @property
+    def blocks(self) -> tuple[RamBlock, ...]:
+        return (self._ram.block,)
+
+    @property
+    def is_running(self) -> bool:
+        return self._is_running
+
+    async def pause(self, *, for_migration: bool) -> int:
+        self._is_running = False
+        return time.monotonic_ns()
+
+    async def resume(self) -> None:
+        if self._is_incoming or self._is_gone:
+            raise GuestError("the guest waits for an incoming migration, or has been handed over")
+        if self._source is not None and self._source.is_busy:
+            raise GuestError("the guest is being handed over")
+        if self._tracking is not None and self._tracking.name is TrackerName.NONE:
+            raise GuestError("the guest is migrated as it stands; wait for the end, or cancel")
+        self._is_running = True
+
+    async def throttle(self, percent: int) -> None:
+        if not 0 <= percent <= 99:
+            raise GuestError(f"throttle of {percent} percent; 0 to 99 are allowed")
+
+    async def writes(self) -> int | None:
+        return None
+
+    async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
+        best = TrackerName.HASH if self._is_running else TrackerName.NONE
+        if wanted not in (None, best, TrackerName.HASH):
+            raise MemoryRefused(
+                f"dirty tracker '{wanted.value}' does not work here: nobody tells who writes to "
+                f"a ram guest; working are: content-hash, and none while it is paused"
+            )
+        reason = "the guest stands: nothing can become dirty"
+        if (wanted or best) is TrackerName.HASH:
+            reason = "nobody tells who writes to a ram guest: contents are compared"
+        self._tracking = Tracking(wanted or best, (TrackedBlock(),), reason)
+        return self._tracking
+
+    async def stop_tracking(self) -> None:
+        self._tracking = None
+
+    async def clear_soft_dirty(self) -> None:
+        """Never: soft-dirty is refused."""
+        raise MemoryRefused("the guest is not tracked by soft-dirty bits")
+
+    async def save_state(self) -> bytes:
+        return STATE
+
+    async def load_state(self, state: bytes) -> None:
+        if not self._is_incoming:
+            raise GuestError("only a guest that waits for a migration takes a state")
+        if state != STATE:
+            raise GuestError(f"device state of {len(state)} bytes is not that of a ram guest")
+
+    # -- handover --------------------------------------------------------------------------------
+
+    async def listen_handover(self, host_uri: str) -> str:
+        if not self._is_incoming:
+            raise GuestError("only a guest that waits for a migration can take over")
+        return await self._destination.listen(host_uri)
+
+    async def arm(self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]) -> None:
+        self._destination.arm(session)
+        self._run_when_taken, self._when_taken = run, taken
+
+    def _own(self) -> None:
+        self._is_incoming, self._is_running = False, self._run_when_taken
+        taken, at_ns = self._when_taken, time.monotonic_ns()
+
+        async def tell() -> None:
+            if taken is not None:
+                await taken(at_ns)
+
+        self._telling = asyncio.get_running_loop().create_task(tell())
+
+    async def disarm(self) -> bool:
+        return self._destination.disarm()
+
+    async def connect_handover(self, endpoint: str, session: bytes) -> None:
+        if self._source is not None:
+            self._source.close()
+        self._source = SourceEnd(session)
+        await self._source.connect(endpoint)
+
+    async def hand_over(self, deadline_ns: int) -> Handover:
+        if self._source is None or self._is_running or self._is_incoming or self._is_gone:
+            raise GuestError("only a paused guest that is connected can be handed over")
+        outcome = await self._source.hand_over(deadline_ns)
+        self._is_gone = outcome is Handover.TAKEN
+        return outcome
+
+    async def close_handover(self) -> None:
+        if self._source is not None and not self._source.is_busy:
+            self._source.close()
+            self._source = None
+        await self._destination.close()
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    async def died(self) -> str:
+        await self._death.wait()
+        return "it was told to end"
+
+    async def quit(self) -> None:
+        self._is_running = False
+        if self._source is not None:
+            self._source.close()
+        await self._destination.end()
+        if self._telling is not None:
+            self._telling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._telling
+        if self._is_open:
+            self._is_open = False
+            self._ram.close()
+            self._death.set()

@@ -1,0 +1,244 @@
+"""`--guest SPEC`: from text to a typed specification, and from that to a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, TypeVar
+
+from engine.errors import UsageError
+from engine.guest import messages
+from engine.guest.backing import HUGE_1G, HUGE_2M, make_ram
+from engine.guest.base import Guest, TrackerName
+from engine.guest.ram import RamGuest
+from engine.guest.rundir import check_rundir, default_rundir
+from engine.guest.workload import WorkloadGuest, adopt_workload, start_workload
+from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE
+
+UNITS: Final = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+PATTERNS: Final = ("sweep", "random", "hotspot", "append")
+CONTENTS: Final = ("zero", "text", "heap", "random", "mixed")
+NOT_YET: Final = ("qemu", "process", "handoff")
+
+
+@dataclass(frozen=True, slots=True)
+class RamSpec:
+    """`ram:`: memory and nothing else. Sizes in bytes; see `make_ram`."""
+
+    size: int
+    path: str | None = None
+    hugetlb: int | None = None
+    pagesize: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadSpec:
+    """`workload:`: a guest that writes. With `socket` an orphaned one is adopted instead.
+
+    :ivar rate: page writes x 4096 of all vCPUs, bytes per second; 0 is full speed.
+    :ivar words: body words moved by each write, of 508.
+    :ivar fill: off leaves RAM untouched, which is the same as contents=zero.
+    """
+
+    size: int = 0
+    path: str | None = None
+    hugetlb: int | None = None
+    pagesize: int | None = None
+    vcpus: int = 1
+    pattern: str = "sweep"
+    rate: int = 0
+    contents: str = "mixed"
+    seed: int = 1
+    words: int = 508
+    fill: bool = True
+    socket: str | None = None
+    rundir: str | None = None
+    tracker: TrackerName | None = None
+
+    def options(self) -> messages.Options:
+        """What the vCPUs are told."""
+        contents = self.contents if self.fill else "zero"
+        return messages.Options(
+            self.vcpus, self.pattern, self.rate, self.words, contents, self.seed
+        )
+
+
+GuestSpec = RamSpec | WorkloadSpec
+SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec)
+
+
+# -- values: each raises ValueError with what is allowed -----------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """`4096`, `512M`, `2G`: bytes, in units of 1024."""
+    number, unit = text, 1
+    if text and text[-1].upper() in UNITS:
+        number, unit = text[:-1], UNITS[text[-1].upper()]
+    if not (number.isascii() and number.isdigit()) or int(number) * unit >= 2**63:
+        raise ValueError("a number of bytes, like 4096, 512M or 2G")
+    return int(number) * unit
+
+
+def _ram_size(text: str) -> int:
+    size = parse_size(text)
+    if not PAGE_SIZE <= size <= BLOCK_SIZE_MAX or size % PAGE_SIZE:
+        raise ValueError("a positive multiple of 4096, at most 16T")
+    return size
+
+
+def _huge_page_size(text: str) -> int:
+    if parse_size(text) not in (HUGE_2M, HUGE_1G):
+        raise ValueError("2M or 1G")
+    return parse_size(text)
+
+
+def _page_size(text: str) -> int:
+    if parse_size(text) not in (PAGE_SIZE, HUGE_2M, HUGE_1G):
+        raise ValueError("4K, 2M or 1G")
+    return parse_size(text)
+
+
+def _number(lowest: int, highest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit()) or not lowest <= int(text) <= highest:
+            raise ValueError(f"{lowest} to {highest}")
+        return int(text)
+
+    return parse
+
+
+def _word(allowed: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(", ".join(allowed))
+        return text
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    return _word(("on", "off"))(text) == "on"
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("a path")
+    return text
+
+
+def _tracker(text: str) -> TrackerName:
+    names = [name.value for name in TrackerName if name is not TrackerName.NONE]
+    return TrackerName(_word(tuple(names))(text))
+
+
+PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "size": _ram_size,
+    "path": _path,
+    "hugetlb": _huge_page_size,
+    "pagesize": _page_size,
+    "vcpus": _number(1, messages.VCPUS_MAX),
+    "pattern": _word(PATTERNS),
+    "rate": parse_size,
+    "contents": _word(CONTENTS),
+    "seed": _number(0, 2**63 - 1),
+    "words": _number(0, messages.WORDS_MAX),
+    "fill": _switch,
+    "socket": _path,
+    "rundir": _path,
+    "tracker": _tracker,
+}
+
+
+# -- text to specification -----------------------------------------------------------------------
+
+
+def parse_guest_spec(text: str) -> GuestSpec:
+    """Parse `KIND:name=value,...`.
+
+    :raise UsageError: one line that says what is allowed."""
+    kind, _, rest = text.partition(":")
+    if kind == "ram":
+        return _parse(RamSpec, kind, rest)
+    if kind == "workload":
+        spec = _parse(WorkloadSpec, kind, rest)
+        if spec.vcpus * PAGE_SIZE > spec.size and spec.socket is None:
+            raise UsageError(f"guest '{kind}': vcpus={spec.vcpus} need a page of RAM each")
+        if spec.rundir is not None:
+            check_rundir(spec.rundir)
+        return spec
+    if kind in NOT_YET:
+        raise UsageError(f"guest kind '{kind}' is not built yet; there are: ram, workload")
+    raise UsageError(
+        f"guest '{text}' is of no known kind; allowed: ram:size=..., workload:size=..."
+    )
+
+
+def _parse(spec_type: type[SpecT], kind: str, text: str) -> SpecT:
+    allowed = [field.name for field in fields(spec_type)]
+    values: dict[str, Any] = {}
+    for option in text.split(",") if text else []:
+        name, equals, value = option.partition("=")
+        if name not in allowed or not equals:
+            raise UsageError(
+                f"guest '{kind}' has no option '{option}'; allowed: {', '.join(allowed)}"
+            )
+        if name in values:
+            raise UsageError(f"guest '{kind}': option '{name}' is given twice")
+        try:
+            values[name] = PARSERS[name](value)
+        except ValueError as exc:
+            raise UsageError(f"guest '{kind}': {name}={value} is not allowed; {exc} is") from exc
+    _check_together(kind, values)
+    return spec_type(**values)
+
+
+def _check_together(kind: str, values: dict[str, Any]) -> None:
+    if "socket" in values:
+        if set(values) - {"socket", "tracker"}:
+            raise UsageError(
+                f"guest '{kind}': socket= adopts a guest as it is; only tracker= may go with it"
+            )
+    elif "size" not in values:
+        raise UsageError(f"guest '{kind}' needs size=, like {kind}:size=2G")
+    if "path" in values and "hugetlb" in values:
+        raise UsageError(
+            f"guest '{kind}': path= and hugetlb= exclude each other; give a path in a hugetlbfs"
+        )
+
+
+# -- specification to guest ----------------------------------------------------------------------
+
+
+async def open_guest(spec: GuestSpec, *, incoming: bool, run: bool = True) -> Guest:
+    """Make the guest: running, or paused when not `run`, or waiting for a migration.
+
+    RAM of an incoming guest is not filled. The caller ends the guest with `quit`.
+
+    :raise UsageError: not possible like that; nothing is left.
+    :raise MemoryRefused: the system has no such memory; nothing is left.
+    :raise GuestError: the guest's process failed to start; nothing is left."""
+    if isinstance(spec, WorkloadSpec):
+        return await open_workload(spec, incoming=incoming, run=run)
+    return RamGuest(
+        make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize), incoming=incoming, run=run
+    )
+
+
+async def open_workload(spec: WorkloadSpec, *, incoming: bool, run: bool = True) -> WorkloadGuest:
+    """`open_guest` for those who want to judge it."""
+    if spec.socket is not None:
+        if incoming:
+            raise UsageError("a guest that is adopted (socket=) cannot wait for a migration")
+        return await adopt_workload(spec.socket, spec.tracker)
+    rundir = check_rundir(spec.rundir or default_rundir())
+    ram = make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize)
+    return await start_workload(
+        ram,
+        spec.options(),
+        incoming=incoming,
+        fill=spec.fill and not incoming,
+        run=run,
+        rundir=rundir,
+        tracker=spec.tracker,
+    )

@@ -1,0 +1,246 @@
+"""The workload guest inside its process: RAM, vCPUs, their tracker and their judge. No event loop.
+
+One `Machine` owns the RAM's descriptor and mapping, the vCPU threads and the tracker; `close` gives
+all back. Its methods are called from one thread, but for `fill` and `judge`, which run in another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from engine import _native
+from engine.errors import GuestError, MemoryRefused
+from engine.guest import messages
+from engine.guest.judgement import WRONG, Judgement
+from engine.guest.tracker import OpenTracker, open_tracker
+from engine.memory.blocks import PAGE_SIZE
+from engine.memory.tracking import TrackerName
+
+PIECE_PAGES: Final = 8192  #: 32 MiB: filling and judging can be ended this often
+STATE_VERSION: Final = 1
+
+
+class SavedState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Device state of a workload guest; `vcpus` is checked by the native code."""
+
+    version: int
+    options: messages.Options
+    vcpus: bytes
+
+
+class Ended(Exception):
+    """The guest was told to end while it was filled or judged."""
+
+
+class Machine:
+    """The guest. Starts paused."""
+
+    def __init__(self, ram_fd: int, size: int, options: messages.Options) -> None:
+        """Take the descriptor over, also when this fails.
+
+        :raise GuestError: the options are not possible.
+        :raise MemoryRefused: RAM cannot be mapped."""
+        self.ram_fd, self.size, self.page_count = ram_fd, size, size // PAGE_SIZE
+        self.options = options
+        self.is_running = False
+        self._ended = threading.Event()
+        self._tracker: OpenTracker | None = None
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, ram_fd)
+            try:
+                self._ram = undo.enter_context(mmap.mmap(ram_fd, size))
+            except (OSError, ValueError) as exc:
+                raise MemoryRefused(f"cannot map {size} bytes of RAM") from exc
+            self._vcpus = self._start_vcpus(options)
+            undo.pop_all()
+
+    def _start_vcpus(self, options: messages.Options) -> _native.Workload:
+        try:
+            _native.workload_fill(self._ram, 0, 0, options.contents, options.seed)  # checks names
+            return _native.workload_start(
+                self._ram,
+                self.page_count,
+                options.vcpus,
+                options.pattern,
+                options.rate_bytes_per_s,
+                options.words,
+                options.seed,
+                None,
+            )
+        except (ValueError, OSError) as exc:
+            raise GuestError(f"vCPUs cannot be started: {exc}") from exc
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def pause(self) -> int:
+        """Stop every vCPU; return the monotonic time when all stood."""
+        _native.workload_pause(self._vcpus)
+        self.is_running = False
+        return time.monotonic_ns()
+
+    def resume(self) -> None:
+        _native.workload_resume(self._vcpus)
+        self.is_running = True
+
+    def throttle(self, percent: int) -> None:
+        """:raise GuestError: out of range."""
+        try:
+            _native.workload_throttle(self._vcpus, percent)
+        except ValueError as exc:
+            raise GuestError(str(exc)) from exc
+
+    def writes(self) -> int:
+        return sum(_native.workload_writes(self._vcpus))
+
+    # -- device state ----------------------------------------------------------------------------
+
+    def save(self) -> bytes:
+        """:raise GuestError: not paused."""
+        if self.is_running:
+            raise GuestError("the guest runs; pause it before its state is saved")
+        vcpus = _native.workload_save(self._vcpus)
+        return msgspec.msgpack.encode(SavedState(STATE_VERSION, self.options, vcpus))
+
+    def load(self, state: bytes) -> None:
+        """Take a state over, with the options it was made with. Only while paused.
+
+        :raise GuestError: says what is wrong with it; nothing is changed."""
+        try:
+            saved = msgspec.msgpack.decode(state, type=SavedState)
+        except (msgspec.DecodeError, RecursionError) as exc:
+            raise GuestError("device state is not that of a workload guest") from exc
+        if saved.version != STATE_VERSION:
+            raise GuestError(f"device state version {saved.version}, {STATE_VERSION} expected")
+        vcpus = self._start_vcpus(saved.options)
+        try:
+            _native.workload_load(vcpus, saved.vcpus)
+        except ValueError as exc:
+            _native.workload_stop(vcpus)
+            raise GuestError(str(exc)) from exc
+        _native.workload_stop(self._vcpus)
+        self._vcpus, self.options = vcpus, saved.options
+
+    # -- tracking --------------------------------------------------------------------------------
+
+    def start_tracking(self, wanted: TrackerName | None) -> OpenTracker:
+        """:raise MemoryRefused: the wanted tracker does not work here."""
+        self.stop_tracking()
+        self._tracker = open_tracker(wanted, self._ram, self.page_count)
+        if self._tracker.bitmap is not None:
+            _native.workload_set_bitmap(self._vcpus, self._tracker.bitmap)
+        return self._tracker
+
+    def clear_soft_dirty(self) -> None:
+        """:raise MemoryRefused: another tracker is in use."""
+        if self._tracker is None or self._tracker.name is not TrackerName.SOFT_DIRTY:
+            raise MemoryRefused("the guest is not tracked by soft-dirty bits")
+        self._tracker.arm()
+
+    def stop_tracking(self) -> None:
+        if self._tracker is not None:
+            _native.workload_set_bitmap(self._vcpus, None)
+            self._tracker.close()
+            self._tracker = None
+
+    # -- contents --------------------------------------------------------------------------------
+
+    def fill(self) -> None:
+        """Write the initial contents, on all CPUs but at most four.
+
+        :raise Ended: the guest was told to end."""
+        count = min(4, os.cpu_count() or 1, -(-self.page_count // PIECE_PAGES))
+        threads = [threading.Thread(target=self._fill_part, args=(i, count)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._ended.is_set():
+            raise Ended
+
+    def _fill_part(self, index: int, count: int) -> None:
+        for first in range(index * PIECE_PAGES, self.page_count, count * PIECE_PAGES):
+            if self._ended.is_set():
+                return
+            pages = min(PIECE_PAGES, self.page_count - first)
+            options = self.options
+            _native.workload_fill(self._ram, first, pages, options.contents, options.seed)
+
+    def judge(self) -> Judgement:
+        """Judge every page; only while paused. Holes are not touched.
+
+        :return: without the vCPUs' writes; the caller owns its descriptor.
+        :raise Ended: the guest was told to end."""
+        with contextlib.ExitStack() as undo:
+            counters_fd = os.memfd_create("ramferry-counters", os.MFD_CLOEXEC)
+            undo.callback(os.close, counters_fd)
+            os.ftruncate(counters_fd, 8 * self.page_count)
+            judgement = Judgement(0, -1, 0, 0, counters_fd)
+            with (
+                mmap.mmap(counters_fd, 8 * self.page_count) as mapping,
+                memoryview(mapping) as whole,
+                whole.cast("Q") as counters,
+            ):
+                for first, pages, is_data in self._pieces():
+                    if self._ended.is_set():
+                        raise Ended
+                    with counters[first : first + pages] as part:
+                        judgement = self._judge_piece(judgement, first, is_data, part)
+            undo.pop_all()
+        return judgement
+
+    def _judge_piece(
+        self, before: Judgement, first: int, is_data: bool, counters: memoryview
+    ) -> Judgement:
+        contents, seed, pages = self.options.contents, self.options.seed, len(counters)
+        if is_data:
+            wrong, first_wrong = _native.workload_judge(
+                self._ram, first, pages, contents, seed, counters
+            )
+            page_writes = sum(counters) - wrong * WRONG
+        else:
+            wrong, first_wrong = _native.workload_judge_hole(first, pages, contents, seed, counters)
+            page_writes = 0
+        return dataclasses.replace(
+            before,
+            wrong_pages=before.wrong_pages + wrong,
+            first_wrong=before.first_wrong if before.first_wrong >= 0 else first_wrong,
+            page_writes_sum=before.page_writes_sum + page_writes,
+        )
+
+    def _pieces(self) -> Iterator[tuple[int, int, bool]]:
+        """All of RAM in pieces: first page, pages, and whether they are data (else a hole)."""
+        offset, is_data = 0, False
+        while offset < self.size:
+            try:
+                whence = os.SEEK_HOLE if is_data else os.SEEK_DATA
+                end = os.lseek(self.ram_fd, offset, whence)
+            except OSError:  # ENXIO: no data any more
+                end = self.size
+            for first in range(offset // PAGE_SIZE, end // PAGE_SIZE, PIECE_PAGES):
+                yield first, min(PIECE_PAGES, end // PAGE_SIZE - first), is_data
+            offset, is_data = end, not is_data
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Have `fill` and `judge` stop soon."""
+        self._ended.set()
+
+    def close(self) -> None:
+        """Stop the vCPUs and give RAM back; nothing may run in another thread any more."""
+        self.end()
+        self.stop_tracking()
+        _native.workload_stop(self._vcpus)
+        del self._vcpus  # holds the mapping
+        with contextlib.suppress(BufferError):
+            self._ram.close()
+        os.close(self.ram_fd)
