@@ -24,6 +24,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -152,7 +153,15 @@ class Agent:
             return
         task = asyncio.get_running_loop().create_task(self._answer(request, fds))
         self._requests.add(task)
-        task.add_done_callback(self._requests.discard)
+        task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        """A bug in one request costs the connection, not the guest."""
+        self._requests.discard(task)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            with contextlib.suppress(OSError):
+                traceback.print_exception(bug)
+            self._lose_control()
 
     async def _answer(self, request: messages.AnyRequest, fds: list[int]) -> None:
         """Do what is asked and say how it went; descriptors that nobody took are closed."""
