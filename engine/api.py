@@ -217,15 +217,25 @@ class Control:
         )
         self._drain = asyncio.create_task(self._keep_stderr(self._process))
         async with asyncio.timeout(START_WAIT_S):
-            while not Path(path).exists():
+            while not await self._connect(path):
                 if self._process.returncode is not None:
                     await self._drain
                     raise self._start_error(self._process.returncode)
                 await asyncio.sleep(POLL_S / 5)
+
+    async def _connect(self, path: str) -> bool:
+        """Try to; a socket is there a moment before somebody listens on it."""
+        if not Path(path).exists():
+            return False
+        client = QMPClient("ramferry")
         try:
-            await self._client.connect(path)
-        except QMPError as exc:
-            raise MigrationError("the control process does not answer") from exc
+            await client.connect(path)
+        except QMPError:
+            with contextlib.suppress(QMPError, EOFError, OSError):
+                await client.disconnect()
+            return False
+        self._client = client
+        return True
 
     def _start_error(self, exit_code: int) -> MigrationError:
         lines = self.stderr.strip().splitlines()

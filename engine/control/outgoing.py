@@ -133,7 +133,7 @@ class OutgoingMigration:
         except TimeoutError:
             self.handle(machine.Failure("the destination did not answer in time"))
         except (MigrationError, OSError) as exc:
-            cause = f": {exc.__cause__}" if exc.__cause__ else ""
+            cause = f": {exc.__cause__}" if isinstance(exc.__cause__, OSError) else ""
             self.handle(machine.Failure(f"{exc}{cause}"))
 
     # -- setup -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from engine.api import Control, Migration, Statistics, Verdict, verify
 from engine.control.parameters import parse_size
 from engine.control.status import Status
 from engine.demo.display import Display
+from engine.guest.spec import parse_guest_spec
 
 SAMPLE_S: Final = 1.0  #: the guest's speed before and after is measured over so long
 
@@ -91,9 +92,11 @@ async def run_demo(options: DemoOptions, *, as_json: bool) -> int:
 async def _demonstrate(options: DemoOptions, display: Display) -> Outcome:
     guest = f"workload:size={options.size}"
     writing = f"{guest},rate={options.rate},pattern={options.pattern}"
+    parse_guest_spec(writing)  # a wrong option is told before anything is started
+    settings = options.source_settings()
     async with AsyncExitStack() as stack:
         display.starting(options.size, options.pattern, options.rate)
-        source = Control.start(writing, settings=options.source_settings())
+        source = Control.start(writing, settings=settings)
         destination = Control.start(
             guest, "tcp:127.0.0.1:0", [f"multifd-channels={options.channels}"]
         )

@@ -255,6 +255,8 @@ class QmpServer:
         self._sessions[session] = task
         try:
             await session.run()
+        except asyncio.CancelledError:
+            log.debug("a session was ended by close")  # asyncio takes a cancelled handler for a bug
         finally:
             del self._sessions[session]
 

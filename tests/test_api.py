@@ -1,0 +1,147 @@
+"""The library drives real control processes: the README's example, failures, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engine
+
+pytestmark = pytest.mark.process
+
+ROOT = Path(__file__).parent.parent
+TINY = "workload:size=16M"
+
+
+def test_the_example_in_the_readme_runs_and_is_right() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+
+    done = subprocess.run(
+        [sys.executable, "-c", blocks[0]], capture_output=True, text=True, timeout=90, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("right: True")
+
+
+def test_statistics_are_typed_and_add_up() -> None:
+    async def scenario() -> tuple[engine.Statistics, engine.Verdict]:
+        source = engine.Control.start(f"{TINY},rate=5M,pattern=random")
+        destination = engine.Control.start(TINY, incoming="tcp:127.0.0.1:0")
+        async with source, destination:
+            migration = await source.migrate(destination, multifd_channels=3, max_bandwidth=0)
+            return await migration.result(), await engine.verify(source, destination)
+
+    result, verdict = asyncio.run(scenario())
+    assert result.status is engine.Status.COMPLETED
+    assert verdict.is_right
+    assert verdict.verified_pages == 4096
+    assert result.downtime_ms is not None
+    assert abs(sum(result.phases_ns.values()) / 1e6 - result.downtime_ms) <= 1
+    assert len(result.channels) == 3
+    assert sum(channel["pages"] for channel in result.channels) == result.normal_pages
+    assert result.transferred_bytes > result.normal_pages * 4096
+    assert result.total_bytes == 16 * 1024 * 1024
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_both_families_of_addresses_work(host: str) -> None:
+    async def scenario() -> engine.Verdict:
+        source = engine.Control.start(TINY)
+        destination = engine.Control.start(TINY, incoming=f"tcp:{host}:0")
+        async with source, destination:
+            await (await source.migrate(destination, max_bandwidth=0)).result()
+            return await engine.verify(source, destination)
+
+    assert asyncio.run(scenario()).is_right
+
+
+def test_a_unix_path_works_and_leaves_no_file(tmp_path: Path) -> None:
+    async def scenario() -> engine.Verdict:
+        source = engine.Control.start(f"{TINY},rate=5M")
+        destination = engine.Control.start(TINY, incoming=f"unix:{tmp_path}/in")
+        async with source, destination:
+            await (await source.migrate(destination, max_bandwidth=0)).result()
+            return await engine.verify(source, destination)
+
+    assert asyncio.run(scenario()).is_right
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tracker", ["uffd-wp", "guest-bitmap", "content-hash"])
+def test_every_tracker_that_works_here_moves_a_writing_guest(tracker: str) -> None:
+    async def scenario() -> tuple[engine.Statistics, engine.Verdict]:
+        source = engine.Control.start(f"{TINY},rate=20M,pattern=random")
+        destination = engine.Control.start(TINY, incoming="tcp:127.0.0.1:0")
+        async with source, destination:
+            migration = await source.migrate(
+                destination, max_bandwidth=40_000_000, x_tracker=tracker
+            )
+            return await migration.result(), await engine.verify(source, destination)
+
+    result, verdict = asyncio.run(scenario())
+    assert result.tracker == tracker
+    assert verdict.is_right
+
+
+def test_a_failed_migration_raises_with_the_reason_and_the_guest_runs() -> None:
+    async def scenario() -> tuple[str, bool]:
+        async with engine.Control.start(f"{TINY},rate=5M") as source:
+            migration = await source.migrate("tcp:127.0.0.1:9")
+            with pytest.raises(engine.MigrationFailed) as failed:
+                await migration.result()
+            return str(failed.value), (await source.query_guest())["running"]
+
+    assert asyncio.run(scenario()) == (
+        "Failed to connect to '127.0.0.1:9': Connection refused",
+        True,
+    )
+
+
+def test_a_wrong_guest_is_a_usage_error_in_one_line() -> None:
+    async def scenario() -> None:
+        async with engine.Control.start("workload:size=1"):
+            pass
+
+    with pytest.raises(engine.UsageError, match="multiple of 4096") as refused:
+        asyncio.run(scenario())
+    assert "\n" not in str(refused.value)
+
+
+def test_leaving_the_block_by_an_exception_ends_the_process() -> None:
+    pids = []
+
+    async def scenario() -> None:
+        async with engine.Control.start(TINY) as control:
+            pids.append(control.pid)
+            raise KeyError("the script's own")
+
+    with pytest.raises(KeyError):
+        asyncio.run(scenario())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_max_bandwidth_can_be_changed_while_it_runs() -> None:
+    async def scenario() -> tuple[int, engine.Statistics]:
+        source = engine.Control.start("workload:size=64M,contents=random")
+        destination = engine.Control.start("workload:size=64M,contents=random", "tcp:127.0.0.1:0")
+        async with source, destination:
+            migration = await source.migrate(destination, max_bandwidth=1_000_000)
+            async for progress in migration.progress():
+                if progress.transferred_bytes > 500_000:
+                    slow = progress.remaining_bytes
+                    break
+            await source.execute("migrate-set-parameters", max_bandwidth=0)
+            return slow, await migration.result()
+
+    slow, result = asyncio.run(scenario())
+    assert slow > 60_000_000  # the limit held: at 1 MB/s it would have taken a minute
+    assert result.total_time_ms < 20_000

@@ -1,0 +1,107 @@
+"""The command line: what a newcomer types wrongly gets one line, and never a traceback."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.process
+
+
+def ramferry(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "engine.cli", *arguments],
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["demo", "--codec", "lz4"], "--codec none"),
+        (["demo", "--postcopy"], "no postcopy yet"),
+        (["demo", "--size", "1"], "multiple of 4096"),
+        (["demo", "--size", "much"], "size=much is not allowed"),
+        (["demo", "--channels", "0"], "1<=x<=255"),
+        (["demo", "--max-bandwidth", "fast"], "Invalid size 'fast'"),
+        (["serve", "--guest", "ram:size=1M"], "--qmp unix:PATH"),
+        (["serve", "--guest", "tape:", "--qmp", "unix:/x"], "allowed: ram:size=..."),
+        (["serve", "--guest", "ram:size=1M", "--qmp", "nowhere"], "unix:PATH or tcp:HOST:PORT"),
+        (["serve", "--guest", "ram:size=1M", "--qmp", "unix:/no/such/x"], "cannot listen"),
+        (["serve", "--guest", "ram:size=1M", "--incoming", "smoke:x"], "unknown migration"),
+        (["serve", "--guest", "ram:size=1M", "--incoming", "tcp:127.0.0.1"], "tcp:HOST:PORT"),
+        (["serve", "--guest", "ram:size=1M", "--incoming", "tcp:h:1", "--set", "x"], "name=value"),
+        (
+            ["serve", "--guest", "ram:size=1M", "--incoming", "defer", "--qmp", "unix:/tmp/x",
+             "--set", "multifd-channels=0"],
+            "between 1 and 255",
+        ),
+        (
+            ["serve", "--guest", "ram:size=1M", "--incoming", "tcp:127.0.0.1:0", "--set",
+             "speed=1"],
+            "no parameter or capability 'speed'",
+        ),
+        (["serve"], "--guest"),
+        (["fly"], "No such command 'fly'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_ends_in_one_line_that_says_what_is_allowed(
+    arguments: list[str], says: str
+) -> None:
+    done = ramferry(*arguments)
+
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = ramferry("serve", "--guest", "ram:size=1M", "--incoming", f"tcp:127.0.0.1:{port}")
+
+    assert done.returncode == 2
+    assert "Address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_serve_and_removes_its_socket(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "qmp"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", "serve", "--guest", "workload:size=16M", "--qmp",
+         f"unix:{path}"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            while process.poll() is None:
+                try:
+                    client.connect(str(path))
+                    break
+                except (FileNotFoundError, ConnectionRefusedError):
+                    continue
+            assert b'"QMP"' in client.recv(4096)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert process.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert not path.exists()
+
+
+def test_the_version_and_help_are_printed() -> None:
+    assert ramferry("--version").stdout.startswith("ramferry, version 0.")
+    assert "serve" in ramferry("--help").stdout
