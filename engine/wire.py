@@ -454,7 +454,7 @@ class Decoder(Generic[T]):
             )
         try:
             message: T = self._decoder.decode(data)
-        except (msgspec.DecodeError, RecursionError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise WireError(f"{self._where}: {exc}") from exc
         return message
 
