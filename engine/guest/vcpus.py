@@ -116,7 +116,7 @@ class Machine:
         :raise GuestError: says what is wrong with it; nothing is changed."""
         try:
             saved = msgspec.msgpack.decode(state, type=SavedState)
-        except (msgspec.DecodeError, RecursionError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise GuestError("device state is not that of a workload guest") from exc
         if saved.version != STATE_VERSION:
             raise GuestError(f"device state version {saved.version}, {STATE_VERSION} expected")
