@@ -150,7 +150,7 @@ def _open_bitmap(_ram: mmap.mmap, page_count: int) -> OpenTracker:
         )
 
 
-def _open_soft_dirty(_ram: mmap.mmap, _page_count: int) -> OpenTracker:
+def _open_soft_dirty(ram: mmap.mmap, _page_count: int) -> OpenTracker:
     with contextlib.ExitStack() as release:
         pagemap_fd = _open(PAGEMAP, os.O_RDONLY, release)
         clear_fd = _open(CLEAR_REFS, os.O_WRONLY, release)
@@ -160,7 +160,7 @@ def _open_soft_dirty(_ram: mmap.mmap, _page_count: int) -> OpenTracker:
             TrackerName.SOFT_DIRTY,
             "soft-dirty bits, read and cleared while the guest stands",
             pagemap_fd,
-            _native.mapping_address(_ram),
+            _native.mapping_address(ram),
             arm=lambda: _clear_soft_dirty(clear_fd),
             release=release.pop_all(),
         )

@@ -139,7 +139,7 @@ def test_a_destination_that_is_not_armed_refuses_and_the_source_may_run(state: s
 def test_a_lost_answer_is_asked_for_and_found_taken_even_after_the_destination_closed() -> None:
     async def scenario() -> None:
         async with destination() as (there, endpoint):
-            lost = []
+            lost: list[Kind] = []
 
             def lose_first_answer(_: int, kind: Kind, is_answer: bool) -> bool:
                 if is_answer and kind is Kind.TAKEN and not lost:

@@ -1,0 +1,158 @@
+"""Guest specifications: what is allowed parses, everything else is refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import MemoryRefused, UsageError
+from engine.guest.base import TrackerName
+from engine.guest.ram import RamGuest
+from engine.guest.spec import RamSpec, WorkloadSpec, open_guest, parse_guest_spec, parse_size
+from tests.guest.support import run
+
+GIB = 1024**3
+
+
+def test_every_option_parses() -> None:
+    assert parse_guest_spec("ram:size=2G,path=/dev/shm/x,pagesize=2M") == RamSpec(
+        2 * GIB, "/dev/shm/x", None, 2 * 1024**2
+    )
+    assert parse_guest_spec(
+        "workload:size=1G,vcpus=2,pattern=hotspot,rate=200M,contents=text,seed=7,words=8,"
+        "hugetlb=2M,fill=off,rundir=/tmp/r,tracker=guest-bitmap"
+    ) == WorkloadSpec(
+        GIB,
+        None,
+        2 * 1024**2,
+        None,
+        2,
+        "hotspot",
+        200 * 1024**2,
+        "text",
+        7,
+        8,
+        False,
+        None,
+        "/tmp/r",
+        TrackerName.BITMAP,
+    )
+    assert parse_guest_spec("workload:socket=/tmp/s") == WorkloadSpec(socket="/tmp/s")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "allowed: ram:size=..., workload:size=..."),
+        ("lama:size=1G", "allowed: ram:size=..., workload:size=..."),
+        ("qemu:qmp=/tmp/x", "not built yet; there are: ram, workload"),
+        ("process:pid=1", "not built yet"),
+        ("handoff:/tmp/x", "not built yet"),
+        ("ram:", "needs size="),
+        ("workload", "needs size="),
+        ("ram:size=", "a positive multiple of 4096|a number of bytes"),
+        ("ram:size=1G,size=2G", "given twice"),
+        ("ram:size=1000", "a positive multiple of 4096"),
+        ("ram:size=0", "a positive multiple of 4096"),
+        ("ram:size=-1G", "a number of bytes, like 4096, 512M or 2G"),
+        ("ram:size=17T", "at most 16T"),
+        ("ram:size=1G,rate=1", "allowed: size, path, hugetlb, pagesize"),
+        ("ram:size=1G,", "no option ''"),
+        ("ram:size=1G,path", "no option 'path'"),
+        ("ram:size=1G,hugetlb=4M", "2M or 1G"),
+        ("ram:size=1G,path=/a,hugetlb=2M", "exclude each other"),
+        ("workload:size=1G,vcpus=65", "1 to 64"),
+        ("workload:size=4K,vcpus=2", "need a page of RAM each"),
+        ("workload:size=1G,words=509", "0 to 508"),
+        ("workload:size=1G,pattern=up", "sweep, random, hotspot, append"),
+        ("workload:size=1G,contents=up", "zero, text, heap, random, mixed"),
+        ("workload:size=1G,fill=yes", "on, off"),
+        ("workload:size=1G,tracker=none", "uffd-wp, guest-bitmap, soft-dirty, content-hash"),
+        ("workload:size=1G,rundir=relative", "must be absolute"),
+        ("workload:size=1G,socket=/tmp/x", "only tracker= may go with it"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_in_one_line_that_says_what_is(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as caught:
+        parse_guest_spec(text)
+
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=40), st.sampled_from(["", "ram:", "workload:", "workload:size=1G,"]))
+def test_no_text_ends_in_anything_but_a_specification_or_a_usage_error(
+    text: str, start: str
+) -> None:
+    with contextlib.suppress(UsageError):
+        assert isinstance(parse_guest_spec(start + text), RamSpec | WorkloadSpec)
+
+
+@given(st.integers(min_value=0, max_value=2**33), st.sampled_from(["", "K", "M", "g"]))
+def test_sizes_are_in_units_of_1024(number: int, unit: str) -> None:
+    factor = {"": 1, "K": 1024, "M": 1024**2, "g": 1024**3}[unit]
+    if number * factor < 2**63:
+        assert parse_size(f"{number}{unit}") == number * factor
+
+
+def test_ram_on_a_path_is_made_and_removed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "ram"
+        guest = await open_guest(parse_guest_spec(f"ram:size=8M,path={path}"), incoming=True)
+        assert isinstance(guest, RamGuest)
+        assert path.stat().st_size == 8 << 20
+        assert path.stat().st_blocks == 0
+        assert guest.blocks[0].backing_page_size == 4096
+        await guest.quit()
+        await guest.quit()
+        assert not path.exists()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("size=1M,path={}/no/such/dir", "cannot make RAM at"),
+        ("size=1M,path={}", "cannot open RAM at"),
+        ("size=1M,pagesize=2M", "not a positive multiple of the page size 2097152"),
+    ],
+)
+def test_ram_that_cannot_be_had_is_refused_and_nothing_is_left(
+    tmp_path: Path, options: str, says: str
+) -> None:
+    async def scenario() -> None:
+        with pytest.raises(UsageError, match=says) as caught:
+            await open_guest(parse_guest_spec("ram:" + options.format(tmp_path)), incoming=False)
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+    run(scenario())
+
+
+def test_huge_pages_that_are_not_there_are_refused_with_the_way_to_get_them() -> None:
+    free = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages")
+    if not free.exists() or int(free.read_text()) > 0:
+        pytest.skip("this machine has free 1 GiB pages, or knows none")
+
+    async def scenario() -> None:
+        with pytest.raises(MemoryRefused, match="huge pages"):
+            await open_guest(parse_guest_spec("ram:size=1G,hugetlb=1G"), incoming=False)
+
+    run(scenario())
+
+
+def test_a_file_that_somebody_else_put_there_since_is_not_removed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "ram"
+        guest = await open_guest(parse_guest_spec(f"ram:size=1M,path={path}"), incoming=False)
+        os.unlink(path)
+        path.write_text("somebody else's")
+        await guest.quit()
+        assert path.read_text() == "somebody else's"
+
+    run(scenario())
