@@ -278,7 +278,9 @@ class Control:
                 await asyncio.wait_for(process.wait(), END_WAIT_S)
                 break
         if self._drain is not None:
-            await self._drain
+            # A guest that outlives a killed control process keeps the pipe's other end open.
+            await asyncio.wait([self._drain], timeout=1.0)
+            self._drain.cancel()
 
     # -- what it can do --------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class IncomingMigration:
         self._taken = asyncio.Event()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_serving = True
         self._inner: set[asyncio.Task[None]] = set()
         self.ended = asyncio.Event()
 
@@ -91,25 +92,33 @@ class IncomingMigration:
 
     async def close(self) -> None:
         """Give up if it still runs; give everything back. Idempotent."""
-        if self._task is not None and not self._task.done():
+        if self._task is None:
+            return
+        if self._is_serving:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self.ended.wait()
 
     def _set_status(self, status: Status) -> None:
         self.status = status
         self._host.emit("MIGRATION", {"status": status.value})
 
     async def _run(self, main: DestinationEnd) -> None:
+        failure: Exception | None = None
         try:
             await self._serve(main)
+        except asyncio.CancelledError:
+            log.info("the incoming migration is closed")  # only `close` cancels, and only here
         except (MigrationError, OSError, TimeoutError) as exc:
-            await self._fail(main, exc)
-        finally:
+            failure = exc
+        self._is_serving = False
+        try:
+            if failure is not None:
+                await self._fail(main, failure)
             await self._give_back(main)
+            if self._taken.is_set():
+                self._set_status(Status.COMPLETED)
+        finally:
             self.ended.set()
-        if self._taken.is_set():
-            self._set_status(Status.COMPLETED)
 
     async def _serve(self, main: DestinationEnd) -> None:
         """One whole migration; returns when the token was taken."""

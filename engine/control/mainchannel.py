@@ -96,10 +96,8 @@ class SourceEnd:
                 return self._decoder.decode(message.result())
             raise ConnectionLost("the connection to the destination is lost")
         finally:
-            for waiting in (message, lost):
-                waiting.cancel()
-                with contextlib.suppress(asyncio.CancelledError, zmq.ZMQError):
-                    await waiting
+            message.cancel()  # not awaited: our own cancellation must not be taken for theirs
+            lost.cancel()
 
     def close(self) -> None:
         """Idempotent."""
@@ -178,10 +176,8 @@ class DestinationEnd:
                 elif len(parts) == 1:
                     return self._decoder.decode(parts[0])
             finally:
-                for waiting in (message, lost):
-                    waiting.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, zmq.ZMQError):
-                        await waiting
+                message.cancel()  # not awaited: our own cancellation must not be taken for theirs
+                lost.cancel()
 
     async def _check_peer(self) -> None:
         """Some connection ended: was it the peer's? A ROUTER refuses to send to who is gone."""

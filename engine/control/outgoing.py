@@ -160,6 +160,7 @@ class OutgoingMigration:
         self._spawn(self._sample(senders))
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
         self._dirty_pages = senders.dirty.count()
+        self.numbers.expected_downtime_ns = settings.downtime_limit * 1_000_000
         self.numbers.total_bytes = sum(block.size for block in guest.blocks)
         self._pass()
         self.numbers.setup_done_ns = time.monotonic_ns()

@@ -113,10 +113,17 @@ def _picture(statistics: Statistics) -> RenderableType:
         facts.add_row("guest throttled", f"{statistics.throttle_percent} %")
     return Group(
         facts,
-        ProgressBar(total=max(1, statistics.total_bytes), completed=done),
+        _whole_line(ProgressBar(total=max(1, statistics.total_bytes), completed=done)),
         _channels(statistics),
         Text(f"tracker {statistics.tracker}, placement {statistics.placement}", style="dim"),
     )
+
+
+def _whole_line(bar: ProgressBar) -> RenderableType:
+    """A bar by itself does not end its line."""
+    line = Table.grid(expand=True)
+    line.add_row(bar)
+    return line
 
 
 def _channels(statistics: Statistics) -> RenderableType:
