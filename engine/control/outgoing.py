@@ -25,7 +25,7 @@ from engine.control.statistics import SAMPLE_S, DowntimePhases, MigrationNumbers
 from engine.control.status import RunState, Status
 from engine.control.uri import Address
 from engine.errors import MigrationError, PeerRefused, StateError, WireError
-from engine.guest.base import TrackerName
+from engine.guest.base import Handover, TrackerName
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count
 
@@ -80,8 +80,10 @@ class OutgoingMigration:
             self._announce()
         for effect in effects:
             self._carry_out(effect)
-        if self.machine.phase is Phase.ENDED and not effects:
+        if self.machine.phase is Phase.ENDED and not self.numbers.ended_ns:
             self._end()
+        if self.machine.phase is Phase.ENDED and not effects:
+            self.ended.set()
 
     def _announce(self) -> None:
         self._host.emit("MIGRATION", {"status": self.machine.status.value})
@@ -89,7 +91,6 @@ class OutgoingMigration:
     def _end(self) -> None:
         self.numbers.ended_ns = time.monotonic_ns()
         self._announce()
-        self.ended.set()
 
     def _carry_out(self, effect: Effect | Heal) -> None:
         if isinstance(effect, Heal):
@@ -327,6 +328,9 @@ class OutgoingMigration:
         phases = self.numbers.phases
         phases.resume = now_ns - self._pause_began_ns - phases.total
         self.numbers.downtime_ns = phases.total
+        if outcome is Handover.TAKEN:
+            self._sample_now(self._need_senders())
+            self._host.set_run_state(RunState.POSTMIGRATE)
         self.handle(machine.HandedOver(outcome))
 
     # -- the end ---------------------------------------------------------------------------------
@@ -344,11 +348,9 @@ class OutgoingMigration:
         self.handle(machine.Abandoned())
 
     async def _finish(self) -> None:
-        self._sample_now(self._need_senders())
-        self.numbers.remaining_bytes = self.numbers.dirty_pages_per_s = 0
-        self._host.set_run_state(RunState.POSTMIGRATE)
+        """The guest is at the destination: what is left costs nobody's time."""
         await self._give_back(None)
-        self._end()
+        self.ended.set()
 
     async def _give_back(self, last_word: wire.Abort | None) -> None:
         """Stop all that this migration started, in the reverse order; the guest is not touched."""

@@ -126,7 +126,6 @@ class SenderGroup:
         for lane in self.lanes:
             self._employ(lane)
         self.dirty.set_data()
-        self.delivered.set_data()
         await self._all(lambda lane: lane.is_open, "opening its channel")
 
     def _employ(self, lane: Lane) -> None:
