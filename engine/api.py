@@ -24,8 +24,10 @@ from qemu.qmp import ExecuteError, Message, QMPClient, QMPError
 from engine.control.status import Status
 from engine.errors import GuestError, MigrationError, UsageError
 
-START_WAIT_S: Final = 60.0
+START_WAIT_S: Final = 600.0  #: a large guest is filled first; its process has a tighter bound
+ANSWER_WAIT_S: Final = 600.0  #: the slowest command reads all of RAM
 END_WAIT_S: Final = 15.0
+DRAIN_WAIT_S: Final = 1.0
 POLL_S: Final = 0.05
 STDERR_BYTES_MAX: Final = 64 * 1024
 
@@ -167,6 +169,7 @@ class Control:
         self._client = QMPClient("ramferry")
         self._stderr = bytearray()
         self._drain: asyncio.Task[None] | None = None
+        self._guest_pidfd = -1  #: a guest outlives its control process when that one is killed
 
     @classmethod
     def start(
@@ -201,6 +204,7 @@ class Control:
     async def _start(self) -> None:
         path = str(Path(self._directory) / "qmp")
         command = ["serve", "--guest", self._guest, "--qmp", f"unix:{path}", "--set", "events=on"]
+        command += ["--end-with", str(os.getpid())]
         if self._incoming is not None:
             command += ["--incoming", self._incoming]
         for setting in self._settings:
@@ -216,12 +220,16 @@ class Control:
             start_new_session=True,  # a Ctrl-C is the script's; `close` ends the process
         )
         self._drain = asyncio.create_task(self._keep_stderr(self._process))
-        async with asyncio.timeout(START_WAIT_S):
-            while not await self._connect(path):
-                if self._process.returncode is not None:
-                    await self._drain
-                    raise self._start_error(self._process.returncode)
-                await asyncio.sleep(POLL_S / 5)
+        try:
+            async with asyncio.timeout(START_WAIT_S):
+                while not await self._connect(path):
+                    if self._process.returncode is not None:
+                        await self._end_drain()
+                        raise self._start_error(self._process.returncode)
+                    await asyncio.sleep(POLL_S / 5)
+        except TimeoutError as exc:
+            raise MigrationError(f"no monitor answered within {START_WAIT_S:.0f} s") from exc
+        await self._hold_guest()
 
     async def _connect(self, path: str) -> bool:
         """Try to; a socket is there a moment before somebody listens on it."""
@@ -236,6 +244,13 @@ class Control:
             return False
         self._client = client
         return True
+
+    async def _hold_guest(self) -> None:
+        """Remember the guest's process, so that `close` ends it even if control cannot any more."""
+        pid = (await self.query_guest())["pid"]
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # it died already; a query tells
+                self._guest_pidfd = os.pidfd_open(pid)
 
     def _start_error(self, exit_code: int) -> MigrationError:
         lines = self.stderr.strip().splitlines()
@@ -258,29 +273,50 @@ class Control:
         assert self._process is not None, "start it first"
         return self._process.pid
 
+    def kill(self) -> None:
+        """kill -9 the process, for tests of what then happens; its guest may go on."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def wait(self) -> int:
+        """Wait until the process has ended; return its exit code, negative for a signal."""
+        assert self._process is not None, "start it first"
+        return await self._process.wait()
+
     async def close(self) -> None:
         """End the process and its guest. Idempotent, never raises for what the process did."""
-        with contextlib.suppress(QMPError, ExecuteError, TimeoutError):
+        with contextlib.suppress(QMPError, TimeoutError):
             async with asyncio.timeout(END_WAIT_S):
                 await self._client.execute("quit")
         with contextlib.suppress(QMPError, EOFError, OSError):
             await self._client.disconnect()
         if self._process is not None:
-            await self._end(self._process)
+            await _end(self._process.wait, self._process.send_signal, FIRST_PATIENTLY)
+        await self._end_guest()
+        await self._end_drain()
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
-            if number is not None and process.returncode is None:
-                process.send_signal(number)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), END_WAIT_S)
-                break
+    async def _end_guest(self) -> None:
+        """End a guest that its control process left behind."""
+        pidfd, self._guest_pidfd = self._guest_pidfd, -1
+        if pidfd < 0:
+            return
+        try:
+            await _end(
+                lambda: _ended(pidfd),
+                lambda number: signal.pidfd_send_signal(pidfd, number),
+                FIRST_PATIENTLY if self._is_quitting() else AT_ONCE,
+            )
+        finally:
+            os.close(pidfd)
+
+    async def _end_drain(self) -> None:
+        """Stop to listen to the process; whoever else holds its stderr is not waited for."""
         if self._drain is not None:
-            # A guest that outlives a killed control process keeps the pipe's other end open.
-            await asyncio.wait([self._drain], timeout=1.0)
+            await asyncio.wait([self._drain], timeout=DRAIN_WAIT_S)
             self._drain.cancel()
+            await asyncio.gather(self._drain, return_exceptions=True)
 
     # -- what it can do --------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ class IncomingMigration:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_serving = True
+        self._has_state = False
         self._inner: set[asyncio.Task[None]] = set()
         self.ended = asyncio.Event()
 
@@ -332,6 +333,7 @@ class IncomingMigration:
                     if len(state) > wire.STATE_BYTES_MAX:
                         raise WireError(f"device state of {len(state)} bytes")
                     await self._host.guest.load_state(state)
+                    self._has_state = True
                 case wire.Arm(rounds, runs):
                     await self._arm(main, rounds, runs)
                 case wire.Abort(reason):
@@ -356,6 +358,8 @@ class IncomingMigration:
         behind = [lane.index for lane in self._lanes if lane.round_number != rounds]
         if behind:
             raise WireError(f"channels {behind} have not placed round {rounds}")
+        if not self._has_state:
+            raise WireError("the device state has not come")
         await self._host.guest.arm(self._session, runs, self._take_over)
         await main.send(wire.Armed())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
+from typing import Any, Final
 
 import zmq
 import zmq.asyncio
@@ -49,6 +49,38 @@ def _set_options(socket: zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.IPV6, True)
 
 
+class _Inbox:
+    """What comes on a socket and on its monitor; leaving a wait never drops what has come."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, events: int) -> None:
+        self._socket = socket
+        self._monitor = socket.get_monitor_socket(events)
+        self._message: asyncio.Future[list[bytes]] | None = None
+        self._event: asyncio.Future[Any] | None = None
+
+    async def next(self) -> list[bytes] | None:
+        """The next message's parts, or None for an event of a connection."""
+        self._message = self._message or asyncio.ensure_future(self._socket.recv_multipart())
+        self._event = self._event or asyncio.ensure_future(recv_monitor_message(self._monitor))
+        await asyncio.wait((self._message, self._event), return_when=asyncio.FIRST_COMPLETED)
+        if self._message.done():
+            message, self._message = self._message, None
+            return message.result()
+        self._event = None
+        return None
+
+    def close(self) -> None:
+        """Close the socket too. Idempotent."""
+        if self._socket.closed:
+            return
+        for waiting in (self._message, self._event):
+            if waiting is not None:
+                waiting.cancel()
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close()
+
+
 class SourceEnd:
     """The source's end; owns its socket."""
 
@@ -60,7 +92,7 @@ class SourceEnd:
         self.sent_bytes = 0
         self._socket = context.socket(zmq.DEALER)
         _set_options(self._socket)
-        self._monitor = self._socket.get_monitor_socket(LOST)
+        self._inbox = _Inbox(self._socket, LOST)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as exc:
@@ -88,23 +120,16 @@ class SourceEnd:
 
         :raise ConnectionLost: the connection failed or was refused.
         :raise WireError: the destination does not speak our language."""
-        message = asyncio.ensure_future(self._socket.recv())
-        lost = asyncio.ensure_future(recv_monitor_message(self._monitor))
-        try:
-            await asyncio.wait((message, lost), return_when=asyncio.FIRST_COMPLETED)
-            if message.done():
-                return self._decoder.decode(message.result())
+        parts = await self._inbox.next()
+        if parts is None:
             raise ConnectionLost("the connection to the destination is lost")
-        finally:
-            message.cancel()  # not awaited: our own cancellation must not be taken for theirs
-            lost.cancel()
+        if len(parts) != 1:
+            raise WireError(f"main channel: message of {len(parts)} parts")
+        return self._decoder.decode(parts[0])
 
     def close(self) -> None:
         """Idempotent."""
-        if not self._socket.closed:
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._socket.close()
+        self._inbox.close()
 
 
 class DestinationEnd:
@@ -119,7 +144,7 @@ class DestinationEnd:
         self._socket = context.socket(zmq.ROUTER)
         _set_options(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._inbox = _Inbox(self._socket, zmq.EVENT_DISCONNECTED)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as exc:
@@ -132,11 +157,12 @@ class DestinationEnd:
     async def accept(self) -> wire.Hello:
         """Wait for a peer that says a right Hello; strangers are dropped."""
         while True:
-            identity, *parts = await self._socket.recv_multipart()
-            if len(parts) != 1:
+            came = await self._inbox.next()
+            if came is None or len(came) != 2:
                 continue
+            identity, data = came
             try:
-                message = self._decoder.decode(parts[0])
+                message = self._decoder.decode(data)
             except WireError as exc:
                 await self._refuse(identity, str(exc))
                 continue
@@ -163,21 +189,13 @@ class DestinationEnd:
         :raise ConnectionLost: the source's connection is gone.
         :raise WireError: the source does not speak our language."""
         while True:
-            message = asyncio.ensure_future(self._socket.recv_multipart())
-            lost = asyncio.ensure_future(recv_monitor_message(self._monitor))
-            try:
-                await asyncio.wait((message, lost), return_when=asyncio.FIRST_COMPLETED)
-                if not message.done():
-                    await self._check_peer()
-                    continue
-                identity, *parts = message.result()
-                if identity != self._peer:
-                    await self._refuse(identity, "this destination is busy with another source")
-                elif len(parts) == 1:
-                    return self._decoder.decode(parts[0])
-            finally:
-                message.cancel()  # not awaited: our own cancellation must not be taken for theirs
-                lost.cancel()
+            came = await self._inbox.next()
+            if came is None:
+                await self._check_peer()
+            elif came[0] != self._peer:
+                await self._refuse(came[0], "this destination is busy with another source")
+            elif len(came) == 2:
+                return self._decoder.decode(came[1])
 
     async def _check_peer(self) -> None:
         """Some connection ended: was it the peer's? A ROUTER refuses to send to who is gone."""
@@ -186,7 +204,4 @@ class DestinationEnd:
 
     def close(self) -> None:
         """Idempotent."""
-        if not self._socket.closed:
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._socket.close()
+        self._inbox.close()

@@ -362,7 +362,8 @@ class OutgoingMigration:
                 await self._main.say_last(last_word)
             self._main.close()
         if self._senders is not None:
-            await self._senders.end()
+            senders, self._senders = self._senders, None
+            await senders.end()
         guest = self._host.guest
         try:
             await guest.close_handover()

@@ -1,0 +1,139 @@
+"""Two real control processes whose parts can be killed, and the question who runs afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+import engine
+
+SIZE = "48M"
+GUEST = f"workload:size={SIZE},contents=random"
+WRITING = f"{GUEST},rate=15M,pattern=random"
+BANDWIDTH = 60_000_000  #: the first round takes about 0.8 s
+DEADLINE_S = 60.0
+
+
+@dataclass
+class Pair:
+    """A source whose guest writes and a destination that waits; `parts` are what can be killed."""
+
+    source: engine.Control
+    destination: engine.Control
+    directory: Path
+
+    def side(self, name: str) -> engine.Control:
+        return self.source if name == "source" else self.destination
+
+    def parts(self, control: engine.Control, module: str) -> list[psutil.Process]:
+        """Child processes that run a module, like `engine.multifd.sender`."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(control.pid).children()
+            return [child for child in children if module in " ".join(_command(child))]
+        return []
+
+    async def orphan(self, name: str) -> str | None:
+        """The socket of an orphaned guest of a side; None if its process has ended instead."""
+        guests = self.guests[name]
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                found = list((self.directory / name).glob("guest-*.sock"))
+                if found:
+                    return str(found[0])
+                if not any(_is_alive(guest) for guest in guests):
+                    return None
+                await asyncio.sleep(0.01)
+
+    def __post_init__(self) -> None:
+        self.guests = {
+            name: self.parts(self.side(name), "engine.guest.agent")
+            for name in ("source", "destination")
+        }
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        command: list[str] = process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
+    return command
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+@contextlib.asynccontextmanager
+async def pair(directory: Path, uri: str = "tcp:127.0.0.1:0") -> AsyncIterator[Pair]:
+    """Start both sides; at the end every process that they ever started must be gone."""
+    source = engine.Control.start(f"{WRITING},rundir={_private(directory, 'source')}")
+    destination = engine.Control.start(f"{GUEST},rundir={_private(directory, 'destination')}", uri)
+    try:
+        async with source, destination:
+            both = Pair(source, destination, directory)
+            family = [psutil.Process(control.pid) for control in (source, destination)]
+            family += [child for parent in family for child in parent.children(recursive=True)]
+            yield both
+    finally:
+        _, alive = psutil.wait_procs(family, timeout=15)
+        for process in alive:
+            process.kill()
+        assert alive == []
+
+
+def _private(directory: Path, name: str) -> Path:
+    path = directory / name
+    path.mkdir(mode=0o700)
+    return path
+
+
+async def is_running(control: engine.Control) -> bool:
+    """Whether the guest's own write counter grows."""
+    before = (await control.query_guest())["writes"]
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        if (await control.query_guest())["writes"] > before:
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def is_right(control: engine.Control) -> bool:
+    """Every page right by itself, and no write lost."""
+    judged = await control.judge()
+    counters = np.fromfile(judged["counters-path"], dtype=np.uint64)
+    page_writes = int(counters.sum())
+    sums = (judged["page-writes"], judged["vcpu-writes"])
+    return bool(judged["wrong-pages"] == 0 and sums == (page_writes, page_writes))
+
+
+def kill(process: psutil.Process) -> None:
+    """kill -9; a process that has ended by itself is as dead."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+async def ended(control: engine.Control) -> engine.Statistics:
+    """Wait until this source's migration has ended, however."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            statistics = engine.Statistics.of(await control.execute("query-migrate"))
+            if statistics.status.value in ("completed", "failed", "cancelled"):
+                return statistics
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def adopted(socket: str) -> AsyncIterator[engine.Control]:
+    """A new control process for an orphaned guest; the guest ends with it."""
+    async with engine.Control.start(f"workload:socket={socket}") as control:
+        yield control
