@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
-from qemu.qmp import ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from engine.control.status import Status
 from engine.errors import GuestError, MigrationError, UsageError
@@ -285,17 +286,28 @@ class Control:
 
     async def close(self) -> None:
         """End the process and its guest. Idempotent, never raises for what the process did."""
+        is_quitting = False
         with contextlib.suppress(QMPError, TimeoutError):
             async with asyncio.timeout(END_WAIT_S):
                 await self._client.execute("quit")
+            is_quitting = True
         with contextlib.suppress(QMPError, EOFError, OSError):
             await self._client.disconnect()
         if self._process is not None:
-            await _end(self._process.wait, self._process.send_signal, FIRST_PATIENTLY)
+            await self._end_process(self._process, is_quitting)
         await self._end_guest()
         await self._end_drain()
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    @staticmethod
+    async def _end_process(process: asyncio.subprocess.Process, is_quitting: bool) -> None:
+        for number in (None, signal.SIGTERM, signal.SIGKILL)[0 if is_quitting else 1 :]:
+            if number is not None and process.returncode is None:
+                process.send_signal(number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), END_WAIT_S)
+                return
 
     async def _end_guest(self) -> None:
         """End a guest that its control process left behind."""
@@ -303,11 +315,11 @@ class Control:
         if pidfd < 0:
             return
         try:
-            await _end(
-                lambda: _ended(pidfd),
-                lambda number: signal.pidfd_send_signal(pidfd, number),
-                FIRST_PATIENTLY if self._is_quitting() else AT_ONCE,
-            )
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, number)
+                if await _is_readable(pidfd, END_WAIT_S):
+                    return
         finally:
             os.close(pidfd)
 
@@ -327,17 +339,22 @@ class Control:
         :raise MigrationError: the process is gone."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
-            return await self._client.execute(command, named or None)
+            async with asyncio.timeout(ANSWER_WAIT_S):
+                return await self._client.execute(command, named or None)
         except ExecuteError as exc:
             raise UsageError(str(exc)) from exc
+        except TimeoutError as exc:
+            raise MigrationError(f"no answer to {command} within {ANSWER_WAIT_S:.0f} s") from exc
         except QMPError as exc:
             raise MigrationError(f"the control process (pid {self.pid}) is gone") from exc
 
-    async def events(self) -> AsyncIterator[Message]:
-        """QMP events as they come: STOP, RESUME, MIGRATION, MIGRATION_PASS."""
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[AsyncIterator[dict[str, Any]]]:
+        """QMP events from now on: STOP, RESUME, MIGRATION, MIGRATION_PASS.
+
+        They wait until they are read; leave the block when no more are wanted."""
         with self._client.listener() as listener:
-            async for event in listener:
-                yield event
+            yield (dict(event) async for event in listener)
 
     async def address(self) -> str:
         """The URI under which this destination can be reached."""
@@ -362,7 +379,7 @@ class Control:
         return Migration(self)
 
     async def query_guest(self) -> dict[str, Any]:
-        """Kind, whether it runs, page writes so far, tracker, RAM blocks."""
+        """Kind, process, whether it runs, page writes so far, tracker, RAM blocks."""
         answer: dict[str, Any] = await self.execute("x-query-guest")
         return answer
 
@@ -370,6 +387,20 @@ class Control:
         """Judge every page of a workload guest by itself."""
         answer: dict[str, Any] = await self.execute("x-judge")
         return answer
+
+
+async def _is_readable(fd: int, wait_s: float) -> bool:
+    """Wait until it is; a pidfd is when its process has ended."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    try:
+        await asyncio.wait_for(readable.wait(), wait_s)
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+    return True
 
 
 async def verify(source: Control, destination: Control) -> Verdict:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from engine.errors import MigrationError, UsageError
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+EXIT_TERMINATED: Final = 128 + signal.SIGTERM
+PR_SET_PDEATHSIG: Final = 1
 
 
 def _version() -> str:
@@ -37,13 +41,33 @@ def cli() -> None:
 @click.option("--qmp", multiple=True, metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT")
 @click.option("--incoming", metavar="URI", help="tcp:HOST:PORT | unix:PATH | defer")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a parameter")
-def serve(guest: str, qmp: tuple[str, ...], incoming: str | None, settings: tuple[str, ...]) -> int:
+@click.option("--end-with", type=int, metavar="PID", help="end when this parent process ends")
+def serve(
+    guest: str,
+    qmp: tuple[str, ...],
+    incoming: str | None,
+    settings: tuple[str, ...],
+    end_with: int | None,
+) -> int:
     """Run one control process with one guest, as source or (with --incoming) destination."""
     from engine.control.serve import ServeOptions, run
 
+    if end_with is not None:
+        _end_with_parent(end_with)
     if not qmp and incoming in (None, "defer"):
         raise UsageError("nobody could tell this process what to do; give it --qmp unix:PATH")
     return run(ServeOptions(guest, qmp, incoming, settings))
+
+
+def _end_with_parent(pid: int) -> None:
+    """Have the kernel send SIGTERM when the parent ends, however it ends.
+
+    :raise UsageError: `pid` is not the parent, or not any more."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "the kernel cannot tell the end of the parent")
+    if os.getppid() != pid:
+        raise UsageError(f"--end-with {pid}: the parent process is {os.getppid()}")
 
 
 @cli.command()
@@ -112,9 +136,12 @@ def _run(command: Callable[[], Any]) -> int:
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code
-    except (click.Abort, KeyboardInterrupt, asyncio.CancelledError):
+    except (click.Abort, KeyboardInterrupt):
         click.echo("ramferry: interrupted", err=True)
         return EXIT_INTERRUPTED
+    except asyncio.CancelledError:  # how a command that was told to end leaves its event loop
+        click.echo("ramferry: terminated", err=True)
+        return EXIT_TERMINATED
     except UsageError as exc:
         click.echo(f"ramferry: {exc}", err=True)
         return EXIT_USAGE

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +129,100 @@ def test_leaving_the_block_by_an_exception_ends_the_process() -> None:
         asyncio.run(scenario())
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
+
+
+async def ask_for_ever(control: engine.Control) -> None:
+    while True:
+        await control.query_guest()
+
+
+def test_closing_ends_a_guest_whose_control_process_was_killed() -> None:
+    async def scenario() -> tuple[bool, int]:
+        async with engine.Control.start(f"{TINY},rate=5M") as control:
+            guest = (await control.query_guest())["pid"]
+            pidfd = os.pidfd_open(guest)
+            os.kill(control.pid, signal.SIGKILL)
+            with pytest.raises(engine.MigrationError, match="is gone"):
+                await asyncio.wait_for(ask_for_ever(control), 20)
+            runs_on = not select.select([pidfd], [], [], 0)[0]
+        return runs_on, pidfd
+
+    runs_on, pidfd = asyncio.run(scenario())
+    is_ended = bool(select.select([pidfd], [], [], 0)[0])
+    os.close(pidfd)
+    assert runs_on
+    assert is_ended
+
+
+def test_a_cancelled_script_ends_its_processes() -> None:
+    pids = []
+
+    async def scenario() -> None:
+        async with engine.Control.start(TINY) as control:
+            pids.append(control.pid)
+            await asyncio.get_running_loop().create_future()
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(scenario())
+        while not pids:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(cancelled())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_a_start_that_is_cancelled_leaves_nothing() -> None:
+    async def scenario() -> None:
+        async with asyncio.timeout(0.3), engine.Control.start("workload:size=256M"):
+            await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(scenario())
+
+
+def test_a_cancelled_migration_raises_and_the_guest_runs() -> None:
+    async def scenario() -> tuple[engine.Status, bool]:
+        source = engine.Control.start(f"{TINY},rate=5M")
+        destination = engine.Control.start(TINY, incoming="tcp:127.0.0.1:0")
+        async with source, destination:
+            migration = await source.migrate(destination, max_bandwidth=1_000_000)
+            await migration.cancel()
+            with pytest.raises(engine.MigrationFailed) as failed:
+                await migration.result()
+            return failed.value.statistics.status, (await source.query_guest())["running"]
+
+    assert asyncio.run(scenario()) == (engine.Status.CANCELLED, True)
+
+
+def test_events_tell_the_story_of_a_migration_in_order() -> None:
+    async def scenario() -> list[str]:
+        story = []
+        source = engine.Control.start(TINY)
+        destination = engine.Control.start(TINY, incoming="tcp:127.0.0.1:0")
+        async with source, destination:
+            with source.listen() as events:
+                await source.migrate(destination, max_bandwidth=0)
+                async for event in events:
+                    status = event.get("data", {}).get("status", "")
+                    story.append(f"{event['event']} {status}".strip())
+                    if status == "completed":
+                        break
+        return [line for line in story if line != "MIGRATION_PASS"]
+
+    assert asyncio.run(scenario()) == [
+        "MIGRATION setup",
+        "MIGRATION active",
+        "STOP",
+        "MIGRATION device",
+        "MIGRATION completed",
+    ]
+
+
+def test_before_a_migration_its_statistics_are_empty() -> None:
+    assert engine.Statistics.of({}) == engine.Statistics(engine.Status.NONE)
 
 
 def test_max_bandwidth_can_be_changed_while_it_runs() -> None:

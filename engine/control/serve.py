@@ -47,6 +47,10 @@ def run(options: ServeOptions) -> int:
 
 
 async def _serve(options: ServeOptions) -> int:
+    loop, starting = asyncio.get_running_loop(), asyncio.current_task()
+    assert starting is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a guest that is started now ends with us
+        loop.add_signal_handler(number, starting.cancel)
     spec = parse_guest_spec(options.guest)
     monitors = [parse_listen_address(text) for text in options.qmp]
     is_incoming = options.incoming is not None

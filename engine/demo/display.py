@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -15,12 +16,14 @@ from rich.text import Text
 
 from engine.api import Statistics
 from engine.control.status import Status
+from engine.memory.blocks import PAGE_SIZE
 
 if TYPE_CHECKING:
     from engine.demo.run import Outcome
 
 CHANNELS_SHOWN_MAX: Final = 8
 PLAIN_PERIOD_NS: Final = 1_000_000_000
+WIDE: Final = 60  #: columns; narrower terminals get one fact a line and no bars a channel
 PHASES: Final = ("pause", "harvest", "send", "acknowledge", "resume")
 
 
@@ -72,7 +75,7 @@ class Display:
     def show(self, statistics: Statistics) -> None:
         """Draw what is known now."""
         if self._live is not None:
-            self._live.update(_picture(statistics))
+            self._live.update(picture(statistics, self._console.width))
         elif statistics.total_bytes and time.monotonic_ns() - self._plain_ns > PLAIN_PERIOD_NS:
             self._plain_ns = time.monotonic_ns()
             self._console.print(_plain(statistics))
@@ -84,7 +87,7 @@ class Display:
 
     @staticmethod
     def _writes(writes_per_s: float) -> str:
-        return f"{writes_per_s:,.0f} page writes/s ({rate_text(writes_per_s * 4096)})"
+        return f"{writes_per_s:,.0f} page writes/s ({rate_text(writes_per_s * PAGE_SIZE)})"
 
 
 def _plain(statistics: Statistics) -> str:
@@ -95,28 +98,33 @@ def _plain(statistics: Statistics) -> str:
     )
 
 
-def _picture(statistics: Statistics) -> RenderableType:
+def picture(statistics: Statistics, width: int) -> RenderableType:
+    """Everything about a running migration, made for 24 lines of `width` columns."""
     done = statistics.total_bytes - statistics.remaining_bytes
-    dirty = statistics.dirty_pages_per_s * 4096
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("status", f"[bold]{statistics.status.value}[/]", "round", str(statistics.rounds))
-    facts.add_row(
-        "remaining", bytes_text(statistics.remaining_bytes), "dirty rate", rate_text(dirty)
-    )
-    facts.add_row(
-        "throughput",
-        rate_text(statistics.throughput_bytes_per_s),
-        "expected downtime",
-        f"{statistics.expected_downtime_ms} ms",
-    )
+    facts = [
+        ("status", f"[bold]{statistics.status.value}[/]"),
+        ("round", str(statistics.rounds)),
+        ("remaining", bytes_text(statistics.remaining_bytes)),
+        ("dirty rate", rate_text(statistics.dirty_pages_per_s * PAGE_SIZE)),
+        ("throughput", rate_text(statistics.throughput_bytes_per_s)),
+        ("expected downtime", f"{statistics.expected_downtime_ms} ms"),
+        ("elapsed", f"{statistics.total_time_ms / 1000:.1f} s"),
+    ]
     if statistics.throttle_percent:
-        facts.add_row("guest throttled", f"{statistics.throttle_percent} %")
+        facts.append(("guest throttled", f"{statistics.throttle_percent} %"))
     return Group(
-        facts,
+        _facts(facts, in_a_row=2 if width >= WIDE else 1),
         _whole_line(ProgressBar(total=max(1, statistics.total_bytes), completed=done)),
-        _channels(statistics),
+        _channels(statistics, width),
         Text(f"tracker {statistics.tracker}, placement {statistics.placement}", style="dim"),
     )
+
+
+def _facts(facts: list[tuple[str, str]], in_a_row: int) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for first in range(0, len(facts), in_a_row):
+        table.add_row(*itertools.chain.from_iterable(facts[first : first + in_a_row]))
+    return table
 
 
 def _whole_line(bar: ProgressBar) -> RenderableType:
@@ -126,23 +134,23 @@ def _whole_line(bar: ProgressBar) -> RenderableType:
     return line
 
 
-def _channels(statistics: Statistics) -> RenderableType:
+def _channels(statistics: Statistics, width: int) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    shown = statistics.channels[:CHANNELS_SHOWN_MAX]
+    shown_max = CHANNELS_SHOWN_MAX if width >= WIDE else CHANNELS_SHOWN_MAX // 2
+    shown = statistics.channels[:shown_max]
     fastest = max((channel["throughput-bytes-per-second"] for channel in shown), default=0)
     for channel in shown:
         rate = channel["throughput-bytes-per-second"]
         again = channel["incarnation"] - 1
+        bar = ProgressBar(total=max(1, fastest), completed=rate, width=max(1, min(24, width - 40)))
         table.add_row(
             f"channel {channel['index']}",
-            ProgressBar(total=max(1, fastest), completed=rate, width=24),
+            *([bar] if width >= WIDE else []),
             rate_text(rate),
             f"made anew {again}x" if again else "",
         )
     hidden = len(statistics.channels) - len(shown)
-    if hidden > 0:
-        table.add_row(f"and {hidden} more")
-    return table
+    return Group(table, Text(f"and {hidden} more")) if hidden > 0 else table
 
 
 def _summary(outcome: Outcome) -> RenderableType:

@@ -62,6 +62,7 @@ class Outcome:
         verdict = self.verdict or Verdict(0, 0, 0)
         return {
             "status": self.statistics.status.value,
+            "error-desc": self.statistics.error,
             "query-migrate": dict(self.statistics.raw),
             "verified-pages": verdict.verified_pages,
             "wrong-pages": verdict.wrong_pages,

@@ -109,6 +109,7 @@ class Commands:
         guest, tracker = self._process.guest, self._process.tracker
         return {
             "kind": guest.kind,
+            "pid": guest.pid if isinstance(guest, WorkloadGuest) else None,
             "running": guest.is_running,
             "writes": await guest.writes(),
             "tracker": tracker[0],
