@@ -329,7 +329,7 @@ class OutgoingMigration:
         phases.resume = now_ns - self._pause_began_ns - phases.total
         self.numbers.downtime_ns = phases.total
         if outcome is Handover.TAKEN:
-            self._sample_now(self._need_senders())
+            self.refresh()
             self._host.set_run_state(RunState.POSTMIGRATE)
         self.handle(machine.HandedOver(outcome))
 
@@ -448,13 +448,16 @@ class OutgoingMigration:
 
     async def _sample(self, senders: SenderGroup) -> None:
         while True:
-            self._sample_now(senders)
+            senders.count_up(self.numbers)
+            self.numbers.take_rates()
             await asyncio.sleep(SAMPLE_S)
 
-    def _sample_now(self, senders: SenderGroup) -> None:
+    def refresh(self) -> None:
+        """Bring the totals in `numbers` up to this moment."""
         if self._main is not None:
             self.numbers.main_bytes = self._main.sent_bytes
-        senders.sample(self.numbers)
+        if self._senders is not None:
+            self._senders.count_up(self.numbers)
 
     def bandwidth_changed(self) -> None:
         """`max-bandwidth` was set: it holds from now on, except during the switchover."""

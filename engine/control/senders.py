@@ -93,25 +93,17 @@ class SenderGroup:
         """A counter's sum over all lanes."""
         return sum(lane.progress[count] for lane in self.lanes)
 
-    def sample(self, numbers: MigrationNumbers) -> None:
-        """Refresh what the workers' counters tell."""
-        now_ns = time.monotonic_ns()
-        elapsed_s = max(1e-6, (now_ns - (numbers.sampled_ns or numbers.started_ns)) / 1e9)
-        numbers.sampled_ns = now_ns
+    def count_up(self, numbers: MigrationNumbers) -> None:
+        """Refresh the totals from the workers' counters, at any time."""
         numbers.channels = numbers.channels or [ChannelSample() for _ in self.lanes]
         for lane, sample in zip(self.lanes, numbers.channels, strict=True):
-            wire_bytes = lane.progress[Count.WIRE_BYTES]
-            sample.rate_bytes_per_s = (wire_bytes - sample.wire_bytes) / elapsed_s
-            sample.wire_bytes, sample.incarnation = wire_bytes, lane.incarnation
+            sample.wire_bytes = lane.progress[Count.WIRE_BYTES]
+            sample.incarnation = lane.incarnation
             sample.pages = lane.progress[Count.PAGES]
             sample.zero_pages = lane.progress[Count.ZERO_PAGES]
-        pages, zero_pages = self.total(Count.PAGES), self.total(Count.ZERO_PAGES)
-        new_pages = pages + zero_pages - numbers.pages - numbers.zero_pages
-        numbers.pages_per_s = int(new_pages / elapsed_s)
-        numbers.pages, numbers.zero_pages = pages, zero_pages
+        numbers.pages, numbers.zero_pages = self.total(Count.PAGES), self.total(Count.ZERO_PAGES)
         numbers.wire_bytes = self.total(Count.WIRE_BYTES)
         numbers.payload_bytes = self.total(Count.PAYLOAD_BYTES)
-        numbers.rate_bytes_per_s = sum(sample.rate_bytes_per_s for sample in numbers.channels)
         numbers.remaining_bytes = self.dirty.count() * PAGE_SIZE
 
     # -- start and end ---------------------------------------------------------------------------

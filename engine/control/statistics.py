@@ -36,6 +36,7 @@ class ChannelSample:
     zero_pages: int = 0
     rate_bytes_per_s: float = 0.0
     incarnation: int = 1
+    sampled_bytes: int = 0  #: `wire_bytes` when the rate was taken
 
 
 @dataclass(slots=True)
@@ -65,7 +66,8 @@ class MigrationNumbers:
     tracker_reason: str = ""
     placement: str = ""
     heals: int = 0
-    sampled_ns: int = 0
+    _sampled_ns: int = 0
+    _sampled_pages: int = 0
     _dirty_since_ns: int = 0
     _dirty_pages: int = 0
 
@@ -78,6 +80,19 @@ class MigrationNumbers:
         if period_ns >= DIRTY_RATE_PERIOD_NS or not self.dirty_pages_per_s:
             self.dirty_pages_per_s = self._dirty_pages * 1_000_000_000 // max(1, period_ns)
             self._dirty_since_ns, self._dirty_pages = now_ns, 0
+
+    def take_rates(self) -> None:
+        """Rates since the last time this was called, from the totals."""
+        now_ns = time.monotonic_ns()
+        elapsed_s = max(1e-6, (now_ns - (self._sampled_ns or self.started_ns)) / 1e9)
+        self._sampled_ns = now_ns
+        for sample in self.channels:
+            sample.rate_bytes_per_s = (sample.wire_bytes - sample.sampled_bytes) / elapsed_s
+            sample.sampled_bytes = sample.wire_bytes
+        self.rate_bytes_per_s = sum(sample.rate_bytes_per_s for sample in self.channels)
+        pages = self.pages + self.zero_pages
+        self.pages_per_s = int((pages - self._sampled_pages) / elapsed_s)
+        self._sampled_pages = pages
 
     @property
     def total_ns(self) -> int:

@@ -44,6 +44,7 @@ def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
 
 def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
     """A source shows its numbers while it has some that mean something."""
+    outgoing.refresh()
     status, numbers = outgoing.status, outgoing.numbers
     info: dict[str, Any] = {"status": status.value}
     if outgoing.machine.error is not None and status in (Status.FAILED, Status.CANCELLED):

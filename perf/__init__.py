@@ -1,0 +1,1 @@
+"""Measurements as a command: `ramferry bench`. Figures are compared in pairs on one machine."""

@@ -1,0 +1,111 @@
+"""`ramferry bench`: the suite as a command."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.control.parameters import parse_size
+from engine.errors import UsageError
+from perf import live, peer
+from perf.image import KINDS
+from perf.pair import QEMU
+from perf.report import publish
+
+as_json = click.option("--json", "as_json", is_flag=True, help="JSON lines instead of tables")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def bench() -> None:
+    """Measure, and print medians with their spread; figures of other machines differ."""
+
+
+def _repeat(once: Callable[[], Awaitable[dict[str, float]]], runs: int) -> dict[str, list[float]]:
+    async def all_runs() -> dict[str, list[float]]:
+        figures: dict[str, list[float]] = defaultdict(list)
+        for _ in range(runs):
+            for name, value in (await once()).items():
+                figures[name].append(value)
+        return dict(figures)
+
+    return asyncio.run(all_runs())
+
+
+@bench.command("peer")
+@click.option("--size", default="2G", show_default=True)
+@click.option("--pairs", default=7, show_default=True, type=click.IntRange(1))
+@click.option("--image", default="both", show_default=True, type=click.Choice([*KINDS, "both"]))
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
+@as_json
+def bench_peer(
+    size: str, pairs: int, image: str, channels: int, plot: Path | None, as_json: bool
+) -> None:
+    """The same image moved by a real QEMU and by ramferry, in turn, guests stopped."""
+    if shutil.which(QEMU) is None:
+        raise UsageError(f"{QEMU} is not installed; on Debian: apt install qemu-system-x86")
+    results: dict[str, Any] = {}
+    for kind in KINDS if image == "both" else [image]:
+        results[kind] = peer.measure(kind, parse_size(size), pairs, channels)
+        peer.report(kind, parse_size(size), channels, results[kind], as_json=as_json)
+    if plot is not None:
+        peer.plot(plot, results)
+
+
+@bench.command("downtime")
+@click.option("--size", default="2G", show_default=True)
+@click.option("--rate", default="200M", show_default=True)
+@click.option("--limit", "limits", multiple=True, type=int, default=(30, 100, 300), help="ms")
+@click.option("--runs", default=10, show_default=True, type=click.IntRange(1))
+@as_json
+def bench_downtime(size: str, rate: str, limits: tuple[int, ...], runs: int, as_json: bool) -> None:
+    """Real downtime of a guest that writes to a hot spot, against downtime-limit."""
+    for limit in limits:
+        figures = _repeat(lambda limit=limit: live.downtime_once(size, rate, limit), runs)  # type: ignore[misc]
+        publish("downtime", figures, as_json=as_json, limit_ms=limit, size=size, rate=rate)
+
+
+@bench.command("bandwidth")
+@click.option("--limit", "limits", multiple=True, default=("10000000", "100000000", "1000000000"))
+@click.option("--seconds", default=4.0, show_default=True)
+@as_json
+def bench_bandwidth(limits: tuple[str, ...], seconds: float, as_json: bool) -> None:
+    """How far any second is from max-bandwidth."""
+    for limit in limits:
+        figures = _repeat(
+            lambda limit=limit: live.bandwidth_once(parse_size(limit), seconds),  # type: ignore[misc]
+            1,
+        )
+        publish("bandwidth", figures, as_json=as_json, limit_bytes_per_s=parse_size(limit))
+
+
+@bench.command("empty")
+@click.option("--size", default="16G", show_default=True)
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
+@as_json
+def bench_empty(size: str, runs: int, as_json: bool) -> None:
+    """A guest that never touched its RAM."""
+    for guest in ("ram", "workload"):
+        figures = _repeat(lambda guest=guest: live.empty_once(size, guest), runs)  # type: ignore[misc]
+        publish("empty", figures, as_json=as_json, guest=guest, size=size)
+
+
+@bench.command("footprint")
+@click.option("--size", "sizes", multiple=True, default=("1G", "8G"))
+@click.option("--channels", multiple=True, type=int, default=(2, 8))
+@as_json
+def bench_footprint(sizes: tuple[str, ...], channels: tuple[int, ...], as_json: bool) -> None:
+    """Each worker's own memory: PSS without RAM and bitmaps."""
+    for size in sizes:
+        for count in channels:
+            figures = _repeat(
+                lambda size=size, count=count: live.footprint_once(size, count),  # type: ignore[misc]
+                1,
+            )
+            publish("footprint", figures, as_json=as_json, size=size, channels=count)

@@ -1,0 +1,93 @@
+"""RAM images, the same on every run, for engines that must move the same bytes.
+
+Kinds change in runs of geometric length (mean 32 pages): buddy allocators hand out small blocks, so
+real RAM is neither sorted by kind nor shuffled page by page. Zero pages are written, not holes: a
+guest that has run has touched them.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+PAGE: Final = 4096
+SHARED_MEMORY: Final = Path("/dev/shm")
+RUN_PAGES_MEAN: Final = 32
+PIECE_PAGES: Final = 4096  #: written at once: 16 MiB
+FILES_BYTES_MAX: Final = 32 * 1024 * 1024
+
+#: Share of each kind.
+KINDS: Final = {
+    "mixed": {"zero": 0.4, "files": 0.3, "heap": 0.2, "random": 0.1},
+    "random": {"random": 1.0},
+}
+Pages = npt.NDArray[np.uint8]
+
+
+def _files() -> Pages:
+    """Bytes of the Python library's own files, in the order of their names."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    content = bytearray()
+    for path in sorted(library.rglob("*")):
+        if path.suffix in (".py", ".so", ".pyc") and path.is_file():
+            content += path.read_bytes()
+            if len(content) >= FILES_BYTES_MAX:
+                break
+    whole = len(content) // PAGE * PAGE
+    return np.frombuffer(bytes(content[:whole]), dtype=np.uint8).reshape(-1, PAGE)
+
+
+def _heap(random: np.random.Generator, count: int) -> Pages:
+    """Pointers into one heap, small integers and zeros, as object-heavy programs leave them."""
+    words = random.integers(0, 3, (count, PAGE // 8), dtype=np.uint64)
+    pointers = np.uint64(0x00007F5A00000000) + random.integers(
+        0, 2**24, words.shape, dtype=np.uint64
+    ) * np.uint64(16)
+    small = random.integers(0, 1000, words.shape, dtype=np.uint64)
+    chosen = np.where(words == 0, np.uint64(0), np.where(words == 1, small, pointers))
+    return chosen.view(np.uint8).reshape(count, PAGE)
+
+
+def kinds_of_pages(kind: str, count: int, seed: int) -> list[str]:
+    """The kind of each page."""
+    random = np.random.default_rng(seed)
+    names, shares = zip(*KINDS[kind].items(), strict=True)
+    pages: list[str] = []
+    while len(pages) < count:
+        name = names[int(random.choice(len(names), p=shares))]
+        pages += [name] * int(random.geometric(1 / RUN_PAGES_MEAN))
+    return pages[:count]
+
+
+def write_image(path: Path, size: int, kind: str, seed: int = 1) -> None:
+    """Write an image of `size` bytes (whole pages) of a kind of `KINDS`."""
+    random = np.random.default_rng(seed)
+    files, count = _files(), size // PAGE
+    kinds = np.array(kinds_of_pages(kind, count, seed))
+    with path.open("wb", buffering=0) as file:
+        for first in range(0, count, PIECE_PAGES):
+            piece = kinds[first : first + PIECE_PAGES]
+            pages = np.zeros((len(piece), PAGE), dtype=np.uint8)
+            for name, number in zip(*np.unique(piece, return_counts=True), strict=True):
+                if name == "files":
+                    pages[piece == name] = files[random.integers(0, len(files), number)]
+                elif name == "heap":
+                    pages[piece == name] = _heap(random, int(number))
+                elif name == "random":
+                    pages[piece == name] = random.integers(0, 256, (number, PAGE), dtype=np.uint8)
+            file.write(pages.tobytes())
+
+
+def touch_memory(directory: Path, size: int) -> None:
+    """Write and free as much memory as the destination will need: on a virtual machine whose host
+    gives memory lazily, whoever runs first would pay for it."""
+    path = directory / "touched"
+    block = b"\1" * (1 << 20)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size >> 20):
+            file.write(block)
+    path.unlink()

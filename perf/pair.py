@@ -1,0 +1,177 @@
+"""Two processes of one engine, driven over QMP: QEMU and ramferry differ by command line only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import psutil
+from qemu.qmp import QMPClient, QMPError
+
+from engine.errors import MigrationError
+from perf.image import touch_memory
+
+START_WAIT_S: Final = 30.0
+RUN_WAIT_S: Final = 300.0
+QEMU: Final = "qemu-system-x86_64"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One migration. `cpu_s` is of all processes of both sides, those that ended included."""
+
+    total_time_ms: int
+    cpu_s: float
+    normal_pages: int
+    zero_pages: int
+    different_pages: int
+
+
+def command(engine: str, ram: Path, size: int, qmp: Path, *, incoming: bool) -> list[str]:
+    """The command line of one side."""
+    if engine == "qemu":
+        backend = f"memory-backend-file,id=ram,size={size},mem-path={ram},share=on"
+        line = [QEMU, "-machine", "pc,accel=tcg,memory-backend=ram", "-object", backend]
+        line += ["-m", f"size={size}B", "-S", "-nodefaults", "-display", "none"]
+        line += ["-qmp", f"unix:{qmp},server=on,wait=off"]
+    else:
+        line = [sys.executable, "-m", "engine.cli", "serve", "--qmp", f"unix:{qmp}"]
+        line += ["--guest", f"ram:size={size},path={ram}"]
+    return [*line, "-incoming" if engine == "qemu" else "--incoming", "defer"] if incoming else line
+
+
+class Side:
+    """One process and its QMP client."""
+
+    def __init__(self, process: asyncio.subprocess.Process, client: QMPClient) -> None:
+        self.process, self.client = process, client
+
+    def cpu_s(self) -> float:
+        """Processor time so far: own, of children, of children that have ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.process.pid)
+            times = own.cpu_times()
+            total = times.user + times.system + times.children_user + times.children_system
+            for child in own.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += sum(child.cpu_times()[:2])
+            return float(total)
+        return 0.0
+
+    async def end_of_migration(self) -> str:
+        """The final status, by its event."""
+        async for event in self.client.events:
+            if event["event"] == "MIGRATION":
+                data: Any = event["data"]
+                status: str = data["status"]
+                if status in ("completed", "failed", "cancelled"):
+                    return status
+        raise MigrationError("the monitor was closed during the migration")
+
+
+@contextlib.asynccontextmanager
+async def side(line: list[str], qmp: Path) -> AsyncIterator[Side]:
+    """Start a process and connect to its monitor; both are gone afterwards."""
+    process = await asyncio.create_subprocess_exec(*line, stderr=asyncio.subprocess.DEVNULL)
+    client = QMPClient(qmp.name)
+    try:
+        async with asyncio.timeout(START_WAIT_S):
+            while True:
+                client = QMPClient(qmp.name)
+                try:
+                    await client.connect(str(qmp))
+                    break
+                except QMPError:
+                    if process.returncode is not None:
+                        raise MigrationError(f"'{' '.join(line)}' does not start") from None
+                    await asyncio.sleep(0.02)
+        yield Side(process, client)
+    finally:
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await client.execute("quit")
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await client.disconnect()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 20)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def migrate_once(engine: str, image: Path, size: int, channels: int) -> Run:
+    """Move the image once, guests stopped, no compression, no limit; compare every page after.
+
+    :raise MigrationError: an engine failed."""
+    directory = Path(tempfile.mkdtemp(prefix="ramferry-bench-"))
+    ram = image.parent / f"{directory.name}-ram"
+    try:
+        lines = [
+            command(engine, where, size, directory / name, incoming=incoming)
+            for name, where, incoming in (("s", image, False), ("d", ram, True))
+        ]
+        async with (
+            side(lines[0], directory / "s") as source,
+            side(lines[1], directory / "d") as destination,
+        ):
+            return await _migrate(source, destination, image, ram, size, channels)
+    finally:
+        ram.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _migrate(
+    source: Side, destination: Side, image: Path, ram: Path, size: int, channels: int
+) -> Run:
+    capabilities = [{"capability": name, "state": True} for name in ("multifd", "events")]
+    for one in (source, destination):
+        parameters = {"max-bandwidth": 0, "multifd-channels": channels}
+        await one.client.execute("migrate-set-parameters", parameters)
+        await one.client.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await source.client.execute("stop")
+    await destination.client.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    info: Any = await destination.client.execute("query-migrate")
+    port = info["socket-address"][0]["port"]
+    touch_memory(image.parent, size)
+    before_s = source.cpu_s() + destination.cpu_s()
+    ends = [asyncio.ensure_future(one.end_of_migration()) for one in (source, destination)]
+    await source.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
+    statuses = await asyncio.wait_for(asyncio.gather(*ends), RUN_WAIT_S)
+    if statuses != ["completed", "completed"]:
+        raise MigrationError(f"a benchmark's migration ended as {statuses}")
+    await _settle(source)
+    cpu_s = source.cpu_s() + destination.cpu_s() - before_s
+    answer: Any = await source.client.execute("query-migrate")
+    return Run(
+        answer["total-time"],
+        cpu_s,
+        answer["ram"]["normal"],
+        answer["ram"]["duplicate"],
+        different_pages(image, ram),
+    )
+
+
+async def _settle(source: Side) -> None:
+    """Wait until the source's workers were reaped, so that their time is counted whole."""
+    deadline = time.monotonic() + 5
+    own = psutil.Process(source.process.pid)
+    while own.children() and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+
+
+def different_pages(one: Path, other: Path) -> int:
+    """Pages of two files that are not the same (a QEMU guest's reset writes a few)."""
+    a = np.memmap(one, dtype=np.uint64, mode="r").reshape(-1, 512)
+    b = np.memmap(other, dtype=np.uint64, mode="r").reshape(-1, 512)
+    return sum(
+        int(np.count_nonzero((a[i : i + 8192] != b[i : i + 8192]).any(axis=1)))
+        for i in range(0, len(a), 8192)
+    )

@@ -1,0 +1,126 @@
+"""The benchmarks in their smallest form: they run, and their figures can be trusted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perf.image import KINDS, kinds_of_pages, write_image
+from perf.live import _windows
+from perf.pair import QEMU, different_pages
+from perf.report import spread
+
+process = pytest.mark.process
+
+
+def bench(*arguments: str) -> list[dict[str, Any]]:
+    """JSON lines of `ramferry bench`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.cli", "bench", *arguments, "--json"],
+        capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_pages_have_their_shares(kind: str) -> None:
+    pages = kinds_of_pages(kind, 100_000, seed=3)
+
+    for name, share in KINDS[kind].items():
+        assert pages.count(name) / len(pages) == pytest.approx(share, abs=0.03)
+
+
+def test_an_image_is_the_same_every_time_and_its_zero_pages_are_no_holes(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        write_image(path, 4 * 1024 * 1024, "mixed", seed=5)
+
+    pages = np.fromfile(one, dtype=np.uint8).reshape(-1, 4096)
+    zero = int((~pages.any(axis=1)).sum())
+    assert one.read_bytes() == other.read_bytes()
+    assert zero == kinds_of_pages("mixed", 1024, seed=5).count("zero")
+    assert one.stat().st_blocks * 512 >= 4 * 1024 * 1024
+
+
+def test_one_changed_byte_is_one_different_page(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    content = bytearray(np.random.default_rng(1).bytes(64 * 4096))
+    one.write_bytes(content)
+    content[17 * 4096 + 5] ^= 1
+    other.write_bytes(content)
+
+    assert different_pages(one, other) == 1
+
+
+def test_windows_are_a_second_long_and_count_what_was_sent_in_them() -> None:
+    samples = [(i / 100, i * 1000) for i in range(300)]
+
+    windows = list(_windows(samples))
+
+    assert windows
+    for took, sent in windows:
+        assert took == pytest.approx(1.0, abs=0.011)
+        assert sent == pytest.approx(took * 100_000)
+
+
+def test_spread_names_the_median() -> None:
+    assert spread([3.0, 1.0, 2.0]) == {
+        "median": 2.0, "mean": 2.0, "std": 1.0, "min": 1.0, "max": 3.0, "n": 3,
+    }  # fmt: skip
+
+
+@process
+@pytest.mark.guest
+def test_peer_moves_the_same_image_with_both_engines_and_plots(tmp_path: Path) -> None:
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"{QEMU} is not installed; CI installs it")
+    plot = tmp_path / "peer.png"
+
+    (line,) = bench(
+        "peer", "--size", "64M", "--pairs", "1", "--image", "mixed", "--plot", str(plot)
+    )
+
+    assert line["total_time_ratio_qemu_to_ramferry"]["n"] == 1
+    assert line["ramferry_cpu_s"]["min"] > 0
+    assert line["qemu_cpu_s"]["min"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@process
+def test_downtime_stays_inside_the_limit() -> None:
+    (line,) = bench("downtime", "--size", "64M", "--rate", "20M", "--limit", "300", "--runs", "1")
+
+    assert 0 < line["downtime_ms"]["max"] <= 300
+    assert line["guest_speed_during_to_before_ratio"]["min"] > 0
+
+
+@process
+def test_a_guest_that_touched_nothing_costs_nothing() -> None:
+    lines = bench("empty", "--size", "4G", "--runs", "1")
+
+    assert [line["guest"] for line in lines] == ["ram", "workload"]
+    for line in lines:
+        assert line["ram_allocated_mib"]["max"] < 1
+
+
+@process
+def test_no_second_is_far_from_the_bandwidth_limit() -> None:
+    (line,) = bench("bandwidth", "--limit", "20000000", "--seconds", "2.5")
+
+    assert line["deviation_max_percent"]["max"] <= 5
+
+
+@process
+def test_workers_need_little_memory_of_their_own() -> None:
+    (line,) = bench("footprint", "--size", "256M", "--channels", "2")
+
+    for role in ("sender", "receiver"):
+        assert 5 < line[f"{role}_private_peak_mib"]["max"] <= 80
