@@ -29,8 +29,9 @@ $(VENV)/bin/python:
 	    echo "make: no C compiler; install gcc (Debian, Ubuntu: apt install gcc)" >&2; exit 1; }
 	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { \
 	    echo "make: no Python.h; install Python's headers (Debian, Ubuntu: apt install python3-dev)" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	    echo "make: no venv; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: $(PYTHON) has no venv; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@$(PIP) --upgrade pip
 
 $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
@@ -45,4 +46,5 @@ $(VENV)/installed-dev: $(SOURCES) | $(VENV)/bin/python
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	rm -f engine/*.so
+	rm -rf engine/*.so CMakeFiles .cmake CMakeCache.txt CMakeInit.txt cmake_install.cmake \
+	    build.ninja .ninja_deps .ninja_log .skbuild-info.json libramferry_kernels.a

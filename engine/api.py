@@ -203,7 +203,7 @@ class Control:
         await self.close()
 
     async def _start(self) -> None:
-        path = str(Path(self._directory) / "qmp")
+        path = self.qmp_path
         command = ["serve", "--guest", self._guest, "--qmp", f"unix:{path}", "--set", "events=on"]
         command += ["--end-with", str(os.getpid())]
         if self._incoming is not None:
@@ -263,6 +263,11 @@ class Control:
         while data := await process.stderr.read(4096):
             self._stderr += data
             del self._stderr[:-STDERR_BYTES_MAX]
+
+    @property
+    def qmp_path(self) -> str:
+        """The QMP socket, for other clients; it is gone after the context."""
+        return str(Path(self._directory) / "qmp")
 
     @property
     def stderr(self) -> str:

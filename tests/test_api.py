@@ -33,6 +33,31 @@ def test_the_example_in_the_readme_runs_and_is_right() -> None:
     assert done.stdout.strip().endswith("right: True")
 
 
+def test_qmp_shell_drives_a_migration_as_the_readme_says() -> None:
+    def shell(control: engine.Control, *lines: str) -> str:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("qmp-shell"), control.qmp_path],
+            input="".join(f"{line}\n" for line in lines),
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    async def scenario() -> tuple[str, str]:
+        source = engine.Control.start(f"{TINY},rate=5M")
+        destination = engine.Control.start(TINY, incoming="tcp:127.0.0.1:0")
+        async with source, destination:
+            uri = await destination.address()
+            lines = ("migrate-set-parameters max-bandwidth=0", f"migrate uri={uri}")
+            said = await asyncio.to_thread(shell, source, *lines)
+            await engine.Migration(source).result()
+            return said, await asyncio.to_thread(shell, destination, "query-status", "x-judge")
+
+    at_source, at_destination = asyncio.run(scenario())
+    assert at_source.count('{"return": {}}') == 2
+    assert '"status": "running"' in at_destination
+    assert '"wrong-pages": 0' in at_destination
+
+
 def test_statistics_are_typed_and_add_up() -> None:
     async def scenario() -> tuple[engine.Statistics, engine.Verdict]:
         source = engine.Control.start(f"{TINY},rate=5M,pattern=random")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CHANNELS_SHOWN_MAX: Final = 8
 PLAIN_PERIOD_NS: Final = 1_000_000_000
+PLAIN_WIDTH: Final = 120
 WIDE: Final = 60  #: columns; narrower terminals get one fact a line and no bars a channel
 PHASES: Final = ("pause", "harvest", "send", "acknowledge", "resume")
 
@@ -46,6 +48,8 @@ class Display:
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(quiet=quiet, highlight=False)
+        if not self._console.is_terminal and "COLUMNS" not in os.environ:
+            self._console.width = PLAIN_WIDTH
         self._live: Live | None = None
         self._plain_ns = 0
 
@@ -112,11 +116,12 @@ def picture(statistics: Statistics, width: int) -> RenderableType:
     ]
     if statistics.throttle_percent:
         facts.append(("guest throttled", f"{statistics.throttle_percent} %"))
+    ways = f"tracker {statistics.tracker}, placement {statistics.placement}"
     return Group(
         _facts(facts, in_a_row=2 if width >= WIDE else 1),
         _whole_line(ProgressBar(total=max(1, statistics.total_bytes), completed=done)),
         _channels(statistics, width),
-        Text(f"tracker {statistics.tracker}, placement {statistics.placement}", style="dim"),
+        Text(ways if statistics.tracker else "", style="dim"),
     )
 
 
@@ -167,6 +172,11 @@ def _summary(outcome: Outcome) -> RenderableType:
         table.add_row("downtime", f"{statistics.downtime_ms} ms ({phases})")
         table.add_row("expected downtime", f"{statistics.expected_downtime_ms} ms")
         table.add_row("rounds", str(statistics.rounds))
+        table.add_row(
+            "RAM",
+            f"{bytes_text(statistics.total_bytes)}, {bytes_text(outcome.touched_bytes)} of it "
+            "touched",
+        )
         table.add_row("on the wire", bytes_text(statistics.transferred_bytes))
         table.add_row(
             "pages", f"{statistics.normal_pages:,} normal, {statistics.zero_pages:,} zero"

@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import time
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from engine.api import Control, Migration, Statistics, Verdict, verify
 from engine.control.parameters import parse_size
 from engine.control.status import Status
 from engine.demo.display import Display
+from engine.errors import MigrationError, UsageError
 from engine.guest.spec import parse_guest_spec
 
 SAMPLE_S: Final = 1.0  #: the guest's speed before and after is measured over so long
@@ -45,10 +45,14 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the demo found out; writes per second are page writes of 4096 bytes."""
+    """What the demo found out; writes per second are page writes of 4096 bytes.
+
+    :ivar touched_bytes: the guest's RAM that is no hole.
+    """
 
     statistics: Statistics
     verdict: Verdict | None
+    touched_bytes: int
     writes_before: float
     writes_during: float
     writes_after: float
@@ -64,6 +68,7 @@ class Outcome:
             "status": self.statistics.status.value,
             "error-desc": self.statistics.error,
             "query-migrate": dict(self.statistics.raw),
+            "touched-bytes": self.touched_bytes,
             "verified-pages": verdict.verified_pages,
             "wrong-pages": verdict.wrong_pages,
             "lost-writes": verdict.lost_writes,
@@ -84,10 +89,21 @@ async def run_demo(options: DemoOptions, *, as_json: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     display = Display(quiet=as_json)
-    outcome = await _demonstrate(options, display)
+    try:
+        outcome = await _demonstrate(options, display)
+    except UsageError:
+        raise
+    except MigrationError as exc:
+        if as_json:
+            _write_json({"status": Status.FAILED.value, "error-desc": str(exc)})
+        raise
     if as_json:
-        sys.stdout.write(json.dumps(outcome.as_json()) + "\n")
+        _write_json(outcome.as_json())
     return 0 if outcome.is_right else 1
+
+
+def _write_json(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
 
 
 async def _demonstrate(options: DemoOptions, display: Display) -> Outcome:
@@ -95,27 +111,27 @@ async def _demonstrate(options: DemoOptions, display: Display) -> Outcome:
     writing = f"{guest},rate={options.rate},pattern={options.pattern}"
     parse_guest_spec(writing)  # a wrong option is told before anything is started
     settings = options.source_settings()
-    async with AsyncExitStack() as stack:
-        display.starting(options.size, options.pattern, options.rate)
-        source = Control.start(writing, settings=settings)
-        destination = Control.start(
-            guest, "tcp:127.0.0.1:0", [f"multifd-channels={options.channels}"]
-        )
-        await asyncio.gather(
-            stack.enter_async_context(source), stack.enter_async_context(destination)
-        )
+    display.starting(options.size, options.pattern, options.rate)
+    source = Control.start(writing, settings=settings)
+    destination = Control.start(guest, "tcp:127.0.0.1:0", [f"multifd-channels={options.channels}"])
+    async with source, destination:
         before = await _writes_per_s(source)
         display.measured(before)
         statistics, during = await _watch(source, destination, display)
+        touched_bytes = await _touched_bytes(source)
         if statistics.status is not Status.COMPLETED:
-            outcome = Outcome(statistics, None, before, during, 0.0)
+            outcome = Outcome(statistics, None, touched_bytes, before, during, 0.0)
         else:
             after = await _writes_per_s(destination)
             display.checking()
             verdict = await verify(source, destination)
-            outcome = Outcome(statistics, verdict, before, during, after)
+            outcome = Outcome(statistics, verdict, touched_bytes, before, during, after)
         display.ended(outcome)
         return outcome
+
+
+async def _touched_bytes(control: Control) -> int:
+    return sum(block["allocated"] for block in (await control.query_guest())["blocks"])
 
 
 async def _watch(
