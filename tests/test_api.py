@@ -90,6 +90,27 @@ def test_both_families_of_addresses_work(host: str) -> None:
     assert asyncio.run(scenario()).is_right
 
 
+def test_every_extension_is_documented() -> None:
+    async def scenario() -> set[str]:
+        source = engine.Control.start(TINY)
+        destination = engine.Control.start(TINY, incoming="tcp:127.0.0.1:0")
+        async with source, destination:
+            names = {command["name"] for command in await source.execute("query-commands")}
+            names |= set(await source.execute("query-migrate-parameters"))
+            capabilities = await source.execute("query-migrate-capabilities")
+            result = await (await source.migrate(destination)).result()
+            names |= {each["capability"] for each in capabilities} | set(result.raw)
+            return names | set(await source.query_guest()) | set(await source.judge())
+
+    qemu_has_them = {"x-checkpoint-delay", "x-colo", "x-ignore-shared", "x-vcpu-dirty-limit-period"}
+    ours_only = {"kind", "pid", "writes", "tracker", "blocks", "first-wrong", "counters-path"}
+    names = asyncio.run(scenario())
+    ours = {name for name in names if name.startswith("x-")} - qemu_has_them | ours_only
+    documented = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "extensions.md").read_text()))
+    assert ours_only <= names
+    assert ours <= documented, ours - documented
+
+
 def test_a_unix_path_works_and_leaves_no_file(tmp_path: Path) -> None:
     async def scenario() -> engine.Verdict:
         source = engine.Control.start(f"{TINY},rate=5M")
