@@ -1,13 +1,14 @@
 """Every error that ramferry raises on purpose, as one tree.
 
     MigrationError
-    ├── UsageError              the caller asked for something that is not allowed (one line says
-    what is) ├── StateError              an event that the state machine does not allow; carries the
-    story ├── MemoryRefused           RAM cannot be had, mapped, tracked or placed ├── WireError
-    bytes from a peer were wrong ├── ChannelError            a channel to the peer failed ├──
-    WorkerLost              a worker process died or did not answer ├── GuestError              the
-    guest refused, died or did not answer ├── PeerRefused             the other side said no, and
-    why └── OutcomeUnknown          the right to run was handed over and no answer came
+    |-- UsageError        the caller asked for something that is not allowed
+    |-- StateError        an event that the state machine does not allow; carries the story
+    |-- MemoryRefused     RAM cannot be had, mapped, tracked or placed
+    |-- WireError         bytes from a peer were wrong
+    |-- ChannelError      a channel to the peer failed
+    |-- WorkerLost        a worker process died or did not answer
+    |-- GuestError        the guest refused, died or did not answer
+    `-- PeerRefused       the other side said no, and why
 
 A class exists only where some caller acts differently on it. Messages are one line: what was wrong,
 what is allowed, what to do. All arguments are plain data, so errors can cross processes.
@@ -71,10 +72,3 @@ class GuestError(MigrationError):
 
 class PeerRefused(MigrationError):
     """The other side refused; the message is its reason."""
-
-
-class OutcomeUnknown(MigrationError):
-    """The right to run was handed over and neither a yes nor a no came back.
-
-    The source guest stays stopped, with its memory, because the destination may be running it.
-    """

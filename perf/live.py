@@ -76,12 +76,10 @@ async def bandwidth_once(limit_bytes_per_s: int, seconds: float) -> dict[str, fl
                 samples.append((now, counted["ram"]["transferred"]))
             await asyncio.sleep(SAMPLE_S)
         await migration.cancel()
-    deviations = [
-        abs(sent / took / limit_bytes_per_s - 1) * 100 for took, sent in _windows(samples)
-    ]
-    if not deviations:
+    percents = [(sent / took / limit_bytes_per_s - 1) * 100 for took, sent in _windows(samples)]
+    if not percents:
         raise MigrationError("the migration was over before a second could be measured")
-    return {"deviation_max_percent": max(deviations)}
+    return {"over_max_percent": max(percents), "under_max_percent": -min(percents)}
 
 
 def _windows(samples: list[tuple[float, int]]) -> Iterator[tuple[float, int]]:

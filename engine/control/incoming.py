@@ -71,6 +71,8 @@ class IncomingMigration:
         self._task: asyncio.Task[None] | None = None
         self._is_serving = True
         self._has_state = False
+        self._is_welcomed = False
+        self._early_losses = 0
         self._inner: set[asyncio.Task[None]] = set()
         self.ended = asyncio.Event()
 
@@ -227,6 +229,7 @@ class IncomingMigration:
             self._address.handover_uri(self._host.parameters.x_multifd_port_base)
         )
         await self._until(lambda: all(lane.endpoint for lane in self._lanes))
+        self._is_welcomed = True
         await main.send(
             wire.Welcome(
                 wire.VERSION,
@@ -275,16 +278,17 @@ class IncomingMigration:
         )
         blocks = self._host.guest.blocks
         base = self._host.parameters.x_multifd_port_base
-        worker.order(
-            wire.PrepareReceiver(
-                lane.index,
-                self._session,
-                self._address.channel_endpoint(lane.index, base),
-                lane.incarnation,
-                [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in blocks],
-            ),
-            [self._placed.fd, lane.progress.fd, *(block.fd for block in blocks)],
-        )
+        with contextlib.suppress(WorkerLost):  # `_lose` has been told
+            worker.order(
+                wire.PrepareReceiver(
+                    lane.index,
+                    self._session,
+                    self._address.channel_endpoint(lane.index, base),
+                    lane.incarnation,
+                    [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in blocks],
+                ),
+                [self._placed.fd, lane.progress.fd, *(block.fd for block in blocks)],
+            )
 
     def _take(self, lane: Lane, worker: Worker[wire.ReceiverReport], report: wire.Message) -> None:
         match report:
@@ -305,7 +309,21 @@ class IncomingMigration:
     def _lose(self, lane: Lane, lost: WorkerLost) -> None:
         """A dead receiver is replaced when the source makes its channel anew."""
         lane.endpoint = ""
+        if not self._is_welcomed:
+            self._replace_early(lane, lost)
+            return
         self._tell(wire.ChannelBroken(lane.index, lane.incarnation, wire.cut(str(lost))))
+        self._changed.set()
+
+    def _replace_early(self, lane: Lane, lost: WorkerLost) -> None:
+        """The source knows nothing of the channels yet: start another receiver by ourselves."""
+        self._early_losses += 1
+        if lane.worker is not None:
+            self._beside(lane.worker.end())
+        if self._early_losses > self._host.parameters.x_heal_limit:
+            self._break_off(lost)
+        else:
+            self._employ(lane)
         self._changed.set()
 
     def _tell(self, message: wire.Message) -> None:

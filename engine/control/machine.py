@@ -235,9 +235,6 @@ class Outgoing:
             return self._fail(Failure(f"{event.reason} ({again})"))
         return self.phase, self.status, (Heal(event.index),)
 
-    def _lost_while_connecting(self, event: ChannelLost) -> Step:
-        return self._fail(Failure(event.reason))
-
     def _fail(self, event: Failure) -> Step:
         self.error = event.reason
         return Phase.FAILING, self.status, (Effect.ABANDON,)
@@ -290,8 +287,7 @@ TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
     (Phase.HANDING_OVER, HandedOver): Outgoing._conclude,
     (Phase.FAILING, Abandoned): Outgoing._failed,
     (Phase.CANCELLING, Abandoned): Outgoing._cancelled,
-    (Phase.CONNECTING, ChannelLost): Outgoing._lost_while_connecting,
-    **_same(_LIVE, ChannelLost, Outgoing._heal_or_fail),
+    **_same((Phase.CONNECTING, *_LIVE), ChannelLost, Outgoing._heal_or_fail),
     **_same((Phase.ARMING, Phase.HANDING_OVER, *_LEAVING, Phase.ENDED), ChannelLost,
     Outgoing._ignore),
     **_same(_STOPPABLE, Failure, Outgoing._fail),

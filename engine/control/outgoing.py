@@ -343,7 +343,8 @@ class OutgoingMigration:
             self._host.set_run_state(RunState.RUNNING)
 
     async def _abandon_stopped(self) -> None:
-        self._host.set_run_state(RunState.POSTMIGRATE)
+        """Nobody knows who has the token: `cont` is the operator's word that it is this side."""
+        self._host.set_run_state(RunState.PAUSED)
         await self._give_back(None)
         self.handle(machine.Abandoned())
 

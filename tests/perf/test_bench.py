@@ -112,10 +112,11 @@ def test_a_guest_that_touched_nothing_costs_nothing() -> None:
 
 
 @process
-def test_no_second_is_far_from_the_bandwidth_limit() -> None:
+def test_no_second_goes_over_the_bandwidth_limit() -> None:
+    """A busy machine may send less than the limit; nothing may make it send more."""
     (line,) = bench("bandwidth", "--limit", "20000000", "--seconds", "2.5")
 
-    assert line["deviation_max_percent"]["max"] <= 5
+    assert line["over_max_percent"]["max"] <= 5
 
 
 @process

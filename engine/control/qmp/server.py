@@ -66,10 +66,10 @@ class Session:
         except (ConnectionError, asyncio.IncompleteReadError):
             log.debug("a monitor's client is gone")
         finally:
+            self._writer.close()  # first: `close` of the server may cancel what follows
             for helper in (*helpers, *self._side):
                 helper.cancel()
             await asyncio.gather(*helpers, *self._side, return_exceptions=True)
-            self._writer.close()
             with contextlib.suppress(ConnectionError):
                 await self._writer.wait_closed()
 
