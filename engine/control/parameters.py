@@ -122,7 +122,7 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("announce-max", Kind.SIZE, 550, high=100_000, unit="ms",
               help="longest delay between two announcements"),
     Parameter("announce-rounds", Kind.SIZE, 5, high=1000, help="number of announcements"),
-    Parameter("announce-step", Kind.SIZE, 100, low=1, high=10_000, unit="ms",
+    Parameter("announce-step", Kind.SIZE, 100, low=1, high=10_000, range_text="a value between 0 and 10000", unit="ms",
               help="increase of the delay after each announcement"),
     Parameter("throttle-trigger-threshold", Kind.UINT8, 50, 1, 100, unit="%", acts=True,
               range_text=_integer_range(1, 100),

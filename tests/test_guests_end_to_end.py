@@ -1,0 +1,123 @@
+"""Whole migrations of guests that need something special: huge pages, a throttle, channels."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import engine
+
+pytestmark = pytest.mark.process
+
+RESERVED = Path("/proc/sys/vm/nr_hugepages")
+PAGES_NEEDED = 40  #: two guests of 32 MiB, and some to spare
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """2 MiB pages for two small guests; one test at a time, also beside other test processes."""
+    with RESERVED.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = int(RESERVED.read_text())
+        if before < PAGES_NEEDED:
+            if os.geteuid() != 0:
+                pytest.skip("reserving huge pages needs root; CI runs this as root")
+            RESERVED.write_text(str(PAGES_NEEDED))
+        try:
+            if int(RESERVED.read_text()) < PAGES_NEEDED:
+                pytest.skip("this machine has no free memory for huge pages")
+            yield
+        finally:
+            if before < PAGES_NEEDED:
+                RESERVED.write_text(str(before))
+
+
+@pytest.mark.parametrize("tracker", ["uffd-wp", "guest-bitmap", "content-hash"])
+def test_a_guest_on_huge_pages_arrives_right(huge_pages: None, tracker: str) -> None:
+    guest = "workload:size=32M,hugetlb=2M"
+
+    async def scenario() -> tuple[engine.Verdict, int]:
+        source = engine.Control.start(f"{guest},rate=20M,pattern=hotspot")
+        destination = engine.Control.start(guest, "tcp:127.0.0.1:0")
+        async with source, destination:
+            migration = await source.migrate(destination, max_bandwidth=0, x_tracker=tracker)
+            await migration.result()
+            blocks = (await destination.query_guest())["blocks"]
+            return await engine.verify(source, destination), blocks[0]["backing-page-size"]
+
+    verdict, page_size = asyncio.run(scenario())
+    assert verdict.is_right
+    assert page_size == 2 * 1024 * 1024
+
+
+def test_a_destination_with_another_page_size_is_refused(huge_pages: None) -> None:
+    async def scenario() -> str:
+        source = engine.Control.start("workload:size=32M,hugetlb=2M")
+        destination = engine.Control.start("workload:size=32M", "tcp:127.0.0.1:0")
+        async with source, destination:
+            with pytest.raises(engine.MigrationFailed) as failed:
+                await (await source.migrate(destination)).result()
+            return str(failed.value)
+
+    assert "Mismatched RAM page size ram (local) 4096 != 2097152" in asyncio.run(scenario())
+
+
+def test_auto_converge_brings_down_a_guest_that_writes_faster_than_the_channel() -> None:
+    """60 MB/s cannot follow 100 MB/s; throttled, the guest ends inside the limit."""
+
+    async def scenario() -> tuple[engine.Statistics, list[int], engine.Verdict]:
+        source = engine.Control.start(
+            "workload:size=32M,rate=100M,pattern=random,contents=random",
+            settings=["max-bandwidth=60M", "downtime-limit=50", "auto-converge=on"],
+        )
+        destination = engine.Control.start("workload:size=32M", "tcp:127.0.0.1:0")
+        async with source, destination:
+            migration = await source.migrate(destination)
+            seen = [progress.throttle_percent async for progress in migration.progress(0.02)]
+            result = await migration.result()
+            return result, seen, await engine.verify(source, destination)
+
+    result, seen, verdict = asyncio.run(scenario())
+    running = [percent for percent in seen if percent]
+    assert running[0] == 20
+    assert running == sorted(running)
+    assert max(running) <= 99
+    assert verdict.is_right
+    assert result.downtime_ms is not None
+
+
+def test_the_throttle_is_taken_away_at_the_destination() -> None:
+    async def scenario() -> float:
+        source = engine.Control.start(
+            "workload:size=16M,rate=40M,pattern=random",
+            settings=["max-bandwidth=20M", "downtime-limit=50", "auto-converge=on"],
+        )
+        destination = engine.Control.start("workload:size=16M", "tcp:127.0.0.1:0")
+        async with source, destination:
+            await (await source.migrate(destination)).result()
+            before = (await destination.query_guest())["writes"]
+            await asyncio.sleep(1.0)
+            return float((await destination.query_guest())["writes"] - before)
+
+    assert asyncio.run(scenario()) > 0.7 * 40 * 1024 * 1024 / 4096
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+def test_any_number_of_channels_carries_every_page(channels: int) -> None:
+    async def scenario() -> tuple[engine.Statistics, engine.Verdict]:
+        source = engine.Control.start("workload:size=64M,rate=10M")
+        destination = engine.Control.start("workload:size=64M", "tcp:127.0.0.1:0")
+        async with source, destination:
+            migration = await source.migrate(
+                destination, multifd_channels=channels, max_bandwidth=0
+            )
+            return await migration.result(), await engine.verify(source, destination)
+
+    result, verdict = asyncio.run(scenario())
+    assert len(result.channels) == channels
+    assert verdict.is_right
