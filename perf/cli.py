@@ -42,18 +42,26 @@ def _repeat(once: Callable[[], Awaitable[dict[str, float]]], runs: int) -> dict[
 @click.option("--pairs", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--image", default="both", show_default=True, type=click.Choice([*KINDS, "both"]))
 @click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--hugetlb", is_flag=True, help="RAM on 2 MiB huge pages (needs root)")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
 @as_json
 def bench_peer(
-    size: str, pairs: int, image: str, channels: int, plot: Path | None, as_json: bool
+    size: str,
+    pairs: int,
+    image: str,
+    channels: int,
+    hugetlb: bool,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """The same image moved by a real QEMU and by ramferry, in turn, guests stopped."""
     if shutil.which(QEMU) is None:
         raise UsageError(f"{QEMU} is not installed; on Debian: apt install qemu-system-x86")
     results: dict[str, Any] = {}
     for kind in KINDS if image == "both" else [image]:
-        results[kind] = peer.measure(kind, parse_size(size), pairs, channels)
-        peer.report(kind, parse_size(size), channels, results[kind], as_json=as_json)
+        results[kind] = peer.measure(kind, parse_size(size), pairs, channels, hugetlb=hugetlb)
+        context = {"image": kind, "size": size, "channels": channels, "hugetlb": hugetlb}
+        peer.report(results[kind], as_json=as_json, **context)
     if plot is not None:
         peer.plot(plot, results)
 
@@ -78,11 +86,12 @@ def bench_downtime(size: str, rate: str, limits: tuple[int, ...], runs: int, as_
 def bench_bandwidth(limits: tuple[str, ...], seconds: float, as_json: bool) -> None:
     """How far any second is from max-bandwidth."""
     for limit in limits:
+        rate = parse_size(limit)
         figures = _repeat(
-            lambda limit=limit: live.bandwidth_once(parse_size(limit), seconds),  # type: ignore[misc]
+            lambda rate=rate: live.bandwidth_once(rate, seconds),  # type: ignore[misc]
             1,
         )
-        publish("bandwidth", figures, as_json=as_json, limit_bytes_per_s=parse_size(limit))
+        publish("bandwidth", figures, as_json=as_json, limit_bytes_per_s=rate)
 
 
 @bench.command("empty")

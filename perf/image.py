@@ -7,6 +7,7 @@ guest that has run has touched them.
 
 from __future__ import annotations
 
+import mmap
 import sysconfig
 from pathlib import Path
 from typing import Final
@@ -68,7 +69,10 @@ def write_image(path: Path, size: int, kind: str, seed: int = 1) -> None:
     random = np.random.default_rng(seed)
     files, count = _files(), size // PAGE
     kinds = np.array(kinds_of_pages(kind, count, seed))
-    with path.open("wb", buffering=0) as file:
+    with path.open("w+b") as file:
+        file.truncate(size)
+        image = mmap.mmap(file.fileno(), size)  # hugetlbfs has no write()
+    with image:
         for first in range(0, count, PIECE_PAGES):
             piece = kinds[first : first + PIECE_PAGES]
             pages = np.zeros((len(piece), PAGE), dtype=np.uint8)
@@ -79,15 +83,4 @@ def write_image(path: Path, size: int, kind: str, seed: int = 1) -> None:
                     pages[piece == name] = _heap(random, int(number))
                 elif name == "random":
                     pages[piece == name] = random.integers(0, 256, (number, PAGE), dtype=np.uint8)
-            file.write(pages.tobytes())
-
-
-def touch_memory(directory: Path, size: int) -> None:
-    """Write and free as much memory as the destination will need: on a virtual machine whose host
-    gives memory lazily, whoever runs first would pay for it."""
-    path = directory / "touched"
-    block = b"\1" * (1 << 20)
-    with path.open("wb", buffering=0) as file:
-        for _ in range(size >> 20):
-            file.write(block)
-    path.unlink()
+            image[first * PAGE : first * PAGE + pages.nbytes] = pages.tobytes()

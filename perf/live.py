@@ -14,7 +14,7 @@ import psutil
 
 from engine.api import Control, Statistics, verify
 from engine.errors import MigrationError
-from perf.image import SHARED_MEMORY, touch_memory
+from perf.warm import warm_memory
 
 MIB: Final = 1024 * 1024
 WINDOW_S: Final = 1.0
@@ -66,16 +66,16 @@ async def bandwidth_once(limit_bytes_per_s: int, seconds: float) -> dict[str, fl
     source = Control.start(spec, settings=[f"max-bandwidth={limit_bytes_per_s}"])
     destination = Control.start(f"workload:size={size}M", "tcp:127.0.0.1:0")
     samples: list[tuple[float, int]] = []
-    async with source, destination:
-        touch_memory(SHARED_MEMORY, size * MIB)
-        migration = await source.migrate(destination)
-        began = time.monotonic()
-        while (now := time.monotonic()) - began < seconds:
-            counted = await source.execute("query-migrate")
-            if "ram" in counted:
-                samples.append((now, counted["ram"]["transferred"]))
-            await asyncio.sleep(SAMPLE_S)
-        await migration.cancel()
+    with warm_memory(2 * size * MIB):
+        async with source, destination:
+            migration = await source.migrate(destination)
+            began = time.monotonic()
+            while (now := time.monotonic()) - began < seconds:
+                counted = await source.execute("query-migrate")
+                if "ram" in counted:
+                    samples.append((now, counted["ram"]["transferred"]))
+                await asyncio.sleep(SAMPLE_S)
+            await migration.cancel()
     percents = [(sent / took / limit_bytes_per_s - 1) * 100 for took, sent in _windows(samples)]
     if not percents:
         raise MigrationError("the migration was over before a second could be measured")

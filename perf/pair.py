@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,16 +19,20 @@ import psutil
 from qemu.qmp import QMPClient, QMPError
 
 from engine.errors import MigrationError
-from perf.image import touch_memory
 
 START_WAIT_S: Final = 30.0
 RUN_WAIT_S: Final = 300.0
+IDLE_S: Final = 0.3  #: processes that used no tick of processor time for so long have started
 QEMU: Final = "qemu-system-x86_64"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One migration. `cpu_s` is of all processes of both sides, those that ended included."""
+    """One migration.
+
+    :ivar cpu_s: of all processes of both sides, from `migrate` until all have ended, so that it
+        does not matter whether RAM is unmapped at the end of the migration or of the process.
+    """
 
     total_time_ms: int
     cpu_s: float
@@ -118,19 +123,20 @@ async def migrate_once(engine: str, image: Path, size: int, channels: int) -> Ru
             command(engine, where, size, directory / name, incoming=incoming)
             for name, where, incoming in (("s", image, False), ("d", ram, True))
         ]
+        ended_s = _ended_children_cpu_s()
         async with (
             side(lines[0], directory / "s") as source,
             side(lines[1], directory / "d") as destination,
         ):
-            return await _migrate(source, destination, image, ram, size, channels)
+            run = await _migrate(source, destination, image, ram, channels)
+        return replace(run, cpu_s=_ended_children_cpu_s() - ended_s - run.cpu_s)
     finally:
         ram.unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def _migrate(
-    source: Side, destination: Side, image: Path, ram: Path, size: int, channels: int
-) -> Run:
+async def _migrate(source: Side, destination: Side, image: Path, ram: Path, channels: int) -> Run:
+    """Here `cpu_s` is what both sides had used before `migrate`."""
     capabilities = [{"capability": name, "state": True} for name in ("multifd", "events")]
     for one in (source, destination):
         parameters = {"max-bandwidth": 0, "multifd-channels": channels}
@@ -140,31 +146,35 @@ async def _migrate(
     await destination.client.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
     info: Any = await destination.client.execute("query-migrate")
     port = info["socket-address"][0]["port"]
-    touch_memory(image.parent, size)
-    before_s = source.cpu_s() + destination.cpu_s()
+    before_s = await _settled_cpu_s(source, destination)
     ends = [asyncio.ensure_future(one.end_of_migration()) for one in (source, destination)]
     await source.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
     statuses = await asyncio.wait_for(asyncio.gather(*ends), RUN_WAIT_S)
     if statuses != ["completed", "completed"]:
         raise MigrationError(f"a benchmark's migration ended as {statuses}")
-    await _settle(source)
-    cpu_s = source.cpu_s() + destination.cpu_s() - before_s
     answer: Any = await source.client.execute("query-migrate")
     return Run(
         answer["total-time"],
-        cpu_s,
+        before_s,
         answer["ram"]["normal"],
         answer["ram"]["duplicate"],
         different_pages(image, ram),
     )
 
 
-async def _settle(source: Side) -> None:
-    """Wait until the source's workers were reaped, so that their time is counted whole."""
-    deadline = time.monotonic() + 5
-    own = psutil.Process(source.process.pid)
-    while own.children() and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
+async def _settled_cpu_s(*sides: Side) -> float:
+    """Wait until both sides have finished starting; return what they have used."""
+    deadline = time.monotonic() + START_WAIT_S
+    used = -1.0
+    while used != (now := sum(side.cpu_s() for side in sides)) and time.monotonic() < deadline:
+        used = now
+        await asyncio.sleep(IDLE_S)
+    return now
+
+
+def _ended_children_cpu_s() -> float:
+    """Processor time of all children of this process, and theirs, that were waited for."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def different_pages(one: Path, other: Path) -> int:

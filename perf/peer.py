@@ -5,21 +5,33 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from engine.errors import MigrationError
 from perf.image import SHARED_MEMORY, write_image
 from perf.pair import Run, migrate_once
 from perf.report import publish
+from perf.warm import huge_pages, warm_memory
 
 
-def measure(image_kind: str, size: int, pairs: int, channels: int) -> list[tuple[Run, Run]]:
-    """Pairs of (QEMU, ramferry).
+def measure(
+    image_kind: str, size: int, pairs: int, channels: int, *, hugetlb: bool
+) -> list[tuple[Run, Run]]:
+    """Pairs of (QEMU, ramferry), with RAM in shared memory or on 2 MiB huge pages.
 
+    :raise UsageError: huge pages cannot be had.
     :raise MigrationError: an engine failed, or ramferry moved a page wrongly."""
-    with tempfile.TemporaryDirectory(prefix="ramferry-bench-", dir=SHARED_MEMORY) as directory:
-        image = Path(directory) / "image"
+    with ExitStack() as stack:
+        if hugetlb:
+            directory = stack.enter_context(huge_pages(2 * size))
+        else:
+            temporary = tempfile.TemporaryDirectory(prefix="ramferry-bench-", dir=SHARED_MEMORY)
+            directory = Path(stack.enter_context(temporary))
+        image = directory / "image"
         write_image(image, size, image_kind)
+        if not hugetlb:  # the image first: it takes what is warm, too
+            stack.enter_context(warm_memory(size + size // 2))
         return asyncio.run(_pairs(image, size, pairs, channels))
 
 
@@ -34,9 +46,7 @@ async def _pairs(image: Path, size: int, pairs: int, channels: int) -> list[tupl
     return done
 
 
-def report(
-    image_kind: str, size: int, channels: int, pairs: Sequence[tuple[Run, Run]], *, as_json: bool
-) -> None:
+def report(pairs: Sequence[tuple[Run, Run]], *, as_json: bool, **context: object) -> None:
     """Medians of the pairs' ratios; above 1 ramferry needs less."""
     figures = {
         "qemu_total_time_ms": [float(qemu.total_time_ms) for qemu, _ in pairs],
@@ -48,7 +58,7 @@ def report(
         "ramferry_cpu_s": [ours.cpu_s for _, ours in pairs],
         "cpu_ratio_qemu_to_ramferry": [qemu.cpu_s / ours.cpu_s for qemu, ours in pairs],
     }
-    publish("peer", figures, as_json=as_json, image=image_kind, bytes=size, channels=channels)
+    publish("peer", figures, as_json=as_json, **context)
 
 
 def plot(path: Path, results: dict[str, Sequence[tuple[Run, Run]]]) -> None:

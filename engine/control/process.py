@@ -31,6 +31,8 @@ log = logging.getLogger("ramferry.control")
 
 #: Workers that wait for work; more channels than these start their workers when they are needed.
 WARM_WORKERS_MAX: Final = 16
+#: A guest that has just arrived wants the processors for itself first.
+WARM_AFTER_ARRIVAL_S: Final = 5.0
 
 Emit = Callable[[str, "dict[str, object] | None"], None]
 
@@ -57,6 +59,7 @@ class ControlProcess:
         self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._context = zmq.asyncio.Context(io_threads=1)
         self._judgement: Judgement | None = None
+        self._warmer: asyncio.TimerHandle | None = None
         self._watcher = asyncio.get_running_loop().create_task(self._watch_guest())
         self.store.subscribe(self._settings_changed)
         self._warm()
@@ -216,7 +219,7 @@ class ControlProcess:
             self.over.set_result(1)
         if not self.waits_for_incoming:
             await self.receivers.close()
-            self._warm()
+            self._warmer = asyncio.get_running_loop().call_later(WARM_AFTER_ARRIVAL_S, self._warm)
 
     async def cancel(self) -> None:
         """QMP `migrate_cancel`: no-op where nothing runs."""
@@ -238,6 +241,8 @@ class ControlProcess:
         if self.incoming is not None:
             await self.incoming.close()
             await self._follower
+        if self._warmer is not None:
+            self._warmer.cancel()
         self._watcher.cancel()
         await asyncio.gather(self._watcher, return_exceptions=True)
         await asyncio.gather(self.senders.close(), self.receivers.close())
