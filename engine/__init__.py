@@ -11,15 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.api import Control, Migration, MigrationFailed, Statistics, Verdict, verify
+    from engine.api import Control, Migration, MigrationFailed, Statistics, verify
     from engine.control.status import Status
-    from engine.errors import MigrationError, UsageError
+    from engine.errors import MigrationError, OutcomeUnknown, UsageError
+    from engine.guest.judgement import Verdict
 
 __all__ = [
     "Control",
     "Migration",
     "MigrationError",
     "MigrationFailed",
+    "OutcomeUnknown",
     "Statistics",
     "Status",
     "UsageError",
@@ -29,8 +31,10 @@ __all__ = [
 
 _HOMES = {
     "MigrationError": "engine.errors",
+    "OutcomeUnknown": "engine.errors",
     "UsageError": "engine.errors",
     "Status": "engine.control.status",
+    "Verdict": "engine.guest.judgement",
 }
 
 

@@ -20,6 +20,7 @@ from typing_extensions import Buffer
 Slice = tuple[int, int, int, int]
 
 PAGE_SIZE: int  #: 4096
+BATCH_WALK_PAGES_MAX: int  #: no batch has more pages, zero ones included
 UFFD_USER_MODE_ONLY: int
 UFFD_FEATURE_MISSING_SHMEM: int
 UFFD_FEATURE_MISSING_HUGETLBFS: int
@@ -47,9 +48,9 @@ def bitmap_clear_slice(bitmap: Buffer, slice: Slice) -> int:
 def bitmap_count(bitmap: Buffer, slice: Slice) -> int:
     """Count the set bits of the slice."""
 
-def bitmap_move_slice(source: Buffer, target: Buffer, slice: Slice) -> int:
-    """Set in `target` every bit that is set in `source`, then clear it there; return bits newly
-    set.
+def bitmap_move_slice(source: Buffer, target: Buffer, slice: Slice, first_page: int = 0) -> int:
+    """Set in `target` every bit of the slice from `first_page` on that is set in `source`, then
+    clear it there; return the bits moved, whether `target` had them or not.
 
     A crash between the two leaves the bit in both: nothing is ever lost."""
 
@@ -77,8 +78,8 @@ def take_batch(
     For each page taken: its `in_flight` bit is set, *then* its `dirty` bit cleared, *then* its
     content looked at (zero scan with the default kernel when `detect_zero`). Non-zero pages go as
     runs to `data_runs`, zero ones to `zero_runs`; runs merge when adjacent; the walk stops when
-    either table is full, after 16384 pages of either kind (so that orders are heard), or when the
-    slice ends.
+    either table is full, after BATCH_WALK_PAGES_MAX pages of both kinds together (so that orders
+    are heard), or when the slice ends.
 
     :return: (next cursor, data runs, zero runs, data pages, zero pages). The next cursor is
         `page_count` when the slice was walked to its end.
@@ -92,21 +93,29 @@ def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count
     order) at `hashes[16 * page_index]`."""
 
 def hash_scan(
-    ram: Buffer, seed: int, hashes: Buffer, candidates: Buffer, dirty: Buffer, slice: Slice
+    ram: Buffer,
+    seed: int,
+    hashes: Buffer,
+    candidates: Buffer,
+    dirty: Buffer,
+    slice: Slice,
+    first_page: int = 0,
 ) -> int:
-    """Set the dirty bit of each page of the slice whose `candidates` bit is set and whose hash
-    differs from `hashes`; return bits newly set. Pages whose candidates bit is clear are not
-    touched."""
+    """Set the dirty bit of each page of the slice from `first_page` on whose `candidates` bit is
+    set and whose hash differs from `hashes`; return bits newly set. Pages whose candidates bit is
+    clear are not touched, nor are pages that are dirty."""
 
 # -- source: dirty tracking ---------------------------------------------------------------------
 
 def pagemap_scan_supported(pagemap_fd: int) -> bool:
     """Tell whether the kernel knows PAGEMAP_SCAN (Linux 6.7)."""
 
-def pagemap_scan(pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice) -> int:
+def pagemap_scan(
+    pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice, first_page: int = 0
+) -> int:
     """Read and re-arm in one call (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, PAGE_IS_WRITTEN)
-    the slice of the RAM that starts at `address` in the tracked process; set the written pages'
-    bits; return how many bits were newly set.
+    the slice, from `first_page` on, of the RAM that starts at `address` in the tracked process; set
+    the written pages' bits; return how many pages were found written, dirty before or not.
 
     Nothing is allocated, but the first scan may report holes: all of them (Linux 6.18.44, which
     also arms them, in 2 MiB of page tables a GiB) or those beside touched pages (Linux 6.7). So
@@ -114,8 +123,11 @@ def pagemap_scan(pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice) ->
     caller dies in the call, its slice must count as dirty. OSError(EPERM): the range is not
     registered WP_ASYNC; OSError(ESRCH): the tracked process is gone."""
 
-def soft_dirty_scan(pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice) -> int:
-    """Set the bits of pages whose soft-dirty flag (pagemap bit 55) is set; return newly set."""
+def soft_dirty_scan(
+    pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice, first_page: int = 0
+) -> int:
+    """Set the bits of the slice's pages from `first_page` on whose soft-dirty flag (pagemap bit 55)
+    is set; return how many there are."""
 
 # -- userfaultfd --------------------------------------------------------------------------------
 
@@ -156,14 +168,28 @@ def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count:
     """Zero the runs' pages whose `placed` bit is set (others are holes already); return how many.
     All runs are checked before the first byte is written."""
 
+def packet_runs_check(
+    data_runs: Buffer, gathered_count: int, zero_runs: Buffer, page_count: int
+) -> None:
+    """Check all runs of a packet against a block: the gathered ones (the first `gathered_count`
+    data runs), the direct ones and the zero ones must each be ascending, and no page be there
+    twice.
+
+    :raise ValueError: names the first run that is wrong."""
+
 # -- bandwidth ----------------------------------------------------------------------------------
+
+def budget_set_rate(budget: Buffer, rate_bytes_per_s: int, now_ns: int) -> None:
+    """Set the rate (0: unlimited), take back all that was sold, and count up the generation; one
+    process only. Whoever waits for what it bought must buy again when the generation is not the one
+    that it read before it bought."""
 
 def budget_take(budget: Buffer, byte_count: int, now_ns: int, burst_ns: int) -> int:
     """Take from the budget shared by all workers; return the monotonic time when the bytes may go.
 
-    `budget` is two 64-bit words: rate in bytes per second (0: unlimited, returns `now_ns`), and the
-    time up to which bandwidth is sold (virtual scheduling, GCRA; compare-and-swap). Time unsold
-    longer than `burst_ns` ago is lost. What is sold stays sold when the rate changes."""
+    `budget` is three 64-bit words: rate in bytes per second (0: unlimited, returns `now_ns`), the
+    time up to which bandwidth is sold (virtual scheduling, GCRA; compare-and-swap), and the
+    generation, which counts the rates. Time unsold longer than `burst_ns` ago is lost."""
 
 # -- the workload guest -------------------------------------------------------------------------
 

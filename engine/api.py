@@ -19,11 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-import numpy as np
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from engine.control.status import Status
-from engine.errors import GuestError, MigrationError, UsageError
+from engine.control.status import ENDED, Status
+from engine.errors import MigrationError, OutcomeUnknown, UsageError
+from engine.guest.judgement import Verdict, verdict
 
 START_WAIT_S: Final = 600.0  #: a large guest is filled first; its process has a tighter bound
 ANSWER_WAIT_S: Final = 600.0  #: the slowest command reads all of RAM
@@ -31,8 +31,6 @@ END_WAIT_S: Final = 15.0
 DRAIN_WAIT_S: Final = 1.0
 POLL_S: Final = 0.05
 STDERR_BYTES_MAX: Final = 64 * 1024
-
-_ENDED: Final = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
 class MigrationFailed(MigrationError):
@@ -50,6 +48,8 @@ class Statistics:
     :ivar downtime_ms: real, None until completed.
     :ivar rounds: dirty bitmap syncs.
     :ivar phases_ns: where the downtime went.
+    :ivar is_outcome_unknown: it failed in the handover; the guest may run at the destination, and
+        stays stopped at the source.
     :ivar raw: the answer as QMP gives it.
     """
 
@@ -71,6 +71,7 @@ class Statistics:
     tracker_reason: str = ""
     placement: str = ""
     error: str | None = None
+    is_outcome_unknown: bool = False
     phases_ns: Mapping[str, int] = field(default_factory=dict)
     channels: tuple[Mapping[str, int], ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -98,27 +99,11 @@ class Statistics:
             tracker_reason=info.get("x-tracker-reason", ""),
             placement=info.get("x-placement", ""),
             error=info.get("error-desc"),
+            is_outcome_unknown=info.get("x-handover") == "unknown",
             phases_ns=info.get("x-downtime-phases", {}),
             channels=tuple(info.get("x-channels", ())),
             raw=dict(info),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The check of every page on both sides.
-
-    :ivar wrong_pages: wrong by themselves on either side, or older at the destination.
-    :ivar lost_writes: page writes that the vCPUs made and the destination's pages do not show.
-    """
-
-    verified_pages: int
-    wrong_pages: int
-    lost_writes: int
-
-    @property
-    def is_right(self) -> bool:
-        return self.wrong_pages == 0 and self.lost_writes == 0
 
 
 class Migration:
@@ -136,16 +121,23 @@ class Migration:
         while True:
             statistics = await self.statistics()
             yield statistics
-            if statistics.status in _ENDED:
+            if statistics.status in ENDED:
                 return
             await asyncio.sleep(period_s)
 
     async def result(self) -> Statistics:
         """Wait for the end.
 
-        :raise MigrationFailed: failed or cancelled; the guest runs at the source as before."""
-        while (statistics := await self.statistics()).status not in _ENDED:
+        :raise MigrationFailed: failed or cancelled; the guest runs at the source as before.
+        :raise OutcomeUnknown: failed in the handover; nobody here knows where the guest runs, and
+            the source's stays stopped."""
+        while (statistics := await self.statistics()).status not in ENDED:
             await asyncio.sleep(POLL_S)
+        if statistics.is_outcome_unknown:
+            raise OutcomeUnknown(
+                "nobody here knows whether the destination took the guest; at the source it stays "
+                f"stopped: {statistics.error}"
+            )
         if statistics.status is not Status.COMPLETED:
             reason = statistics.error or f"the migration was {statistics.status.value}"
             raise MigrationFailed(reason, statistics)
@@ -416,14 +408,9 @@ async def verify(source: Control, destination: Control) -> Verdict:
 
     :raise GuestError: the two sides have different guests."""
     before, after = await asyncio.gather(source.judge(), destination.judge())
-    if before["pages"] != after["pages"]:
-        raise GuestError(f"{before['pages']} pages at the source, {after['pages']} here")
-    old = np.fromfile(before["counters-path"], dtype=np.uint64)
-    new = np.fromfile(after["counters-path"], dtype=np.uint64)
-    wrong = np.uint64(2**64 - 1)
-    bad = (old == wrong) | (new == wrong) | (new < old)
-    return Verdict(
-        verified_pages=len(new),
-        wrong_pages=int(np.count_nonzero(bad)),
-        lost_writes=abs(after["vcpu-writes"] - after["page-writes"]),
+    return verdict(
+        Path(before["counters-path"]),
+        Path(after["counters-path"]),
+        after["page-writes"],
+        after["vcpu-writes"],
     )

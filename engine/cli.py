@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import importlib
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +23,8 @@ EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 PR_SET_PDEATHSIG: Final = 1
+LINE_CHARACTERS_MAX: Final = 1200  #: the longest line of our own names all parameters
+LONG_WORD: Final = re.compile(r"(\S{130})\S+")  #: our own messages repeat 100 characters of a word
 
 
 def _version() -> str:
@@ -129,30 +133,42 @@ def bench(arguments: tuple[str, ...]) -> int:
     return int(suite.main(list(arguments), "ramferry bench", standalone_mode=False) or 0)
 
 
+def _say(text: object) -> None:
+    """One line on stderr."""
+    click.echo(f"ramferry: {_cut(' '.join(str(text).split()))}", err=True)
+
+
+def _cut(line: str) -> str:
+    """A line that has an end; texts of others (click, the system) may repeat input without end."""
+    line = LONG_WORD.sub(r"\1...", line)
+    return line if len(line) <= LINE_CHARACTERS_MAX else line[:LINE_CHARACTERS_MAX] + "..."
+
+
 def _run(command: Callable[[], Any]) -> int:
     """What the world does to a command ends in one line and an exit code, never a traceback."""
     try:
         return int(command() or 0)
     except click.ClickException as exc:
-        exc.show()
+        text = io.StringIO()
+        exc.show(text)
+        click.echo("\n".join(_cut(line) for line in text.getvalue().splitlines()), err=True)
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("ramferry: interrupted", err=True)
+        _say("interrupted")
         return EXIT_INTERRUPTED
     except asyncio.CancelledError:  # how a command that was told to end leaves its event loop
-        click.echo("ramferry: terminated", err=True)
+        _say("terminated")
         return EXIT_TERMINATED
     except UsageError as exc:
-        click.echo(f"ramferry: {exc}", err=True)
+        _say(exc)
         return EXIT_USAGE
     except MigrationError as exc:
-        cause = f": {exc.__cause__}" if exc.__cause__ else ""
-        click.echo(f"ramferry: {exc}{cause}", err=True)
+        _say(f"{exc}: {exc.__cause__}" if exc.__cause__ else exc)
         return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
     except OSError as exc:
-        click.echo(f"ramferry: {exc}", err=True)
+        _say(exc)
         return EXIT_FAILED
 
 

@@ -8,13 +8,19 @@
     |-- ChannelError      a channel to the peer failed
     |-- WorkerLost        a worker process died or did not answer
     |-- GuestError        the guest refused, died or did not answer
-    `-- PeerRefused       the other side said no, and why
+    |   `-- NotHandedOver the right to run never left it
+    |-- PeerRefused       the other side said no, and why
+    `-- OutcomeUnknown    nobody here knows on which side the guest runs
 
 A class exists only where some caller acts differently on it. Messages are one line: what was wrong,
 what is allowed, what to do. All arguments are plain data, so errors can cross processes.
 """
 
 from __future__ import annotations
+
+from typing import Final
+
+ECHO_CHARACTERS_MAX: Final = 100
 
 
 class MigrationError(Exception):
@@ -70,5 +76,26 @@ class GuestError(MigrationError):
     """The guest refused, died or did not answer in time."""
 
 
+class NotHandedOver(GuestError):
+    """The guest cannot be handed over as it is; the right to run never left it."""
+
+
 class PeerRefused(MigrationError):
     """The other side refused; the message is its reason."""
+
+
+class OutcomeUnknown(MigrationError):
+    """The migration failed while it handed over the guest, and nobody here knows whether the
+    destination took it. The source's guest stays stopped: two that run would be worse than none.
+    Look at the destination before you resume either."""
+
+
+def shown(given: object) -> str:
+    """What somebody gave us, as a message may repeat it: one line, printable, not long."""
+    text = str(given)
+    end = "..." if len(text) > ECHO_CHARACTERS_MAX else ""
+    characters = (
+        character if character.isprintable() else ascii(character)[1:-1]
+        for character in text[:ECHO_CHARACTERS_MAX]
+    )
+    return "".join(characters) + end

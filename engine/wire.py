@@ -3,8 +3,8 @@
 Three borders, three layouts:
 
 * **Main channel** (source control <-> destination control): one msgpack-encoded message of
-  `ToDestination`
-  or `ToSource` in one ZeroMQ message, validated by its type, at most MAIN_BYTES_MAX.
+  `ToDestination` or `ToSource` in one frame (`FRAME`, then so many bytes) of a TCP or unix stream,
+  validated by its type, at most MAIN_BYTES_MAX; HELLO_BYTES_MAX until a Hello was right.
 * **Multifd channels** (sender -> receiver): packets of one header frame and zero or more payload
   frames.
   The header frame is `HEADER` followed by run tables; page bytes are never interpreted.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -32,9 +33,18 @@ VERSION: Final = 1
 SESSION_BYTES: Final = 16
 MAIN_BYTES_MAX: Final = 2 * 1024 * 1024  #: device state (1 MiB) and room for what is around it
 STATE_BYTES_MAX: Final = 1024 * 1024
+FRAME: Final = struct.Struct(">I")  #: length of the message that follows; 0 is invalid
 ORDER_BYTES_MAX: Final = 64 * 1024
 CHANNELS_MAX: Final = 255
-BLOCKS_MAX: Final = 256
+#: One datagram carries no more (Linux: SCM_MAX_FD).
+DESCRIPTORS_MAX: Final = 253
+#: Beside the RAM blocks' descriptors in `PrepareSender`.
+SENDER_FDS: Final = ("dirty", "in_flight", "candidates", "hashes", "progress", "budget")
+#: RAM, and pagemap or bitmap, of every block go beside one order: 6 + 2 x 123 = 252.
+BLOCKS_MAX: Final = (DESCRIPTORS_MAX - len(SENDER_FDS)) // 2
+#: A block is at most 17 (map, tag) + 263 (name) + 14 (size) + 27 (backing_page_size) = 321 bytes;
+#: the rest (tag, version, session, page size, channels, kind, runs, list) fits in 1 KiB.
+HELLO_BYTES_MAX: Final = 1024 + BLOCKS_MAX * 321
 REASON_CHARACTERS_MAX: Final = 1000
 
 # -- multifd packets -----------------------------------------------------------------------------
@@ -43,6 +53,7 @@ MAGIC: Final = b"rfpk"
 HEADER: Final = struct.Struct("<4sHBB16sHHIQIHHHHQQQ")
 RUN: Final = struct.Struct("<II")
 BATCH_PAGES_MAX: Final = 512  #: 2 MiB: one stripe of 4 KiB pages
+ZERO_PAGES_MAX: Final = 16384  #: of one packet; what a sender looks at before it hears its orders
 RUNS_MAX: Final = 512  #: of each run table: a whole batch in single-page runs
 PAYLOAD_BYTES_MAX: Final = BATCH_PAGES_MAX * PAGE_SIZE
 HEADER_BYTES_MAX: Final = HEADER.size + 2 * RUNS_MAX * RUN.size
@@ -140,7 +151,7 @@ def decode_packet(frame: bytes | memoryview) -> Packet:
     """Check a header frame by itself: layout, ids, counts and limits.
 
     What needs the receiver's state is checked there: session, channel, incarnation, sequence, the
-    block, and that the runs lie inside it.
+    round, the block, and that the runs lie inside it, in order, and have no page twice.
 
     :raise WireError: names what was wrong.
     """
@@ -193,6 +204,10 @@ def _check_counts(packet: Packet) -> None:
         )
     if packet.pages > BATCH_PAGES_MAX:
         raise WireError(f"packet with {packet.pages} pages; at most {BATCH_PAGES_MAX} are allowed")
+    if packet.zero_pages > ZERO_PAGES_MAX:
+        raise WireError(
+            f"packet with {packet.zero_pages} zero pages; at most {ZERO_PAGES_MAX} are allowed"
+        )
     if packet.codec is CodecId.RAW and packet.payload_bytes != packet.pages * PAGE_SIZE:
         raise WireError(f"raw packet of {packet.pages} pages with {packet.payload_bytes} bytes")
 
@@ -218,6 +233,18 @@ class BlockShape(Message, frozen=True):
             raise WireError(f"RAM block '{self.name[:64]}' of {self.size} bytes is impossible")
         if self.size % self.backing_page_size or not 0 < len(self.name.encode()) <= 255:
             raise WireError(f"RAM block '{self.name[:64]}' is not whole pages or has a bad name")
+
+
+def check_blocks(shapes: Sequence[BlockShape]) -> None:
+    """Check a guest's RAM blocks, before a migration starts and when a Hello came.
+
+    :raise WireError: too many or none, impossible ones, or two of one name."""
+    if not 0 < len(shapes) <= BLOCKS_MAX:
+        raise WireError(f"a guest of {len(shapes)} RAM blocks; 1 to {BLOCKS_MAX} can be migrated")
+    for shape in shapes:
+        shape.check()
+    if len({shape.name for shape in shapes}) < len(shapes):
+        raise WireError("two RAM blocks of one name")
 
 
 class Hello(Message, frozen=True):
@@ -306,16 +333,13 @@ class Armed(Message, frozen=True):
     """Destination -> source: every promise about memory and devices is kept; send the token."""
 
 
-class Resumed(Message, frozen=True):
-    """Destination -> source: the token was taken."""
-
-
-class StillThere(Message, frozen=True):
-    """Destination -> source: no news; sent to learn whether the connection lives."""
+class TookOver(Message, frozen=True):
+    """Destination -> source: the guest has taken the token. It told the source's guest, too."""
 
 
 class Failed(Message, frozen=True):
-    """Destination -> source: the migration failed here."""
+    """Destination -> source: the migration failed here; the guest has not taken the token and never
+    will."""
 
     reason: str
 
@@ -328,8 +352,8 @@ ToSource = (
     | RoundReceived
     | ChannelBroken
     | Armed
-    | Resumed
-    | StillThere
+    | TookOver
+    | TookOver
     | Failed
 )
 
@@ -351,9 +375,6 @@ class PrepareSender(Message, frozen=True):
     addresses: list[int]
     detect_zero: bool
     hash_seed: int
-
-
-SENDER_FDS: Final = ("dirty", "in_flight", "candidates", "hashes", "progress", "budget")
 
 
 class PrepareReceiver(Message, frozen=True):
@@ -402,10 +423,16 @@ class Opened(Message, frozen=True):
 
 
 class Harvested(Message, frozen=True):
-    """Sender -> control: the answer to `Harvest`; dirty pages of the slice now."""
+    """Sender -> control: the answer to `Harvest`.
+
+    :ivar dirty_pages: of the slice, now; what is in flight is not counted.
+    :ivar found_pages: of the slice, found written since the last harvest, dirty before or not
+        (content-hash looks at no page that is dirty, so there it is a lower bound).
+    """
 
     number: int
     dirty_pages: int
+    found_pages: int
 
 
 class RoundSent(Message, frozen=True):

@@ -76,6 +76,7 @@ static bool take_word(struct batch *batch, zero_scan_fn *scan, uint64_t word, ui
         room = least(batch->pages_max - batch->data.pages, table_room(&batch->data, page));
         if (batch->detect_zero)
             room = least(room, table_room(&batch->zero, page));
+        room = least(room, BATCH_WALK_PAGES_MAX - batch->data.pages - batch->zero.pages);
         if (room == 0) {
             batch->cursor = page;
             return false;
@@ -98,8 +99,7 @@ void take_batch(struct batch *batch)
 
         batch->cursor = range.first_page;
         for (uint64_t word = range.first_page / 64; batch->cursor < end; ++word) {
-            if (batch->data.pages + batch->zero.pages >= BATCH_WALK_PAGES_MAX ||
-                !take_word(batch, scan, word, end))
+            if (!take_word(batch, scan, word, end))
                 return;
         }
     }

@@ -5,7 +5,7 @@
 #include "bitmap.h"
 #include "pages.h"
 
-/* One call looks at no more pages than this (64 MiB, 8 ms at 8 GB/s), so that a worker which walks
+/* One call takes no more pages than this (64 MiB, 8 ms at 8 GB/s), so that a worker which walks
  * zero pages still hears its orders. */
 #define BATCH_WALK_PAGES_MAX UINT64_C(16384)
 

@@ -153,6 +153,12 @@ static int range_fits(uint64_t first_page, uint64_t page_count)
     return 0;
 }
 
+/* Where a scan begins; behind the slice there is nothing to scan. */
+static int first_page_fits(uint64_t first_page)
+{
+    return range_fits(first_page, 0);
+}
+
 static int is_page_multiple(const char *what, uint64_t value)
 {
     if (value % PAGE_BYTES == 0)
@@ -368,15 +374,17 @@ static PyObject *native_bitmap_move_slice(PyObject *module, PyObject *args)
 {
     Py_buffer source, target;
     struct page_slice slice;
+    uint64_t first_page = 0;
     int64_t rc = 0;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "w*w*O&:bitmap_move_slice", &source, &target, to_slice, &slice))
+    if (!PyArg_ParseTuple(args, "w*w*O&|O&:bitmap_move_slice", &source, &target, to_slice, &slice,
+                          to_u64, &first_page))
         return NULL;
-    if (bitmap_fits(&source, "source bitmap", slice.page_count) &&
+    if (first_page_fits(first_page) && bitmap_fits(&source, "source bitmap", slice.page_count) &&
         bitmap_fits(&target, "target bitmap", slice.page_count)) {
         Py_BEGIN_ALLOW_THREADS
-        rc = (int64_t)bitmap_move_slice(source.buf, target.buf, &slice);
+        rc = (int64_t)bitmap_move_slice(source.buf, target.buf, &slice, first_page);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&target);
@@ -521,19 +529,21 @@ static PyObject *native_hash_scan(PyObject *module, PyObject *args)
 {
     Py_buffer ram, hashes, candidates, dirty;
     struct page_slice slice;
-    uint64_t seed;
+    uint64_t seed, first_page = 0;
     int64_t rc = 0;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*O&y*y*w*O&:hash_scan", &ram, to_u64, &seed, &hashes, &candidates,
-                          &dirty, to_slice, &slice))
+    if (!PyArg_ParseTuple(args, "y*O&y*y*w*O&|O&:hash_scan", &ram, to_u64, &seed, &hashes, &candidates,
+                          &dirty, to_slice, &slice, to_u64, &first_page))
         return NULL;
-    if (pages_fit(&ram, "ram", slice.page_count, PAGE_BYTES) &&
+    if (first_page_fits(first_page) &&
+        pages_fit(&ram, "ram", slice.page_count, PAGE_BYTES) &&
         pages_fit(&hashes, "hashes", slice.page_count, PAGE_HASH_BYTES) &&
         bitmap_fits(&candidates, "candidates bitmap", slice.page_count) &&
         bitmap_fits(&dirty, "dirty bitmap", slice.page_count)) {
         Py_BEGIN_ALLOW_THREADS
-        rc = (int64_t)hash_scan(ram.buf, seed, hashes.buf, candidates.buf, dirty.buf, &slice);
+        rc = (int64_t)hash_scan(ram.buf, seed, hashes.buf, candidates.buf, dirty.buf, &slice,
+                                first_page);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&dirty);
@@ -557,23 +567,23 @@ static PyObject *native_pagemap_scan_supported(PyObject *module, PyObject *args)
 }
 
 typedef int64_t tracking_scan_fn(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
-                                 const struct page_slice *slice);
+                                 const struct page_slice *slice, uint64_t first_page);
 
 static PyObject *tracking_scan(PyObject *args, const char *format, tracking_scan_fn *scan)
 {
     Py_buffer bitmap;
     struct page_slice slice;
-    uint64_t address;
+    uint64_t address, first_page = 0;
     int64_t rc = 0;
     int pagemap_fd;
 
     if (!PyArg_ParseTuple(args, format, to_int, &pagemap_fd, to_size, &address, &bitmap, to_slice,
-                          &slice))
+                          &slice, to_u64, &first_page))
         return NULL;
-    if (address_fits(address, slice.page_count) &&
+    if (first_page_fits(first_page) && address_fits(address, slice.page_count) &&
         bitmap_fits(&bitmap, "bitmap", slice.page_count)) {
         Py_BEGIN_ALLOW_THREADS
-        rc = scan(pagemap_fd, address, bitmap.buf, &slice);
+        rc = scan(pagemap_fd, address, bitmap.buf, &slice, first_page);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&bitmap);
@@ -583,13 +593,13 @@ static PyObject *tracking_scan(PyObject *args, const char *format, tracking_scan
 static PyObject *native_pagemap_scan(PyObject *module, PyObject *args)
 {
     (void)module;
-    return tracking_scan(args, "O&O&w*O&:pagemap_scan", pagemap_scan);
+    return tracking_scan(args, "O&O&w*O&|O&:pagemap_scan", pagemap_scan);
 }
 
 static PyObject *native_soft_dirty_scan(PyObject *module, PyObject *args)
 {
     (void)module;
-    return tracking_scan(args, "O&O&w*O&:soft_dirty_scan", soft_dirty_scan);
+    return tracking_scan(args, "O&O&w*O&|O&:soft_dirty_scan", soft_dirty_scan);
 }
 
 /* -- userfaultfd ---------------------------------------------------------------------------------- */
@@ -712,6 +722,53 @@ static PyObject *native_clear(PyObject *module, PyObject *args)
     return count_or_error(rc);
 }
 
+static int run_count_fits(const Py_buffer *runs, const char *what)
+{
+    if (runs->len % (Py_ssize_t)RUN_BYTES == 0)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%s of %zd bytes is not whole runs of 8 bytes", what, runs->len);
+    return 0;
+}
+
+static PyObject *native_packet_runs_check(PyObject *module, PyObject *args)
+{
+    Py_buffer data, zero;
+    struct packet_runs runs;
+    struct page_range bad;
+    uint64_t gathered_count, page_count;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O&y*O&:packet_runs_check", &data, to_u64, &gathered_count, &zero,
+                          to_u64, &page_count))
+        return NULL;
+    if (page_count_fits(page_count) && run_count_fits(&data, "data_runs") &&
+        run_count_fits(&zero, "zero_runs")) {
+        size_t data_count = (size_t)data.len / RUN_BYTES;
+
+        if (gathered_count > data_count)
+            PyErr_Format(PyExc_ValueError, "%llu of %zu runs are gathered",
+                         (unsigned long long)gathered_count, data_count);
+        else {
+            const unsigned char *first = data.buf;
+
+            runs = (struct packet_runs){
+                {first, first + gathered_count * RUN_BYTES, zero.buf},
+                {(size_t)gathered_count, data_count - (size_t)gathered_count,
+                 (size_t)zero.len / RUN_BYTES},
+            };
+            if (packet_runs_check(&runs, page_count, &bad) < 0) /* some thousand instructions */
+                PyErr_Format(PyExc_ValueError,
+                             "the run of %llu pages from page %llu is empty, not within %llu, out of "
+                             "order or there twice",
+                             (unsigned long long)bad.page_count, (unsigned long long)bad.first_page,
+                             (unsigned long long)page_count);
+        }
+    }
+    PyBuffer_Release(&zero);
+    PyBuffer_Release(&data);
+    return PyErr_Occurred() ? NULL : none_or_error(0);
+}
+
 static PyObject *native_punch_hole(PyObject *module, PyObject *args)
 {
     uint64_t offset, size;
@@ -728,6 +785,29 @@ static PyObject *native_punch_hole(PyObject *module, PyObject *args)
 
 /* -- bandwidth ------------------------------------------------------------------------------------ */
 
+static int budget_fits(const Py_buffer *budget)
+{
+    if (budget->len >= (Py_ssize_t)sizeof(struct budget))
+        return is_aligned(budget, "budget", sizeof(uint64_t));
+    PyErr_Format(PyExc_ValueError, "budget of %zd bytes is not three 64-bit words", budget->len);
+    return 0;
+}
+
+static PyObject *native_budget_set_rate(PyObject *module, PyObject *args)
+{
+    Py_buffer budget;
+    uint64_t rate_bytes_per_s, now_ns;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*O&O&:budget_set_rate", &budget, to_u64, &rate_bytes_per_s, to_u64,
+                          &now_ns))
+        return NULL;
+    if (budget_fits(&budget))
+        budget_set_rate(budget.buf, rate_bytes_per_s, now_ns);
+    PyBuffer_Release(&budget);
+    return PyErr_Occurred() ? NULL : none_or_error(0);
+}
+
 static PyObject *native_budget_take(PyObject *module, PyObject *args)
 {
     Py_buffer budget;
@@ -737,9 +817,7 @@ static PyObject *native_budget_take(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "w*O&O&O&:budget_take", &budget, to_u64, &byte_count, to_u64,
                           &now_ns, to_u64, &burst_ns))
         return NULL;
-    if (budget.len < (Py_ssize_t)sizeof(struct budget))
-        PyErr_Format(PyExc_ValueError, "budget of %zd bytes is not two 64-bit words", budget.len);
-    else if (is_aligned(&budget, "budget", sizeof(uint64_t)))
+    if (budget_fits(&budget))
         may_go_ns = budget_take(budget.buf, byte_count, now_ns, burst_ns); /* a few instructions */
     PyBuffer_Release(&budget);
     return PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong(may_go_ns);
@@ -1095,6 +1173,8 @@ static PyMethodDef METHODS[] = {
     {"uffd_unregister", native_uffd_unregister, METH_VARARGS, NULL},
     {"place", native_place, METH_VARARGS, NULL},
     {"clear", native_clear, METH_VARARGS, NULL},
+    {"packet_runs_check", native_packet_runs_check, METH_VARARGS, NULL},
+    {"budget_set_rate", native_budget_set_rate, METH_VARARGS, NULL},
     {"budget_take", native_budget_take, METH_VARARGS, NULL},
     {"punch_hole", native_punch_hole, METH_VARARGS, NULL},
     {"workload_fill", native_workload_fill, METH_VARARGS, NULL},
@@ -1119,6 +1199,7 @@ static int add_constants(PyObject *module)
         long value;
     } CONSTANTS[] = {
         {"PAGE_SIZE", (long)PAGE_BYTES},
+        {"BATCH_WALK_PAGES_MAX", (long)BATCH_WALK_PAGES_MAX},
         {"UFFD_USER_MODE_ONLY", UFFD_USER_MODE_ONLY_FLAG},
         {"UFFD_FEATURE_MISSING_SHMEM", UFFD_FEATURE_MISSING_SHMEM},
         {"UFFD_FEATURE_MISSING_HUGETLBFS", UFFD_FEATURE_MISSING_HUGETLBFS},

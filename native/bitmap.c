@@ -59,34 +59,33 @@ uint64_t bitmap_count(const bitmap_word *bitmap, const struct page_slice *slice)
 static uint64_t move_word(bitmap_word *source, bitmap_word *target, uint64_t mask)
 {
     uint64_t bits = atomic_load(source) & mask;
-    uint64_t newly_set;
 
     if (bits == 0)
         return 0;
-    newly_set = bit_count(bits & ~atomic_fetch_or(target, bits));
+    atomic_fetch_or(target, bits);
     atomic_fetch_and(source, ~bits);
     /* Someone may have taken the target's bit and someone else set the source's again, both before
      * it was cleared: that second setting is what the clearing ate, so it is given again. */
     if (~atomic_load(target) & bits)
-        newly_set += bit_count(bits & ~atomic_fetch_or(target, bits));
-    return newly_set;
+        atomic_fetch_or(target, bits);
+    return bit_count(bits);
 }
 
 uint64_t bitmap_move_slice(bitmap_word *source, bitmap_word *target,
-                           const struct page_slice *slice)
+                           const struct page_slice *slice, uint64_t first_page)
 {
     struct page_range range;
-    uint64_t newly_set = 0;
+    uint64_t moved = 0;
 
-    for (uint64_t from = 0; slice_next(slice, from, &range);) {
+    for (uint64_t from = first_page; slice_next(slice, from, &range);) {
         uint64_t end = range.first_page + range.page_count;
 
         for (uint64_t word = range.first_page / 64; word <= (end - 1) / 64; ++word)
-            newly_set += move_word(&source[word], &target[word],
-                                   word_mask(word, range.first_page, end));
+            moved += move_word(&source[word], &target[word],
+                               word_mask(word, range.first_page, end));
         from = end;
     }
-    return newly_set;
+    return moved;
 }
 
 int64_t bitmap_set_data(int fd, off_t offset, off_t size, bitmap_word *bitmap)

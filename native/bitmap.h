@@ -40,10 +40,11 @@ uint64_t bitmap_clear_slice(bitmap_word *bitmap, const struct page_slice *slice)
 /* Count the slice's set bits. */
 uint64_t bitmap_count(const bitmap_word *bitmap, const struct page_slice *slice);
 
-/* Set in `target` every bit set in `source`, then clear it there; return bits newly set.
+/* Set in `target` every bit of the slice from `first_page` on that is set in `source`, then clear it
+ * there; return the bits moved, set in `target` before or not.
  * A crash in between leaves bits in both; a bit set or taken meanwhile by others is never lost. */
 uint64_t bitmap_move_slice(bitmap_word *source, bitmap_word *target,
-                           const struct page_slice *slice);
+                           const struct page_slice *slice, uint64_t first_page);
 
 /* Set the bit of each page of fd[offset, offset + size) that SEEK_DATA reports, without touching
  * memory; both are multiples of the page size. Moves the descriptor's position.

@@ -95,14 +95,14 @@ static uint64_t changed_pages(const struct page_hash_key *key, const unsigned ch
 
 uint64_t hash_scan(const unsigned char *ram, uint64_t seed, const unsigned char *hashes,
                    const bitmap_word *candidates, bitmap_word *dirty,
-                   const struct page_slice *slice)
+                   const struct page_slice *slice, uint64_t first_page)
 {
     struct page_hash_key key;
     struct page_range range;
     uint64_t newly_set = 0;
 
     page_hash_key_init(&key, seed);
-    for (uint64_t from = 0; slice_next(slice, from, &range);) {
+    for (uint64_t from = first_page; slice_next(slice, from, &range);) {
         uint64_t end = range.first_page + range.page_count;
 
         for (uint64_t word = range.first_page / 64; word <= (end - 1) / 64; ++word) {

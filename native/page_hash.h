@@ -29,10 +29,10 @@ void page_hash(const struct page_hash_key *key, const unsigned char *page, unsig
 void hash_pages(const unsigned char *pages, uint64_t seed, unsigned char *hashes,
                 const unsigned char *runs, size_t run_count);
 
-/* Set the dirty bit of each page of the slice whose candidates bit is set and whose hash differs
- * from `hashes`; return bits newly set. Other pages are not touched. */
+/* Set the dirty bit of each page of the slice from `first_page` on whose candidates bit is set and
+ * whose hash differs from `hashes`; return bits newly set. Other pages are not touched. */
 uint64_t hash_scan(const unsigned char *ram, uint64_t seed, const unsigned char *hashes,
                    const bitmap_word *candidates, bitmap_word *dirty,
-                   const struct page_slice *slice);
+                   const struct page_slice *slice, uint64_t first_page);
 
 #endif

@@ -49,6 +49,34 @@ int runs_check(const unsigned char *runs, size_t run_count, uint64_t page_count,
     return 0;
 }
 
+int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, struct page_range *bad)
+{
+    size_t at[3] = {0, 0, 0};
+    uint64_t end = 0; /* of the runs so far, which are taken in the order of their first pages */
+
+    for (;;) {
+        struct page_range next = {UINT64_MAX, 0};
+        size_t from = 3;
+
+        for (size_t i = 0; i < 3; ++i) {
+            if (at[i] < runs->counts[i] &&
+                run_at(runs->tables[i], at[i]).first_page < next.first_page) {
+                next = run_at(runs->tables[i], at[i]);
+                from = i;
+            }
+        }
+        if (from == 3)
+            return 0;
+        if (next.first_page < end || next.page_count == 0 ||
+            next.first_page + next.page_count > page_count) {
+            *bad = next;
+            return -EINVAL;
+        }
+        end = next.first_page + next.page_count;
+        ++at[from];
+    }
+}
+
 bool run_table_continues(const struct run_table *table, uint64_t first_page)
 {
     return table->count > 0 && table->last.first_page + table->last.page_count == first_page &&

@@ -16,7 +16,7 @@ struct scan {
     uint64_t address; /* of page 0 in the tracked process */
     bitmap_word *bitmap;
     struct pagemap_region *regions; /* REGIONS_MAX of them, all zero between two calls */
-    uint64_t newly_set;
+    uint64_t found;
 };
 
 int pagemap_scan_supported(int pagemap_fd)
@@ -35,10 +35,12 @@ static void note_regions(struct scan *scan, uint64_t start, uint64_t end)
     for (size_t i = 0; i < REGIONS_MAX && scan->regions[i].end != 0; ++i) {
         struct pagemap_region *region = &scan->regions[i];
 
-        if (region->start >= start && region->end <= end && region->start < region->end)
-            scan->newly_set +=
-                bitmap_set_range(scan->bitmap, (region->start - scan->address) / PAGE_BYTES,
-                                 (region->end - region->start) / PAGE_BYTES);
+        if (region->start >= start && region->end <= end && region->start < region->end) {
+            uint64_t page_count = (region->end - region->start) / PAGE_BYTES;
+
+            bitmap_set_range(scan->bitmap, (region->start - scan->address) / PAGE_BYTES, page_count);
+            scan->found += page_count;
+        }
         *region = (struct pagemap_region){0, 0, 0};
     }
 }
@@ -86,7 +88,7 @@ static int process_is_alive(int pagemap_fd, uint64_t address)
 }
 
 int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
-                     const struct page_slice *slice)
+                     const struct page_slice *slice, uint64_t first_page)
 {
     struct scan scan = {.pagemap_fd = pagemap_fd, .address = address, .bitmap = bitmap};
     struct page_range range;
@@ -95,34 +97,35 @@ int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
     scan.regions = calloc(REGIONS_MAX, sizeof *scan.regions);
     if (!scan.regions)
         return -ENOMEM;
-    for (uint64_t from = 0; rc == 0 && slice_next(slice, from, &range);) {
+    for (uint64_t from = first_page; rc == 0 && slice_next(slice, from, &range);) {
         rc = scan_range(&scan, range);
         from = range.first_page + range.page_count;
     }
     free(scan.regions);
     if (rc == 0)
         rc = process_is_alive(pagemap_fd, address);
-    return rc < 0 ? rc : (int64_t)scan.newly_set;
+    return rc < 0 ? rc : (int64_t)scan.found;
 }
 
-/* Set the bits of soft-dirty entries, contiguous ones together. */
+/* Set the bits of soft-dirty entries, contiguous ones together; return how many there are. */
 static uint64_t note_entries(bitmap_word *bitmap, const uint64_t *entries, uint64_t first_page,
                              size_t count)
 {
-    uint64_t newly_set = 0;
+    uint64_t found = 0;
 
     for (size_t i = 0, end; i < count; i = end + 1) {
         for (end = i; end < count && (entries[end] & PAGEMAP_ENTRY_SOFT_DIRTY);)
             ++end;
-        newly_set += bitmap_set_range(bitmap, first_page + i, end - i);
+        bitmap_set_range(bitmap, first_page + i, end - i);
+        found += end - i;
     }
-    return newly_set;
+    return found;
 }
 
 static int64_t soft_dirty_range(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
                                 struct page_range range)
 {
-    uint64_t entries[ENTRIES_MAX], newly_set = 0;
+    uint64_t entries[ENTRIES_MAX], found = 0;
 
     while (range.page_count > 0) {
         size_t wanted = range.page_count < ENTRIES_MAX ? (size_t)range.page_count : ENTRIES_MAX;
@@ -136,26 +139,26 @@ static int64_t soft_dirty_range(int pagemap_fd, uint64_t address, bitmap_word *b
         if ((size_t)size < sizeof entries[0])
             return -ESRCH;
         wanted = (size_t)size / sizeof entries[0];
-        newly_set += note_entries(bitmap, entries, range.first_page, wanted);
+        found += note_entries(bitmap, entries, range.first_page, wanted);
         range.first_page += wanted;
         range.page_count -= wanted;
     }
-    return (int64_t)newly_set;
+    return (int64_t)found;
 }
 
 int64_t soft_dirty_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
-                        const struct page_slice *slice)
+                        const struct page_slice *slice, uint64_t first_page)
 {
     struct page_range range;
-    int64_t newly_set = 0;
+    int64_t found = 0;
 
-    for (uint64_t from = 0; slice_next(slice, from, &range);) {
+    for (uint64_t from = first_page; slice_next(slice, from, &range);) {
         int64_t rc = soft_dirty_range(pagemap_fd, address, bitmap, range);
 
         if (rc < 0)
             return rc;
-        newly_set += rc;
+        found += rc;
         from = range.first_page + range.page_count;
     }
-    return newly_set;
+    return found;
 }

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from engine.control.parameters import parse_size
 from engine.errors import UsageError
+from engine.sizes import parse_size
 from perf import live, peer
 from perf.image import KINDS
 from perf.pair import QEMU

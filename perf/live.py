@@ -13,6 +13,7 @@ from typing import Final
 import psutil
 
 from engine.api import Control, Statistics, verify
+from engine.control.status import Status
 from engine.errors import MigrationError
 from perf.warm import warm_memory
 
@@ -70,15 +71,21 @@ async def bandwidth_once(limit_bytes_per_s: int, seconds: float) -> dict[str, fl
         async with source, destination:
             migration = await source.migrate(destination)
             began = time.monotonic()
-            while (now := time.monotonic()) - began < seconds:
-                counted = await source.execute("query-migrate")
-                if "ram" in counted:
-                    samples.append((now, counted["ram"]["transferred"]))
+            while (asked := time.monotonic()) - began < seconds:
+                counted = await migration.statistics()
+                middle = (asked + time.monotonic()) / 2
+                if counted.status is Status.ACTIVE:
+                    samples.append((middle, counted.transferred_bytes))
+                elif counted.status is not Status.SETUP:
+                    raise MigrationError(
+                        f"the migration was {counted.status.value} after {middle - began:.1f} s, "
+                        f"before all was measured"
+                    )
                 await asyncio.sleep(SAMPLE_S)
             await migration.cancel()
     percents = [(sent / took / limit_bytes_per_s - 1) * 100 for took, sent in _windows(samples)]
     if not percents:
-        raise MigrationError("the migration was over before a second could be measured")
+        raise MigrationError("not a whole second could be measured; ask for more")
     return {"over_max_percent": max(percents), "under_max_percent": -min(percents)}
 
 

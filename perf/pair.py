@@ -30,11 +30,16 @@ QEMU: Final = "qemu-system-x86_64"
 class Run:
     """One migration.
 
+    :ivar total_time_ms: as the engine itself says.
+    :ivar wall_time_ms: from `migrate` to the later of both sides' `completed` events.
+    :ivar cpu_before_migrate_s: of both sides, to start.
     :ivar cpu_s: of all processes of both sides, from `migrate` until all have ended, so that it
         does not matter whether RAM is unmapped at the end of the migration or of the process.
     """
 
     total_time_ms: int
+    wall_time_ms: float
+    cpu_before_migrate_s: float
     cpu_s: float
     normal_pages: int
     zero_pages: int
@@ -129,14 +134,15 @@ async def migrate_once(engine: str, image: Path, size: int, channels: int) -> Ru
             side(lines[1], directory / "d") as destination,
         ):
             run = await _migrate(source, destination, image, ram, channels)
-        return replace(run, cpu_s=_ended_children_cpu_s() - ended_s - run.cpu_s)
+        used_s = _ended_children_cpu_s() - ended_s
+        return replace(run, cpu_s=used_s - run.cpu_before_migrate_s)
     finally:
         ram.unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
 
 
 async def _migrate(source: Side, destination: Side, image: Path, ram: Path, channels: int) -> Run:
-    """Here `cpu_s` is what both sides had used before `migrate`."""
+    """All but `cpu_s`, which is known when both sides have ended."""
     capabilities = [{"capability": name, "state": True} for name in ("multifd", "events")]
     for one in (source, destination):
         parameters = {"max-bandwidth": 0, "multifd-channels": channels}
@@ -148,14 +154,18 @@ async def _migrate(source: Side, destination: Side, image: Path, ram: Path, chan
     port = info["socket-address"][0]["port"]
     before_s = await _settled_cpu_s(source, destination)
     ends = [asyncio.ensure_future(one.end_of_migration()) for one in (source, destination)]
+    began = time.monotonic()
     await source.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
     statuses = await asyncio.wait_for(asyncio.gather(*ends), RUN_WAIT_S)
+    wall_time_ms = (time.monotonic() - began) * 1000
     if statuses != ["completed", "completed"]:
         raise MigrationError(f"a benchmark's migration ended as {statuses}")
     answer: Any = await source.client.execute("query-migrate")
     return Run(
         answer["total-time"],
+        wall_time_ms,
         before_s,
+        0.0,
         answer["ram"]["normal"],
         answer["ram"]["duplicate"],
         different_pages(image, ram),

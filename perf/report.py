@@ -34,7 +34,7 @@ def machine() -> dict[str, str]:
         platform.machine(),
     )
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,

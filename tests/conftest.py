@@ -8,39 +8,24 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
+from tests.support import WAIT_S, eventually, open_descriptors
+
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]
+
 #: Processes inherit it, so a test's descendants are known even when their parents are gone.
 MARKER = "RAMFERRY_TEST_MARKER"
-LEFT_WAIT_S = 20.0  #: a worker learns of its parent's death, and ends, within this time
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
-
-
-def eventually(fact: Callable[[], bool], wait_s: float = LEFT_WAIT_S) -> bool:
-    """Wait until it is so; for facts that nobody tells us of."""
-    deadline = time.monotonic() + wait_s
-    while not (is_so := fact()) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return is_so
-
-
-def _descriptors() -> set[str]:
-    names = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            names.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
-        except FileNotFoundError:  # the one that listed the directory
-            continue
-    return names
 
 
 def _descendants(marker: str) -> dict[int, str]:
@@ -58,12 +43,27 @@ def _descendants(marker: str) -> dict[int, str]:
     return {pid: command.decode(errors="replace").strip() for pid, command in found.items()}
 
 
+def _children() -> set[int]:
+    """Own children, also those that have ended and were not waited for."""
+    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return {int(pid) for pid in text.split()}
+
+
+def _sockets(directory: Path | None) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_socket()] if directory else []
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[None]:
     """Give the test a run directory of its own and check what it leaves."""
     tmp_path_factory.getbasetemp()  # pytest's own directory stays where it is
+    made_by_pytest: Path | None = None  #: the test's own directory, if it has asked for one
+    if "tmp_path" in request.fixturenames:
+        made_by_pytest = request.getfixturevalue("tmp_path")
     marker = uuid.uuid4().hex
     directory = tempfile.mkdtemp(prefix="rf-")  # short: the path of a socket has 107 bytes
     with monkeypatch.context() as patch:
@@ -71,7 +71,8 @@ def _nothing_is_left(
         patch.setenv("XDG_RUNTIME_DIR", directory)
         patch.setenv("TMPDIR", directory)
         patch.setattr(tempfile, "tempdir", directory)
-        descriptors, threads = _descriptors(), set(threading.enumerate())
+        descriptors, threads = open_descriptors(), set(threading.enumerate())
+        children = _children()
         try:
             yield
             processes = _end_what_is_left(marker)
@@ -81,13 +82,15 @@ def _nothing_is_left(
             shutil.rmtree(directory)
     assert processes == {}
     assert files == []
+    assert _sockets(made_by_pytest) == []
+    assert _children() <= children
     assert eventually(lambda: set(threading.enumerate()) <= threads), threading.enumerate()
-    if not _descriptors() <= descriptors:
+    if not open_descriptors() <= descriptors:
         gc.collect()
-    assert _descriptors() - descriptors == set()
+    assert open_descriptors() - descriptors == set()
 
 
-def _end_what_is_left(marker: str, wait_s: float = LEFT_WAIT_S) -> dict[int, str]:
+def _end_what_is_left(marker: str, wait_s: float = WAIT_S) -> dict[int, str]:
     """Wait for the end of every descendant; kill and tell those that do not."""
     if eventually(lambda: not _descendants(marker), wait_s):
         return {}

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,6 +152,28 @@ def test_a_failed_migration_raises_with_the_reason_and_the_guest_runs() -> None:
         "Failed to connect to '127.0.0.1:9': Connection refused",
         True,
     )
+
+
+class Answers:
+    """In place of a control process: answers query-migrate."""
+
+    def __init__(self, **answer: Any) -> None:
+        self.answer = answer
+
+    async def execute(self, command: str) -> Any:
+        assert command == "query-migrate"
+        return self.answer
+
+
+def test_a_handover_whose_outcome_is_unknown_is_an_error_of_its_own() -> None:
+    lost: Any = Answers(**{"status": "failed", "error-desc": "no answer", "x-handover": "unknown"})
+
+    with pytest.raises(engine.OutcomeUnknown, match="it stays stopped: no answer") as unknown:
+        asyncio.run(engine.Migration(lost).result())
+
+    assert not isinstance(unknown.value, engine.MigrationFailed)
+    assert isinstance(unknown.value, engine.MigrationError)
+    assert engine.Statistics.of(lost.answer).is_outcome_unknown
 
 
 def test_a_wrong_guest_is_a_usage_error_in_one_line() -> None:

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.process
 
 
-def ramferry(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+def ramferry(*arguments: str | bytes, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "engine.cli", *arguments],
         capture_output=True, text=True, timeout=timeout, check=False,
@@ -46,18 +46,38 @@ def ramferry(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProc
              "speed=1"],
             "no parameter or capability 'speed'",
         ),
+        (["serve", "--guest", "ram:size=1M", "--qmp", "tcp:a..b:4444"], "error parsing host"),
+        (
+            ["serve", "--guest", "ram:size=1M", "--incoming", "tcp:127.0.0.1:" + "9" * 5000],
+            "0 to 65535 are allowed",
+        ),
+        (["serve", "--guest", "ram:size=1M", "--incoming", b"unix:/tmp/\xff\xfe"], "is not UTF-8"),
+        (["serve", "--guest", "ram:size=1M", "--incoming", "unix:*"], "is no file"),
+        (["serve", "--guest", "ram:size=1M", "--qmp", "unix:@x"], "is no file"),
+        (["serve", "--guest", "ram:size=" + "9" * 5000, "--qmp", "unix:/tmp/x"], "is not allowed"),
+        (
+            ["serve", "--guest", "ram:size=1M", "--incoming", "defer", "--qmp", "unix:/tmp/x",
+             "--set", "x" * 5000],
+            "x" * 100,
+        ),
+        (["serve", "--guest", "workload:size=16T", "--qmp", "unix:/tmp/x"], "wants 16384.0 GiB"),
+        (["demo", "--size", "16T"], "a guest with its copy wants 32768.0 GiB of memory, and"),
+        (["demo", "--size", "1.0001G"], "multiple of 4096"),
+        (["demo", "--channels", "9" * 5000], "--channels"),
         (["serve"], "--guest"),
         (["fly"], "No such command 'fly'"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_ends_in_one_line_that_says_what_is_allowed(
-    arguments: list[str], says: str
+    arguments: list[str | bytes], says: str
 ) -> None:
     done = ramferry(*arguments)
 
     assert done.returncode in (1, 2)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+    assert max(len(word) for word in done.stderr.split()) < 140
+    assert max(len(line) for line in done.stderr.splitlines()) < 1300
     assert done.stdout == ""
 
 

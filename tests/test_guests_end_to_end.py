@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import struct
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,3 +124,55 @@ def test_any_number_of_channels_carries_every_page(channels: int) -> None:
     result, verdict = asyncio.run(scenario())
     assert len(result.channels) == channels
     assert verdict.is_right
+
+
+#: Writes rising numbers to random places of a file until its standard input ends; says the last.
+WRITER = """
+import mmap, random, select, struct, sys
+random.seed(1)
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
+    number = 0
+    while not (number % 100 == 0 and select.select([sys.stdin], [], [], 0.002)[0]):
+        number += 1
+        struct.pack_into("<Q", ram, random.randrange(len(ram) // 8) * 8, number)
+print(number)
+"""
+
+
+def test_a_ram_guest_that_a_stranger_writes_arrives_byte_by_byte() -> None:
+    """Nobody tells who writes to it, or when: contents are compared."""
+
+    async def scenario(directory: Path) -> tuple[engine.Statistics, int]:
+        paths = [directory / name for name in ("source", "destination")]
+        source = engine.Control.start(f"ram:size=32M,path={paths[0]}")
+        destination = engine.Control.start(f"ram:size=32M,path={paths[1]}", "tcp:127.0.0.1:0")
+        async with source, destination:
+            pipe = asyncio.subprocess.PIPE
+            writer = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", WRITER, str(paths[0]), stdin=pipe, stdout=pipe
+            )
+            try:  # a limit of 0 waits until nothing is dirty: until the writer has ended
+                migration = await source.migrate(
+                    destination, downtime_limit=0, max_bandwidth=0, x_tracker="content-hash"
+                )
+                async for progress in migration.progress(0.02):
+                    assert progress.status not in (engine.Status.COMPLETED, engine.Status.FAILED)
+                    if progress.rounds >= 4:
+                        break
+                said, _ = await writer.communicate(b"")
+            finally:
+                if writer.returncode is None:
+                    writer.kill()
+                    await writer.wait()
+            result = await migration.result()
+            contents = [path.read_bytes() for path in paths]
+            assert contents[0] == contents[1]
+            assert said.strip().isdigit()
+            assert struct.pack("<Q", int(said)) in contents[1]
+            return result, int(said)
+
+    with tempfile.TemporaryDirectory(prefix="rf-", dir="/dev/shm") as directory:
+        result, writes = asyncio.run(scenario(Path(directory)))
+    assert result.tracker == "content-hash"
+    assert result.rounds > 4
+    assert writes > 0

@@ -166,6 +166,15 @@ def test_random_bytes_on_the_main_channel_are_a_wire_error(data: bytes) -> None:
         main_decoder().decode(data)
 
 
+def test_the_longest_hello_is_not_too_long_for_a_stranger() -> None:
+    block = wire.BlockShape("x" * 255, 2**63, 2**63)
+    hello = wire.Hello(
+        2**63, SESSION, 2**63, [block] * wire.BLOCKS_MAX, 2**63, "a kind of a guest" * 20, False
+    )
+
+    assert wire.HELLO_BYTES_MAX - 1024 < len(wire.encode(hello)) <= wire.HELLO_BYTES_MAX
+
+
 def test_deep_nesting_on_the_main_channel_is_a_wire_error() -> None:
     with pytest.raises(WireError):
         main_decoder().decode(b"\x91" * 500_000)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from engine.errors import UsageError
+from engine.errors import UsageError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class CapabilityStore:
         :raise UsageError: unknown, not in this build, or in conflict; nothing was changed."""
         for name in changes:
             if name not in _BY_NAME:
-                raise UsageError(f"Parameter 'capability' does not accept value '{name}'")
+                raise UsageError(f"Parameter 'capability' does not accept value '{shown(name)}'")
         wanted = self._on | dict(changes)
         for name, state in changes.items():
             if state and _BY_NAME[name].refusal:

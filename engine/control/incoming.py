@@ -13,8 +13,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-import zmq.asyncio
-
 from engine import wire
 from engine.control.host import Host
 from engine.control.mainchannel import ConnectionLost, DestinationEnd
@@ -26,6 +24,7 @@ from engine.errors import (
     MemoryRefused,
     MigrationError,
     PeerRefused,
+    UsageError,
     WireError,
     WorkerLost,
 )
@@ -38,6 +37,9 @@ log = logging.getLogger("ramferry.destination")
 #: A source that is silent for so long while it has something to say is gone; heartbeats notice
 #: sooner.
 TOKEN_WAIT_S: Final = 60.0
+ASK_AGAIN_S: Final = 1.0  #: between two questions to a guest that does not answer
+CLOSE_WAIT_S: Final = 5.0  #: then a guest that does not say whether it took over is killed
+LAST_WORD_WAIT_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -50,13 +52,14 @@ class Lane:
     endpoint: str = ""
     incarnation: int = 1
     round_number: int = 0  #: newest round that was placed whole
+    reopening: asyncio.Task[None] | None = None
 
 
 class IncomingMigration:
     """One migration to here; owns its listener, receivers and bitmaps until it has ended."""
 
-    def __init__(self, host: Host, context: zmq.asyncio.Context, address: Address) -> None:
-        self._host, self._context, self._address = host, context, address
+    def __init__(self, host: Host, address: Address) -> None:
+        self._host, self._address = host, address
         self.status = Status.NONE
         self.error: str | None = None
         self.placement = "?"
@@ -81,16 +84,18 @@ class IncomingMigration:
     def start(self) -> None:
         """Listen, and serve the first right source in the background.
 
-        :raise OSError: cannot listen there; the status is failed."""
+        :raise OSError: cannot listen there; the status is failed.
+        :raise UsageError: something else is at the unix path; the status is failed."""
         self._set_status(Status.SETUP)
         try:
-            self._main = DestinationEnd(self._context, self._address.bind_endpoint)
-        except OSError as exc:
-            self.error = f"Failed to listen on '{self._address.display}': {exc.strerror}"
+            self._main = DestinationEnd(self._address)
+        except (OSError, UsageError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else exc
+            self.error = f"Failed to listen on '{self._address.display}': {reason}"
             self._set_status(Status.FAILED)
             self.ended.set()
             raise
-        self.address = self._address.listening_at(self._main.endpoint)
+        self.address = self._main.address
         self._task = asyncio.get_running_loop().create_task(self._run(self._main))
 
     async def close(self) -> None:
@@ -99,7 +104,17 @@ class IncomingMigration:
             return
         if self._is_serving:
             self._task.cancel()
+        if not await self._has_ended_within(CLOSE_WAIT_S):
+            await self._host.guest.quit()  # it does not say whether it took over; now it says no
         await self.ended.wait()
+
+    async def _has_ended_within(self, wait_s: float) -> bool:
+        try:
+            async with asyncio.timeout(wait_s):
+                await self.ended.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _set_status(self, status: Status) -> None:
         self.status = status
@@ -115,13 +130,36 @@ class IncomingMigration:
             failure = exc
         self._is_serving = False
         try:
-            if failure is not None:
+            is_void = await self._void()
+            if failure is not None and is_void:
                 await self._fail(main, failure)
-            await self._give_back(main)
-            if self._taken.is_set():
+            elif not is_void:
+                await self._last_word(main, wire.TookOver())
+            await self._give_back(main, is_void)
+            if not is_void:
                 self._set_status(Status.COMPLETED)
         finally:
             self.ended.set()
+
+    async def _void(self) -> bool:
+        """True once the token cannot come any more, False when it came. Nothing less allows us to
+        give RAM back or to say that we failed: the guest is asked until it answers or is dead."""
+        guest = self._host.guest
+        while guest.is_alive and not self._taken.is_set():
+            try:
+                if await guest.disarm():
+                    return True
+                await asyncio.wait_for(self._taken.wait(), TOKEN_WAIT_S)
+            except (GuestError, TimeoutError) as exc:
+                log.warning("the guest does not say whether it has taken over: %s", exc)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(guest.died(), ASK_AGAIN_S)
+        return not self._taken.is_set()
+
+    @staticmethod
+    async def _last_word(main: DestinationEnd, message: wire.Message) -> None:
+        with contextlib.suppress(ConnectionLost, TimeoutError):
+            await asyncio.wait_for(main.send(message), LAST_WORD_WAIT_S)
 
     async def _serve(self, main: DestinationEnd) -> None:
         """One whole migration; returns when the token was taken."""
@@ -132,28 +170,18 @@ class IncomingMigration:
         taken = asyncio.ensure_future(self._taken.wait())
         waiting: set[asyncio.Future[Any]] = {conversation, taken, self._failure}
         try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not taken.done():
-                await self._lose_or_take(conversation)
-        finally:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # nothing arms the guest any more
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-
-    async def _lose_or_take(self, conversation: asyncio.Future[None]) -> None:
-        """Something failed. If the token cannot come any more it is a failure, else a success."""
-        if not await self._host.guest.disarm():
-            await asyncio.wait_for(self._taken.wait(), TOKEN_WAIT_S)
-            return
-        for failed in (self._failure, conversation):
-            if failed.done():
-                failed.result()
+        for one in done:
+            one.result()
 
     async def _fail(self, main: DestinationEnd, exc: Exception) -> None:
         self.error = f"load of migration failed: {self._text(exc)}"
         log.error("%s", self.error)
-        with contextlib.suppress(ConnectionLost):
-            await main.send(wire.Failed(wire.cut(self._text(exc))))
+        await self._last_word(main, wire.Failed(wire.cut(self._text(exc))))
         self._set_status(Status.FAILED)
 
     @staticmethod
@@ -162,10 +190,11 @@ class IncomingMigration:
             return "no answer in time"
         return f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)
 
-    async def _give_back(self, main: DestinationEnd) -> None:
-        for task in self._inner:
+    async def _give_back(self, main: DestinationEnd, is_void: bool) -> None:
+        inner = tuple(self._inner)
+        for task in inner:
             task.cancel()
-        await asyncio.gather(*self._inner, return_exceptions=True)
+        await asyncio.gather(*inner, return_exceptions=True)
         workers = [lane.worker for lane in self._lanes if lane.worker is not None]
         await asyncio.gather(*(worker.end() for worker in workers))
         for lane in self._lanes:
@@ -177,18 +206,21 @@ class IncomingMigration:
         self._address.remove_files(len(self._lanes))
         with contextlib.suppress(GuestError):
             await self._host.guest.close_handover()
-        if not self._taken.is_set():
+        if is_void:
             for block in self._host.guest.blocks:
                 block.discard()
 
-    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
             except (MigrationError, OSError, TimeoutError) as exc:
                 self._break_off(exc)
 
-        self._inner.add(asyncio.get_running_loop().create_task(guarded()))
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._inner.add(task)
+        task.add_done_callback(self._inner.discard)
+        return task
 
     def _break_off(self, exc: Exception) -> None:
         if not self._failure.done():
@@ -250,11 +282,10 @@ class IncomingMigration:
             raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
         if hello.guest_kind != guest.kind:
             raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
-        local = {block.name: block for block in guest.blocks}
-        if len(hello.blocks) != len(local):
-            raise PeerRefused(f"{len(hello.blocks)} RAM blocks and local are {len(local)}")
+        wire.check_blocks(hello.blocks)
+        if len(hello.blocks) != len(guest.blocks):
+            raise PeerRefused(f"{len(hello.blocks)} RAM blocks and local are {len(guest.blocks)}")
         for shape, block in zip(hello.blocks, guest.blocks, strict=True):
-            shape.check()
             if shape.name != block.name:
                 raise PeerRefused(f'Unknown ramblock "{shape.name}", cannot accept migration')
             if shape.size != block.size:
@@ -318,13 +349,17 @@ class IncomingMigration:
     def _replace_early(self, lane: Lane, lost: WorkerLost) -> None:
         """The source knows nothing of the channels yet: start another receiver by ourselves."""
         self._early_losses += 1
-        if lane.worker is not None:
-            self._beside(lane.worker.end())
         if self._early_losses > self._host.parameters.x_heal_limit:
             self._break_off(lost)
         else:
-            self._employ(lane)
+            self._beside(self._replace(lane))
         self._changed.set()
+
+    async def _replace(self, lane: Lane) -> None:
+        """The old worker's port is free only when its process is gone."""
+        if lane.worker is not None:
+            await lane.worker.end()
+        self._employ(lane)
 
     def _tell(self, message: wire.Message) -> None:
         assert self._main is not None
@@ -346,7 +381,7 @@ class IncomingMigration:
             message = await main.receive()
             match message:
                 case wire.Reopen(index, incarnation):
-                    await self._reopen(main, index, incarnation)
+                    self._start_reopening(main, index, incarnation)
                 case wire.DeviceState(state):
                     if len(state) > wire.STATE_BYTES_MAX:
                         raise WireError(f"device state of {len(state)} bytes")
@@ -359,17 +394,21 @@ class IncomingMigration:
                 case wire.Hello():
                     raise WireError("a second Hello")
 
-    async def _reopen(self, main: DestinationEnd, index: int, incarnation: int) -> None:
+    def _start_reopening(self, main: DestinationEnd, index: int, incarnation: int) -> None:
+        """Beside the conversation, so that a newer wish for the same lane ends the older one."""
         if not 0 <= index < len(self._lanes) or incarnation <= 0:
             raise WireError(f"channel {index}, incarnation {incarnation} cannot be made anew")
         lane = self._lanes[index]
+        if lane.reopening is not None:
+            lane.reopening.cancel()
+        lane.reopening = self._beside(self._reopen(main, lane, incarnation))
+
+    async def _reopen(self, main: DestinationEnd, lane: Lane, incarnation: int) -> None:
         if lane.worker is None or not lane.worker.is_alive:
-            if lane.worker is not None:
-                await lane.worker.end()
             lane.incarnation = incarnation
-            self._employ(lane)
+            await self._replace(lane)
             await self._until(lambda: lane.endpoint)
-        await main.send(wire.Reopened(index, incarnation, lane.endpoint))
+        await main.send(wire.Reopened(lane.index, incarnation, lane.endpoint))
 
     async def _arm(self, main: DestinationEnd, rounds: int, runs: bool) -> None:
         """Promise that the memory is whole: every channel has placed every round."""
@@ -378,6 +417,7 @@ class IncomingMigration:
             raise WireError(f"channels {behind} have not placed round {rounds}")
         if not self._has_state:
             raise WireError("the device state has not come")
+        runs = runs and self._host.runs_on_arrival
         await self._host.guest.arm(self._session, runs, self._take_over)
         await main.send(wire.Armed())
 

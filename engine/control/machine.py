@@ -216,6 +216,7 @@ class Outgoing:
 
     def _conclude(self, event: HandedOver) -> Step:
         if event.outcome is Handover.TAKEN:
+            self.error = None  # what else was lost meanwhile decides nothing
             return Phase.ENDED, Status.COMPLETED, (Effect.FINISH,)
         if event.outcome is Handover.UNKNOWN:
             self.error = (

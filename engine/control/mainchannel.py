@@ -1,207 +1,250 @@
-"""The main channel: one typed conversation between the two control processes, over ZeroMQ.
+"""The main channel: one typed conversation between the two control processes, on one connection.
 
-The source connects a DEALER, the destination binds a ROUTER and talks to the first peer whose
-`Hello` is right; others are refused. A lost connection is never re-made silently: it ends the
-conversation.
+The destination listens and talks to the first peer whose `Hello` is right; others are refused. A
+lost connection is never re-made: it ends the conversation.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
+from dataclasses import replace
 from typing import Any, Final
 
-import zmq
-import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
+from engine import unixsocket, wire
+from engine.control.framestream import ConnectionLost, FrameStream
+from engine.control.uri import Address
+from engine.errors import PeerRefused, WireError
 
-from engine import wire
-from engine.errors import ChannelError, MigrationError, WireError
+__all__ = ["ConnectionLost", "DestinationEnd", "SourceEnd"]
 
-HEARTBEAT_INTERVAL_MS: Final = 1_000
-HEARTBEAT_TIMEOUT_MS: Final = 10_000
-#: Control messages are a few a round: 1000 x at most 2 MiB is never reached by a peer that answers.
-QUEUE_MESSAGES_MAX: Final = 1_000
-#: After a disconnect the ROUTER forgets the peer within this time, and sending to it fails.
-FORGET_S: Final = 0.05
-
-LOST: Final = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-)
-
-
-class ConnectionLost(MigrationError):
-    """The main channel is gone; the other side may or may not be."""
-
-
-def _set_options(socket: zmq.asyncio.Socket) -> None:
-    socket.setsockopt(zmq.LINGER, 200)  # the last word (Abort, Failed) gets a moment to leave
-    socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES_MAX)
-    socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES_MAX)
-    socket.setsockopt(zmq.MAXMSGSIZE, wire.MAIN_BYTES_MAX)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL, -1)
-    socket.setsockopt(zmq.IPV6, True)
-
-
-class _Inbox:
-    """What comes on a socket and on its monitor; leaving a wait never drops what has come."""
-
-    def __init__(self, socket: zmq.asyncio.Socket, events: int) -> None:
-        self._socket = socket
-        self._monitor = socket.get_monitor_socket(events)
-        self._message: asyncio.Future[list[bytes]] | None = None
-        self._event: asyncio.Future[Any] | None = None
-
-    async def next(self) -> list[bytes] | None:
-        """The next message's parts, or None for an event of a connection."""
-        self._message = self._message or asyncio.ensure_future(self._socket.recv_multipart())
-        self._event = self._event or asyncio.ensure_future(recv_monitor_message(self._monitor))
-        await asyncio.wait((self._message, self._event), return_when=asyncio.FIRST_COMPLETED)
-        if self._message.done():
-            message, self._message = self._message, None
-            return message.result()
-        self._event = None
-        return None
-
-    def close(self) -> None:
-        """Close the socket too. Idempotent."""
-        if self._socket.closed:
-            return
-        for waiting in (self._message, self._event):
-            if waiting is not None:
-                waiting.cancel()
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close()
+#: Peers that have not said a right Hello; the oldest gives way, so nobody can keep the source out.
+#: They hold at most 16 x (4 + HELLO_BYTES_MAX + 256 KiB of one read) = 5.3 MiB.
+STRANGERS_MAX: Final = 16
+HELLO_WAIT_S: Final = 10.0
+BUSY: Final = "this destination is busy with another source"
 
 
 class SourceEnd:
-    """The source's end; owns its socket."""
+    """The source's end; owns its connection."""
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
-        """:raise ChannelError: the endpoint cannot be used at all."""
+    def __init__(self, address: Address) -> None:
+        self._address = address
         self._decoder: wire.Decoder[wire.ToSource] = wire.Decoder(
             wire.ToSource, wire.MAIN_BYTES_MAX, "main channel"
         )
+        self._stream: FrameStream | None = None
         self.sent_bytes = 0
-        self._socket = context.socket(zmq.DEALER)
-        _set_options(self._socket)
-        self._inbox = _Inbox(self._socket, LOST)
+
+    async def connect(self) -> None:
+        """Connect, once; `send` and `receive` come after.
+
+        :raise PeerRefused: nobody listens there."""
         try:
-            self._socket.connect(endpoint)
-        except zmq.ZMQError as exc:
-            self.close()
-            raise ChannelError(0, f"connecting to {endpoint}") from exc
+            connection = await _connect(self._address)
+        except OSError as exc:
+            where = self._address.display
+            raise PeerRefused(f"Failed to connect to '{where}': {_reason(exc)}") from None
+        stream = FrameStream("destination")
+        loop = asyncio.get_running_loop()
+        make = loop.create_unix_connection if self._address.path else loop.create_connection
+        await make(lambda: stream, sock=connection)  # closes the connection if it fails
+        self._stream = stream
 
     async def send(self, message: wire.Message) -> None:
-        """Queue a message; waits while the peer is not connected (`receive` tells when it is lost).
+        """Queue a message; waits while the destination is slow.
 
-        :raise ConnectionLost: the socket is unusable."""
+        :raise ConnectionLost: the connection ended, or the destination takes nothing."""
         data = wire.encode(message)
         self.sent_bytes += len(data)
-        try:
-            await self._socket.send(data)
-        except zmq.ZMQError as exc:
-            raise ConnectionLost("the connection to the destination is lost") from exc
+        await self._need_stream().send(data)
 
     async def say_last(self, message: wire.Message) -> None:
         """Queue a last message if the peer is still there, else forget it; never waits."""
-        with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send(wire.encode(message), flags=zmq.NOBLOCK)
+        if self._stream is not None:
+            with contextlib.suppress(ConnectionLost):
+                self._stream.say(wire.encode(message))
 
     async def receive(self) -> wire.ToSource:
-        """The destination's next message.
+        """The destination's next message; cancelling this loses nothing.
 
-        :raise ConnectionLost: the connection failed or was refused.
+        :raise ConnectionLost: the connection failed.
         :raise WireError: the destination does not speak our language."""
-        parts = await self._inbox.next()
-        if parts is None:
-            raise ConnectionLost("the connection to the destination is lost")
-        if len(parts) != 1:
-            raise WireError(f"main channel: message of {len(parts)} parts")
-        return self._decoder.decode(parts[0])
+        return self._decoder.decode(await self._need_stream().receive(wire.MAIN_BYTES_MAX))
 
     def close(self) -> None:
         """Idempotent."""
-        self._inbox.close()
+        if self._stream is not None:
+            self._stream.close()
+
+    def _need_stream(self) -> FrameStream:
+        assert self._stream is not None, "`connect` comes first"
+        return self._stream
+
+
+async def _connect(address: Address) -> socket.socket:
+    """:raise OSError: the last of the errors of all the addresses that the name has."""
+    loop = asyncio.get_running_loop()
+    addresses: list[tuple[int, Any]] = [(socket.AF_UNIX, address.path)]
+    if not address.path:
+        found = await loop.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM)
+        addresses = [(family, where) for family, _, _, _, where in found]
+    failure = OSError("the name has no address")
+    for family, where in addresses:
+        connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            await loop.sock_connect(connection, where)
+        except OSError as exc:
+            connection.close()
+            failure = exc
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+    raise failure
+
+
+def _reason(exc: OSError) -> str:
+    """The system's word for it: asyncio's own texts repeat the address."""
+    if isinstance(exc, socket.gaierror) or not exc.errno:
+        return exc.strerror or str(exc)
+    return os.strerror(exc.errno)
+
+
+def _listener(address: Address) -> socket.socket:
+    """One listener, so that one port says it all; an empty host means every address."""
+    if address.path:
+        return unixsocket.bind(address.path)
+    if not address.host:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", address.port), family=socket.AF_INET6, dualstack_ipv6=True
+            )
+        return socket.create_server(("", address.port))
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    family, _, _, _, where = found[0]
+    return socket.create_server(where[:2], family=socket.AddressFamily(family))
 
 
 class DestinationEnd:
-    """The destination's end; owns its socket. Talks to the first peer with a right `Hello`."""
+    """The destination's end; owns the listener, its file and every connection."""
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
-        """:raise OSError: cannot listen there."""
+    def __init__(self, address: Address) -> None:
+        """Bind; peers are served from the first `accept` on.
+
+        :raise OSError: cannot listen there.
+        :raise UsageError: something else is at the unix path."""
+        self._path = address.path
+        try:
+            self._socket = _listener(address)
+        except OSError as exc:
+            raise OSError(exc.errno, _reason(exc)) from exc
+        #: where it really listens (port 0 resolved)
+        self.address = address
+        if not address.path:
+            self.address = replace(address, port=self._socket.getsockname()[1])
+        self._socket.listen()
+        self._server: asyncio.Server | None = None
         self._decoder: wire.Decoder[wire.ToDestination] = wire.Decoder(
             wire.ToDestination, wire.MAIN_BYTES_MAX, "main channel"
         )
-        self._peer = b""
-        self._socket = context.socket(zmq.ROUTER)
-        _set_options(self._socket)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._inbox = _Inbox(self._socket, zmq.EVENT_DISCONNECTED)
-        try:
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as exc:
-            self.close()
-            raise OSError(exc.errno, exc.strerror) from exc
-        last = self._socket.getsockopt(zmq.LAST_ENDPOINT)
-        assert isinstance(last, bytes)
-        self.endpoint = last.rstrip(b"\0").decode()
+        self._hello_decoder: wire.Decoder[wire.Hello] = wire.Decoder(
+            wire.Hello, wire.HELLO_BYTES_MAX, "main channel"
+        )
+        self._strangers: dict[FrameStream, asyncio.Task[None]] = {}  #: oldest first
+        self._peer: FrameStream | None = None
+        self._hello: wire.Hello | None = None  #: the peer's, until `accept` returns it
+        self._greeted = asyncio.Event()
+
+    # -- strangers -------------------------------------------------------------------------------
 
     async def accept(self) -> wire.Hello:
-        """Wait for a peer that says a right Hello; strangers are dropped."""
-        while True:
-            came = await self._inbox.next()
-            if came is None or len(came) != 2:
-                continue
-            identity, data = came
-            try:
-                message = self._decoder.decode(data)
-            except WireError as exc:
-                await self._refuse(identity, str(exc))
-                continue
-            if isinstance(message, wire.Hello):
-                self._peer = identity
-                return message
+        """Wait for a peer that says a right Hello; the peer of an earlier `accept` is given up.
 
-    async def _refuse(self, identity: bytes, reason: str) -> None:
-        with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send_multipart(
-                [identity, wire.encode(wire.Refused(wire.cut(reason)))]
+        Cancelling this loses nothing: the next call returns what has come."""
+        if self._peer is not None and self._hello is None:
+            self._peer.close()
+            self._peer = None
+        await self._serve()
+        while self._hello is None:
+            self._greeted.clear()
+            await self._greeted.wait()
+        hello, self._hello = self._hello, None
+        return hello
+
+    async def _serve(self) -> None:
+        if self._server is None:
+            loop = asyncio.get_running_loop()
+            make = loop.create_unix_server if self._path else loop.create_server
+            self._server = await make(
+                lambda: FrameStream("source", self._meet), sock=self._socket, start_serving=False
             )
+        await self._server.start_serving()
+
+    def _meet(self, stranger: FrameStream) -> None:
+        if len(self._strangers) >= STRANGERS_MAX:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.abort()  # its task sees the end
+        task = asyncio.get_running_loop().create_task(self._greet(stranger))
+        self._strangers[stranger] = task
+        task.add_done_callback(lambda _: self._strangers.pop(stranger, None))
+
+    async def _greet(self, stranger: FrameStream) -> None:
+        """Make the stranger our peer if it says a right Hello and we have none, else refuse it."""
+        try:
+            async with asyncio.timeout(HELLO_WAIT_S):
+                data = await stranger.receive(wire.HELLO_BYTES_MAX)
+            hello = self._hello_decoder.decode(data)
+        except (ConnectionLost, TimeoutError):
+            stranger.abort()
+            return
+        except WireError as exc:
+            await self._refuse(stranger, str(exc))
+            return
+        if self._peer is not None:
+            await self._refuse(stranger, BUSY)
+            return
+        self._peer, self._hello = stranger, hello
+        self._greeted.set()
+
+    @staticmethod
+    async def _refuse(stranger: FrameStream, reason: str) -> None:
+        await stranger.refuse(wire.encode(wire.Refused(wire.cut(reason))))
+
+    # -- the peer --------------------------------------------------------------------------------
 
     async def send(self, message: wire.Message) -> None:
-        """:raise ConnectionLost: the peer is gone."""
-        try:
-            await self._socket.send_multipart([self._peer, wire.encode(message)])
-        except zmq.ZMQError as exc:
-            raise ConnectionLost("the connection to the source is lost") from exc
+        """Queue a message; waits while the source is slow.
+
+        :raise ConnectionLost: the source is gone, or takes nothing."""
+        await self._need_peer().send(wire.encode(message))
 
     async def receive(self) -> wire.ToDestination:
-        """The source's next message; other peers are refused meanwhile.
+        """The source's next message; cancelling this loses nothing.
 
         :raise ConnectionLost: the source's connection is gone.
         :raise WireError: the source does not speak our language."""
-        while True:
-            came = await self._inbox.next()
-            if came is None:
-                await self._check_peer()
-            elif came[0] != self._peer:
-                await self._refuse(came[0], "this destination is busy with another source")
-            elif len(came) == 2:
-                return self._decoder.decode(came[1])
+        return self._decoder.decode(await self._need_peer().receive(wire.MAIN_BYTES_MAX))
 
-    async def _check_peer(self) -> None:
-        """Some connection ended: was it the peer's? A ROUTER refuses to send to who is gone."""
-        await asyncio.sleep(FORGET_S)
-        await self.send(wire.StillThere())
+    def _need_peer(self) -> FrameStream:
+        if self._peer is None:
+            raise ConnectionLost("no source is connected")
+        return self._peer
 
     def close(self) -> None:
-        """Idempotent."""
-        self._inbox.close()
+        """Stop listening, remove the file, end every connection. Idempotent."""
+        if self._socket.fileno() == -1:
+            return
+        if self._server is not None:
+            self._server.close()
+        self._socket.close()
+        if self._path:
+            unixsocket.remove_dead(self._path)
+        for stranger in self._strangers:
+            stranger.abort()
+        if self._peer is not None:
+            self._peer.close()

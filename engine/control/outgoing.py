@@ -11,30 +11,29 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
-
-import zmq.asyncio
+from typing import Any, Final
 
 from engine import wire
 from engine.control import machine, policy
+from engine.control.conversation import Conversation
+from engine.control.dirtysync import DirtySync
 from engine.control.host import Host
 from engine.control.machine import Effect, Heal, Outgoing, Phase
-from engine.control.mainchannel import ConnectionLost, SourceEnd
 from engine.control.senders import SenderGroup
 from engine.control.statistics import SAMPLE_S, DowntimePhases, MigrationNumbers
 from engine.control.status import RunState, Status
 from engine.control.uri import Address
-from engine.errors import MigrationError, PeerRefused, StateError, WireError
+from engine.errors import MigrationError, NotHandedOver, StateError
 from engine.guest.base import Handover, TrackerName
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count
 
 log = logging.getLogger("ramferry.source")
 
-ANSWER_WAIT_S: Final = 20.0
 HANDOVER_WAIT_NS: Final = 10_000_000_000
-
-Indexed = TypeVar("Indexed", wire.RoundReceived, wire.ChannelBroken)
+#: For the word of the destination's control process when its guest gave none.
+VERDICT_WAIT_S: Final = 3.0
+SWITCHING: Final = (Phase.PAUSING, Phase.FINISHING, Phase.ARMING, Phase.HANDING_OVER)
 
 
 class OutgoingMigration:
@@ -43,25 +42,23 @@ class OutgoingMigration:
     After any failure before the destination took over, the guest runs here as before.
     """
 
-    def __init__(self, host: Host, context: zmq.asyncio.Context, address: Address) -> None:
-        self._host, self._context, self._address = host, context, address
+    def __init__(self, host: Host, address: Address) -> None:
+        self._host, self._address = host, address
         self.machine = Outgoing(heal_limit=host.parameters.x_heal_limit)
         self.numbers = MigrationNumbers()
         self._session = os.urandom(wire.SESSION_BYTES)
-        self._main: SourceEnd | None = None
+        self._conversation: Conversation | None = None
         self._senders: SenderGroup | None = None
+        self._sync: DirtySync | None = None
         self._work: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._heals: dict[int, asyncio.Task[None]] = {}
-        self._answers: dict[object, asyncio.Future[Any]] = {}
         self._model = policy.PauseModel()
-        self._throttle = policy.Throttle()
         self._ran_before = False  #: the guest ran when the engine stopped it
-        self._paused_by_us = False
+        self._is_held = False  #: the engine has stopped the guest, or tried to
+        self.is_outcome_unknown = False  #: nobody has said who has the right to run
         self._pause_began_ns = self._stood_ns = 0
         self._round_number = 0
-        self._harvest_number = 0
-        self._dirty_pages = 0
         self._last_round = policy.Round(0, 1, 0)
         self.ended = asyncio.Event()
 
@@ -109,9 +106,17 @@ class OutgoingMigration:
             Effect.FINISH: self._finish,
         }
         leaving = effect in (Effect.ABANDON, Effect.ABANDON_STOPPED, Effect.FINISH)
-        if leaving and self._work is not None:
-            self._work.cancel()
-        self._work = self._task(self._guarded(work[effect]))
+        before = self._work if leaving else None
+        self._work = self._task(self._guarded(lambda: self._after(before, work[effect])))
+
+    async def _after(
+        self, before: asyncio.Task[None] | None, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Work that gives up what other work uses begins when that has ended."""
+        if before is not None:
+            before.cancel()
+            await asyncio.wait({before})
+        await work()
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -123,9 +128,12 @@ class OutgoingMigration:
         if task.cancelled() or (bug := task.exception()) is None:
             return
         log.error("internal error in a migration", exc_info=bug)
+        was_leaving = self.machine.phase in (Phase.FAILING, Phase.CANCELLING)
         self.handle(machine.Failure(f"internal error: {bug!r}"))
-        if task is self._work and self.machine.phase in (Phase.FAILING, Phase.CANCELLING):
+        if task is self._work and was_leaving:
             self.handle(machine.Abandoned())
+        if task is self._work and self.machine.phase is Phase.HANDING_OVER:
+            self.handle(machine.HandedOver(Handover.UNKNOWN))
 
     async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Turn what the world did to a piece of work into an event."""
@@ -141,10 +149,9 @@ class OutgoingMigration:
 
     async def _connect(self) -> None:
         guest, settings = self._host.guest, self._host.parameters
-        self._main = main = SourceEnd(self._context, self._address.endpoint)
-        welcome = await asyncio.wait_for(self._greet(main), ANSWER_WAIT_S)
+        self._conversation = conversation = Conversation(self._address, self._session)
+        welcome = await conversation.greet(self._hello())
         self.numbers.placement = welcome.placement
-        self._spawn(self._listen(main))
         self._spawn(self._watch_guest())
         await guest.connect_handover(self._address.reach(welcome.handover), self._session)
         wanted = settings.x_tracker
@@ -158,44 +165,30 @@ class OutgoingMigration:
             lambda index, reason: self.handle(machine.ChannelLost(index, reason)),
         )
         senders.budget.rate_bytes_per_s = settings.max_bandwidth
-        self._spawn(self._sample(senders))
+        self._spawn(conversation.listen(senders))
+        self._spawn(self._sample())
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
-        self._dirty_pages = senders.dirty.count()
+        self._sync = DirtySync(self._host, senders, self.numbers, tracking.name)
+        self._spawn(self._sync.now_and_then(lambda: self.machine.phase is Phase.SENDING))
         self.numbers.expected_downtime_ns = settings.downtime_limit * 1_000_000
         self.numbers.total_bytes = sum(block.size for block in guest.blocks)
         self._pass()
         self.numbers.setup_done_ns = time.monotonic_ns()
         self.handle(machine.Connected())
 
-    async def _greet(self, main: SourceEnd) -> wire.Welcome:
+    def _hello(self) -> wire.Hello:
         guest = self._host.guest
         shapes = [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in guest.blocks]
-        channels = self._host.parameters.multifd_channels
-        await main.send(
-            wire.Hello(
-                wire.VERSION,
-                self._session,
-                PAGE_SIZE,
-                shapes,
-                channels,
-                guest.kind,
-                guest.is_running,
-            )
+        wire.check_blocks(shapes)
+        return wire.Hello(
+            wire.VERSION,
+            self._session,
+            PAGE_SIZE,
+            shapes,
+            self._host.parameters.multifd_channels,
+            guest.kind,
+            guest.is_running,
         )
-        try:
-            answer = await main.receive()
-        except ConnectionLost as exc:
-            where = self._address.display
-            raise PeerRefused(f"Failed to connect to '{where}': Connection refused") from exc
-        if isinstance(answer, wire.Refused):
-            raise PeerRefused(f"the destination refused: {wire.cut(answer.reason)}")
-        if not isinstance(answer, wire.Welcome):
-            raise WireError(f"the destination answered Hello with {type(answer).__name__}")
-        if answer.version != wire.VERSION or answer.session != self._session:
-            raise WireError(f"the destination speaks version {answer.version}, or another session")
-        if len(answer.endpoints) != channels:
-            raise WireError(f"{channels} channels wanted, {len(answer.endpoints)} offered")
-        return answer
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -216,32 +209,9 @@ class OutgoingMigration:
         self._model.learn(self._last_round)
         self.handle(machine.RoundAcknowledged())
 
-    async def _collect(self) -> int:
-        """Harvest on all lanes; return the dirty bytes."""
-        self._harvest_number += 1
-        soft_dirty = self.numbers.tracker == TrackerName.SOFT_DIRTY.value
-        if soft_dirty and self._host.guest.is_running:
-            self._dirty_pages = await self._harvest_soft_dirty()
-        else:
-            self._dirty_pages = await self._need_senders().harvest(self._harvest_number)
-        self.numbers.dirtied(self._dirty_pages)
-        return self._dirty_pages * PAGE_SIZE
-
-    async def _harvest_soft_dirty(self) -> int:
-        """Soft-dirty bits are read and cleared in two steps, so the guest stands meanwhile."""
-        guest = self._host.guest
-        self._paused_by_us = True
-        await guest.pause(for_migration=True)
-        pages = await self._need_senders().harvest(self._harvest_number)
-        await guest.clear_soft_dirty()
-        await guest.resume()
-        self._paused_by_us = False
-        return pages
-
     async def _harvest(self) -> None:
-        dirty_bytes = await self._collect()
+        dirty_bytes = await self._need_sync().collect()
         self._pass()
-        await self._converge(dirty_bytes)
         settings = self._host.parameters
         predicted_ns = self._model.pause_ns(dirty_bytes, settings.avail_switchover_bandwidth)
         self.numbers.expected_downtime_ns = predicted_ns
@@ -253,24 +223,6 @@ class OutgoingMigration:
         )
         self.handle(machine.Harvested(dirty_bytes, fits))
 
-    async def _converge(self, dirty_bytes: int) -> None:
-        settings = self._host.parameters
-        percent = self._throttle.after_round(
-            dirty_bytes,
-            self._last_round.sent_bytes,
-            policy.ThrottleSettings(
-                self._host.capability("auto-converge"),
-                settings.throttle_trigger_threshold,
-                settings.cpu_throttle_initial,
-                settings.cpu_throttle_increment,
-                settings.max_cpu_throttle,
-                settings.cpu_throttle_tailslow,
-            ),
-        )
-        if percent != self.numbers.throttle_percent:
-            self.numbers.throttle_percent = percent
-            await self._host.guest.throttle(percent)
-
     def _pass(self) -> None:
         self.numbers.rounds += 1
         self._host.emit("MIGRATION_PASS", {"pass": self.numbers.rounds})
@@ -279,17 +231,14 @@ class OutgoingMigration:
 
     async def _pause_and_harvest(self) -> None:
         guest, settings = self._host.guest, self._host.parameters
-        senders = self._need_senders()
-        senders.budget.rate_bytes_per_s = 0
-        is_running = guest.is_running
+        await guest.check_handover()
+        self._need_senders().budget.rate_bytes_per_s = 0
+        self._is_held = True
         self._pause_began_ns = time.monotonic_ns()
-        if is_running:
-            self._ran_before = self._paused_by_us = True
-            self._stood_ns = await guest.pause(for_migration=True)
-            self._host.set_run_state(RunState.FINISH_MIGRATE)
-        else:
-            self._stood_ns = self._pause_began_ns
-        dirty_bytes = await self._collect()
+        self._stood_ns = await guest.pause(for_migration=True)
+        self._ran_before = is_running = not guest.is_stopped_by_user
+        self._host.set_run_state(RunState.FINISH_MIGRATE)
+        dirty_bytes = await self._need_sync().collect(throttles=False)
         now_ns = time.monotonic_ns()
         phases = self.numbers.phases = DowntimePhases()
         phases.pause = self._stood_ns - self._pause_began_ns
@@ -306,45 +255,58 @@ class OutgoingMigration:
     async def _resume_and_send_round(self) -> None:
         """The pause would have been too long: let the guest run and send what was found."""
         self._need_senders().budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
-        if await self._resume_guest():
-            self._host.set_run_state(RunState.RUNNING)
+        await self._host.guest.resume(for_migration=True)
+        self._is_held = False
+        self._show_run_state()
         self._pass()
         await self._send_round()
 
     async def _arm_destination(self) -> None:
-        guest, main = self._host.guest, self._need_main()
         began_ns = time.monotonic_ns()
-        await main.send(wire.DeviceState(await guest.save_state()))
-        armed = self._expect("armed")
-        await main.send(wire.Arm(self._round_number, self._ran_before))
-        await asyncio.wait_for(armed, ANSWER_WAIT_S)
+        self._need_senders().check_all_delivered()
+        state = await self._host.guest.save_state()
+        await self._need_conversation().arm(state, self._round_number, self._ran_before)
         self.numbers.phases.acknowledge += time.monotonic_ns() - began_ns
+        self.refresh()
         self.handle(machine.DestinationArmed())
 
     async def _hand_over(self) -> None:
         """Pass the token; from here on nothing interrupts until its outcome is known."""
-        outcome = await self._host.guest.hand_over(HANDOVER_WAIT_NS)
+        try:
+            outcome = await self._host.guest.hand_over(HANDOVER_WAIT_NS)
+        except NotHandedOver as exc:
+            self.handle(machine.Failure(str(exc)))
+            outcome = Handover.REFUSED
+        except (MigrationError, OSError) as exc:
+            log.error("handing over: %s", exc)
+            outcome = Handover.UNKNOWN
+        if outcome is Handover.UNKNOWN:  # the destination's control may know
+            outcome = await self._need_conversation().verdict(VERDICT_WAIT_S)
         now_ns = time.monotonic_ns()
         phases = self.numbers.phases
         phases.resume = now_ns - self._pause_began_ns - phases.total
         self.numbers.downtime_ns = phases.total
         if outcome is Handover.TAKEN:
-            self.refresh()
             self._host.set_run_state(RunState.POSTMIGRATE)
         self.handle(machine.HandedOver(outcome))
 
     # -- the end ---------------------------------------------------------------------------------
 
     async def _abandon(self) -> None:
+        """The guest first: it waits for nobody. What goes wrong here ends nothing else."""
+        was_held = self._is_held
+        if was_held:
+            await self._release()
         await self._give_back(wire.Abort(wire.cut(self.machine.error or "cancelled")))
-        resumed = self._paused_by_us and await self._resume_guest()
         self.handle(machine.Abandoned())
-        if resumed:
-            self._host.set_run_state(RunState.RUNNING)
+        if was_held:
+            self._show_run_state()
 
     async def _abandon_stopped(self) -> None:
         """Nobody knows who has the token: `cont` is the operator's word that it is this side."""
-        self._host.set_run_state(RunState.PAUSED)
+        self.is_outcome_unknown = True
+        if self._host.guest.is_alive:
+            self._host.set_run_state(RunState.PAUSED)
         await self._give_back(None)
         self.handle(machine.Abandoned())
 
@@ -358,30 +320,34 @@ class OutgoingMigration:
         for task in (*self._heals.values(), *self._background):
             task.cancel()
         await asyncio.gather(*self._heals.values(), *self._background, return_exceptions=True)
-        if self._main is not None:
-            if last_word is not None:
-                await self._main.say_last(last_word)
-            self._main.close()
-        if self._senders is not None:
-            senders, self._senders = self._senders, None
-            await senders.end()
         guest = self._host.guest
         try:
+            if self._conversation is not None:
+                await self._conversation.close(last_word)
+            if self._senders is not None:
+                senders, self._senders = self._senders, None
+                await senders.end()
             await guest.close_handover()
             await guest.stop_tracking()
             if self.numbers.throttle_percent:
                 await guest.throttle(0)
-        except MigrationError as exc:
-            log.warning("giving back the guest's tracking: %s", exc)
+        except (MigrationError, OSError) as exc:
+            log.warning("giving back what the migration used: %s", exc)
 
-    async def _resume_guest(self) -> bool:
-        self._paused_by_us = self._ran_before = False
+    async def _release(self) -> None:
+        """Let the guest run as its user wants it; a guest that does not answer may do so later."""
         try:
-            await self._host.guest.resume()
+            await self._host.guest.resume(for_migration=True)
         except MigrationError as exc:
             log.error("the guest cannot be resumed: %s", exc)
-            return False
-        return True
+        self._is_held = False
+
+    def _show_run_state(self) -> None:
+        """What the guest said last: it runs, or its user has stopped it, or it is dead."""
+        guest = self._host.guest
+        if guest.is_alive:
+            running = guest.is_running
+            self._host.set_run_state(RunState.RUNNING if running else RunState.PAUSED)
 
     # -- what runs beside the work ---------------------------------------------------------------
 
@@ -391,43 +357,9 @@ class OutgoingMigration:
 
         self._background.add(self._task(guarded()))
 
-    async def _listen(self, main: SourceEnd) -> None:
-        """Take what the destination says, until the channel is closed."""
-        while True:
-            message = await main.receive()
-            match message:
-                case wire.RoundReceived():
-                    self._need_senders().received(self._checked(message))
-                case wire.ChannelBroken():
-                    self._need_senders().broken(self._checked(message))
-                case wire.Reopened(index, incarnation, endpoint):
-                    self._answer(("reopened", index, incarnation), endpoint)
-                case wire.Armed():
-                    self._answer("armed", None)
-                case wire.Failed(reason):
-                    raise PeerRefused(f"the destination failed: {wire.cut(reason)}")
-                case wire.Resumed() | wire.StillThere():
-                    pass
-                case _:
-                    raise WireError(f"unexpected {type(message).__name__} from the destination")
-
-    def _checked(self, message: Indexed) -> Indexed:
-        if not 0 <= message.index < self._need_senders().count:
-            raise WireError(f"the destination speaks of channel {message.index}")
-        return message
-
     async def _watch_guest(self) -> None:
         reason = await self._host.guest.died()
         raise MigrationError(f"the guest died: {reason}")
-
-    def _expect(self, key: object) -> asyncio.Future[Any]:
-        self._answers[key] = asyncio.get_running_loop().create_future()
-        return self._answers[key]
-
-    def _answer(self, key: object, value: object) -> None:
-        waiting = self._answers.pop(key, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(value)
 
     def _start_heal(self, index: int) -> None:
         """A newer loss of the same lane supersedes the healing of the older."""
@@ -435,40 +367,40 @@ class OutgoingMigration:
         if running is not None:
             running.cancel()
 
+        reopen = self._need_conversation().reopen
+
         async def heal() -> None:
-            await self._guarded(lambda: self._need_senders().heal(index, self._reopen))
+            await self._guarded(lambda: self._need_senders().heal(index, reopen))
 
         self._heals[index] = self._task(heal())
 
-    async def _reopen(self, index: int, incarnation: int) -> str:
-        reopened = self._expect(("reopened", index, incarnation))
-        await self._need_main().send(wire.Reopen(index, incarnation))
-        endpoint = await asyncio.wait_for(reopened, ANSWER_WAIT_S)
-        assert isinstance(endpoint, str)
-        return self._address.reach(endpoint)
-
-    async def _sample(self, senders: SenderGroup) -> None:
+    async def _sample(self) -> None:
         while True:
-            senders.count_up(self.numbers)
+            self.refresh()
             self.numbers.take_rates()
             await asyncio.sleep(SAMPLE_S)
 
     def refresh(self) -> None:
-        """Bring the totals in `numbers` up to this moment."""
-        if self._main is not None:
-            self.numbers.main_bytes = self._main.sent_bytes
-        if self._senders is not None:
+        """Bring the totals in `numbers` up to this moment; from the handover on they stay."""
+        if self._conversation is not None:
+            self.numbers.main_bytes = self._conversation.sent_bytes
+        is_over = self.machine.phase in (Phase.HANDING_OVER, Phase.ENDED)
+        if self._senders is not None and not is_over:
             self._senders.count_up(self.numbers)
 
     def bandwidth_changed(self) -> None:
         """`max-bandwidth` was set: it holds from now on, except during the switchover."""
-        switching = (Phase.PAUSING, Phase.FINISHING, Phase.ARMING, Phase.HANDING_OVER)
-        if self._senders is not None and self.machine.phase not in switching:
+        if self._senders is not None and not self.is_switching_over:
             self._senders.budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
 
     @property
     def status(self) -> Status:
         return self.machine.status
+
+    @property
+    def is_switching_over(self) -> bool:
+        """The guest is being stopped, its last pages and its right to run are on their way."""
+        return self.machine.phase in SWITCHING
 
     @property
     def is_untracked(self) -> bool:
@@ -480,6 +412,10 @@ class OutgoingMigration:
         assert self._senders is not None, "the machine connects first"
         return self._senders
 
-    def _need_main(self) -> SourceEnd:
-        assert self._main is not None, "the machine connects first"
-        return self._main
+    def _need_conversation(self) -> Conversation:
+        assert self._conversation is not None, "the machine connects first"
+        return self._conversation
+
+    def _need_sync(self) -> DirtySync:
+        assert self._sync is not None, "the machine connects first"
+        return self._sync

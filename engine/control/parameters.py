@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.errors import UsageError
+from engine.errors import UsageError, shown
+from engine.sizes import parse_size
 
 UINT64_MAX: Final = 2**64 - 1
 
@@ -78,7 +79,9 @@ class Parameter:
                 return self._typed(value, list)
             case Kind.ENUM:
                 if self._typed(value, str) not in self.values:
-                    raise UsageError(f"Parameter '{self.name}' does not accept value '{value}'")
+                    raise UsageError(
+                        f"Parameter '{self.name}' does not accept value '{shown(value)}'"
+                    )
                 return value
         return self._number(value)
 
@@ -237,7 +240,7 @@ class ParameterStore:
         for name, value in changes.items():
             parameter = _BY_NAME.get(name)
             if parameter is None:
-                raise UsageError(f"Parameter '{name}' is unexpected")
+                raise UsageError(f"Parameter '{shown(name)}' is unexpected")
             checked[name] = parameter.check(value)
         values = self.values.replace(checked)
         check_together(values)
@@ -246,32 +249,14 @@ class ParameterStore:
             callback()
 
 
-_SUFFIXES: Final = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """`200M`, `1.5G`, `4096`: bytes, with 1024-based suffixes as QEMU has them.
-
-    :raise UsageError: not a size."""
-    number, suffix = text.strip(), ""
-    if number and number[-1].lower() in _SUFFIXES:
-        number, suffix = number[:-1], number[-1].lower()
-    try:
-        value = float(number) if "." in number else int(number)
-        if value < 0:
-            raise ValueError(text)
-        return int(value * _SUFFIXES[suffix])
-    except (ValueError, OverflowError) as exc:
-        raise UsageError(f"Invalid size '{text}'; write for example 200M or 1.5G") from exc
-
-
 def parse_value(name: str, text: str) -> object:
     """A parameter's value as a person writes it (`--set max-bandwidth=200M`).
 
     :raise UsageError: an unknown name or a text that is no such value."""
     parameter = _BY_NAME.get(name)
     if parameter is None:
-        raise UsageError(f"no parameter or capability '{name}'; known: {', '.join(known_names())}")
+        known = ", ".join(known_names())
+        raise UsageError(f"no parameter or capability '{shown(name)}'; known: {known}")
     match parameter.kind:
         case Kind.BOOL:
             return parse_switch(name, text)
@@ -284,7 +269,7 @@ def parse_value(name: str, text: str) -> object:
     try:
         return int(text)
     except ValueError as exc:
-        raise UsageError(f"'{name}' takes a whole number, not '{text}'") from exc
+        raise UsageError(f"'{name}' takes a whole number, not '{shown(text)}'") from exc
 
 
 def parse_switch(name: str, text: str) -> bool:
@@ -293,7 +278,7 @@ def parse_switch(name: str, text: str) -> bool:
     :raise UsageError: anything else."""
     if text in ("on", "off"):
         return text == "on"
-    raise UsageError(f"'{name}' is on or off, not '{text}'")
+    raise UsageError(f"'{name}' is on or off, not '{shown(text)}'")
 
 
 def known_names() -> Iterable[str]:

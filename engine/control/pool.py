@@ -121,7 +121,8 @@ class Worker(Generic[R]):
     def _lose(self, reason: str) -> None:
         on_lost = self.on_lost
         self._close()
-        log.warning("%s %d (pid %d): %s", self.role, self.index, self.pid, reason)
+        level = logging.DEBUG if self.index < 0 else logging.WARNING  # idle ones are replaced
+        log.log(level, "%s %d (pid %d): %s", self.role, self.index, self.pid, reason)
         if on_lost is not None:
             on_lost(WorkerLost(self.role, self.index, reason))
 
@@ -151,9 +152,12 @@ class Pool(Generic[R]):
     def __init__(self, role: str, reports: Any) -> None:
         self._role, self._reports = role, reports
         self._idle: list[Worker[R]] = []
+        self._dead: list[Worker[R]] = []  #: died while nobody had taken them; `close` reaps them
 
     def warm(self, count: int) -> None:
         """Have `count` workers waiting; too many are ended by `close` only."""
+        self._dead += [worker for worker in self._idle if not worker.is_alive]
+        self._idle = [worker for worker in self._idle if worker.is_alive]
         while len(self._idle) < count:
             self._idle.append(Worker(self._role, self._reports))
 
@@ -165,6 +169,7 @@ class Pool(Generic[R]):
             worker = self._idle.pop(0)
             if worker.is_alive:
                 break
+            self._dead.append(worker)
         else:
             worker = Worker(self._role, self._reports)
         worker.index = index
@@ -172,8 +177,8 @@ class Pool(Generic[R]):
 
     async def close(self) -> None:
         """End those that wait. Idempotent."""
-        idle, self._idle = self._idle, []
-        await asyncio.gather(*(worker.end() for worker in idle))
+        ours, self._idle, self._dead = [*self._idle, *self._dead], [], []
+        await asyncio.gather(*(worker.end() for worker in ours))
 
 
 def sender_pool() -> Pool[wire.SenderReport]:

@@ -11,8 +11,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Final
 
-import zmq.asyncio
-
 from engine import wire
 from engine.control import machine
 from engine.control.capabilities import CapabilityStore, is_capability
@@ -22,7 +20,7 @@ from engine.control.parameters import Parameters, ParameterStore, parse_switch, 
 from engine.control.pool import Pool, receiver_pool, sender_pool
 from engine.control.status import ENDED, RunState, Status
 from engine.control.uri import Address
-from engine.errors import UsageError
+from engine.errors import UsageError, shown
 from engine.guest.base import Guest
 from engine.guest.judgement import Judgement
 from engine.guest.workload import WorkloadGuest
@@ -42,7 +40,7 @@ def _unheard(event: str, data: dict[str, object] | None) -> None:
 
 
 class ControlProcess:
-    """Owns the guest, the worker pools, the ZeroMQ context and the migrations."""
+    """Owns the guest, the worker pools and the migrations."""
 
     def __init__(self, guest: Guest, *, incoming: bool) -> None:
         self.guest = guest
@@ -53,12 +51,13 @@ class ControlProcess:
         self.outgoing: OutgoingMigration | None = None
         self.incoming: IncomingMigration | None = None
         self.exit_on_error = True
+        self.runs_on_arrival = True  #: QEMU's autostart: `stop` before the arrival clears it
         self.senders: Pool[wire.SenderReport] = sender_pool()
         self.receivers: Pool[wire.ReceiverReport] = receiver_pool()
         self.send_event: Emit = _unheard
         self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._context = zmq.asyncio.Context(io_threads=1)
         self._judgement: Judgement | None = None
+        self._judging = asyncio.Lock()
         self._warmer: asyncio.TimerHandle | None = None
         self._watcher = asyncio.get_running_loop().create_task(self._watch_guest())
         self.store.subscribe(self._settings_changed)
@@ -113,7 +112,7 @@ class ControlProcess:
         :raise UsageError: says what is allowed."""
         name, equals, text = setting.partition("=")
         if not equals:
-            raise UsageError(f"'{setting}' is not name=value")
+            raise UsageError(f"'{shown(setting)}' is not name=value")
         if is_capability(name):
             self.set_capabilities({name: parse_switch(name, text)})
         else:
@@ -133,8 +132,11 @@ class ControlProcess:
         return self.outgoing.numbers.tracker, self.outgoing.numbers.tracker_reason
 
     async def judge(self, guest: WorkloadGuest) -> Judgement:
-        """Judge every page; the newest judgement stays readable until the next."""
-        judgement = await guest.judge()
+        """Judge every page; the newest judgement stays readable until the next.
+
+        One at a time: the guest stands for each."""
+        async with self._judging:
+            judgement = await guest.judge()
         if self._judgement is not None:
             self._judgement.close()
         self._judgement = judgement
@@ -148,34 +150,41 @@ class ControlProcess:
     # -- what a monitor asks for -----------------------------------------------------------------
 
     async def stop(self) -> None:
-        """QMP `stop`: pause the guest; nothing to do where it does not run."""
-        if self.run_state is RunState.RUNNING:
-            await self.guest.pause(for_migration=False)
-            self.set_run_state(RunState.PAUSED)
+        """QMP `stop`: the guest stands until `cont`, also after a switchover that fails; before it
+        has arrived: it will not run when it arrives. It is asked whatever we believe it does."""
+        match self.run_state:
+            case RunState.INMIGRATE:
+                self.runs_on_arrival = False
+            case RunState.RUNNING | RunState.PAUSED | RunState.FINISH_MIGRATE:
+                await self.guest.pause(for_migration=False)
+                if self.run_state is RunState.RUNNING:
+                    self.set_run_state(RunState.PAUSED)
 
     async def cont(self) -> None:
-        """QMP `cont`.
+        """QMP `cont`; before the guest has arrived: it will run when it arrives.
 
-        :raise UsageError: the guest is not here (yet, or any more), or nothing tracks its
+        :raise UsageError: the guest is on its way, is not here any more, or nothing tracks its
         writes."""
         match self.run_state:
-            case RunState.RUNNING:
-                return
             case RunState.INMIGRATE:
-                raise UsageError("Expecting an INMIGRATE: the guest has not arrived yet")
-            case RunState.POSTMIGRATE | RunState.FINISH_MIGRATE:
-                raise UsageError(
-                    "the guest is at the destination, or on its way there; 'migrate_cancel' may "
-                    "still bring it back"
-                )
+                self.runs_on_arrival = True
+                return
+            case RunState.POSTMIGRATE:
+                raise UsageError("the guest is at the destination")
             case RunState.INTERNAL_ERROR:
                 raise UsageError("the guest is dead; only 'quit' is left")
+        if self.outgoing is not None and self.outgoing.is_switching_over:
+            raise UsageError("Migration is not finalized yet")
         if self.outgoing is not None and self.outgoing.is_untracked:
             raise UsageError(
                 "the guest was stopped when its migration began, so its writes are not tracked; "
                 "wait for the migration or cancel it first"
             )
-        await self.guest.resume()
+        await self.guest.resume(for_migration=False)
+        if self.outgoing is not None:
+            self.outgoing.is_outcome_unknown = False
+            if self.outgoing.is_switching_over:
+                raise UsageError("Migration is not finalized yet")
         self.set_run_state(RunState.RUNNING)
 
     async def migrate(self, address: Address, resume: bool) -> None:
@@ -184,13 +193,18 @@ class ControlProcess:
             raise UsageError("Cannot resume if there is no paused migration")
         if self.outgoing is not None and self.outgoing.status not in ENDED:
             raise UsageError("There's a migration process in progress")
+        if self.outgoing is not None and self.outgoing.is_outcome_unknown:
+            raise UsageError(
+                "nobody has said whether the guest runs at the destination of its last migration; "
+                "look there, then 'cont' it here or quit"
+            )
         if self.run_state is RunState.INMIGRATE:
             raise UsageError("Guest is waiting for an incoming migration")
         if self.run_state is RunState.POSTMIGRATE:
             raise UsageError("Can't migrate the vm that was paused due to previous migration")
         if self.run_state is RunState.INTERNAL_ERROR:
             raise UsageError("Can't migrate a guest that is dead")
-        self.outgoing = OutgoingMigration(self, self._context, address)
+        self.outgoing = OutgoingMigration(self, address)
         self.outgoing.handle(machine.Start())
 
     async def migrate_incoming(self, address: Address, exit_on_error: bool) -> None:
@@ -203,7 +217,7 @@ class ControlProcess:
         if self.incoming is not None:
             raise UsageError("The incoming migration has already been started")
         self.exit_on_error = exit_on_error
-        incoming = IncomingMigration(self, self._context, address)
+        incoming = IncomingMigration(self, address)
         try:
             incoming.start()
         except OSError as exc:
@@ -235,8 +249,9 @@ class ControlProcess:
         """End the migrations, the workers and the guest. Idempotent.
 
         A migration that is on its way is cancelled first, so that the destination knows."""
-        if self.outgoing is not None and self.outgoing.status not in ENDED:
-            self.outgoing.handle(machine.Cancel())
+        if self.outgoing is not None:
+            if self.outgoing.status not in ENDED:
+                self.outgoing.handle(machine.Cancel())
             await self.outgoing.ended.wait()
         if self.incoming is not None:
             await self.incoming.close()
@@ -250,4 +265,3 @@ class ControlProcess:
         if self._judgement is not None:
             self._judgement.close()
             self._judgement = None
-        self._context.destroy(linger=200)

@@ -1,8 +1,9 @@
 """The source's senders as one group: harvest on all, a round on all, and a lost one made anew.
 
 What is on its way is known at every instant: a page's bit moves from `dirty` to `in_flight` when it
-is taken, and from there to `delivered` when the destination has acknowledged the round. A sender or
-channel that is lost gives its `in_flight` bits back to `dirty`.
+is taken, and from there to `delivered` when the destination has acknowledged the round. A lane that
+was lost gets its `in_flight` bits back to `dirty` in the instant that its new incarnation is open,
+and in the same instant the order to send the round again: nobody else orders it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +42,18 @@ class RoundTotals:
     payload_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class HarvestTotals:
+    """What all lanes said.
+
+    :ivar dirty_pages: still to be sent, those of lost lanes included.
+    :ivar found_pages: written since the harvest before (see `wire.Harvested`).
+    """
+
+    dirty_pages: int
+    found_pages: int
+
+
 @dataclass(slots=True)
 class Lane:
     """One sender, its channel, and what is expected of it. `worker` is owned by the group."""
@@ -49,12 +63,35 @@ class Lane:
     progress: Progress
     worker: Worker[wire.SenderReport] | None = None
     incarnation: int = 1
-    is_open: bool = False
+    is_open: bool = False  #: this incarnation; what was lost with others is dirty again
     harvest_due: int = 0  #: number of the harvest that it has not answered
-    dirty_pages: int = 0  #: what it said after the last harvest
+    unanswered: int = 0  #: harvests that this worker was ordered and has not answered
+    harvested: wire.Harvested | None = None  #: what it said after the last harvest
+    harvest_incarnation: int = 0  #: open when the harvest was ordered, or 0
     round_due: int = 0  #: number of the round that is not acknowledged
     sent: wire.RoundSent | None = None
     received: wire.RoundReceived | None = None
+
+
+class Watch:
+    """How long something has not moved, looked at once in WATCH_S."""
+
+    def __init__(self) -> None:
+        self._looked_ns = self._moved_ns = time.monotonic_ns()
+        self._moved: int | None = None
+        self._busy: int | None = None
+
+    def is_due(self) -> bool:
+        return time.monotonic_ns() - self._looked_ns >= int(WATCH_S * 1e9)
+
+    def silent_ns(self, moved: int, busy: int | None) -> int:
+        """Since `moved` was another number, or `busy` one number at one look and another at the
+        next."""
+        self._looked_ns = time.monotonic_ns()
+        if moved != self._moved or (None not in (busy, self._busy) and busy != self._busy):
+            self._moved_ns = self._looked_ns
+        self._moved, self._busy = moved, busy
+        return self._looked_ns - self._moved_ns
 
 
 class SenderGroup:
@@ -72,18 +109,28 @@ class SenderGroup:
         endpoints: Sequence[str],
         on_lost: Callable[[int, str], None],
     ) -> None:
+        wire.check_blocks([shape_of(block) for block in blocks])
         self._blocks, self._pool, self._session = tuple(blocks), pool, session
         self._on_lost = on_lost
-        self._changed = asyncio.Event()
+        self._waiters: set[asyncio.Future[None]] = set()
         self._hash_seed = int.from_bytes(os.urandom(8), "little")
         self._tracking: Tracking | None = None
         self._detect_zero = True
         self._hashes_fd = -1
-        self.dirty = PageBitmaps.create("dirty", blocks)
-        self.in_flight = PageBitmaps.create("in-flight", blocks)
-        self.delivered = PageBitmaps.create("delivered", blocks)
-        self.budget = Budget.create()
-        self.lanes = [Lane(i, where, Progress.create()) for i, where in enumerate(endpoints)]
+        self.lanes: list[Lane] = []
+        with ExitStack() as stack:  # hundreds of descriptors: when one cannot be had, none is kept
+            self.dirty = PageBitmaps.create("dirty", blocks)
+            stack.callback(self.dirty.close)
+            self.in_flight = PageBitmaps.create("in-flight", blocks)
+            stack.callback(self.in_flight.close)
+            self.delivered = PageBitmaps.create("delivered", blocks)
+            stack.callback(self.delivered.close)
+            self.budget = Budget.create()
+            stack.callback(self.budget.close)
+            for i, where in enumerate(endpoints):
+                self.lanes.append(Lane(i, where, Progress.create()))
+                stack.callback(self.lanes[i].progress.close)
+            stack.pop_all()
 
     @property
     def count(self) -> int:
@@ -111,7 +158,8 @@ class SenderGroup:
     async def start(self, tracking: Tracking, *, detect_zero: bool) -> None:
         """Prepare every worker and wait until every channel is open; mark all data as dirty.
 
-        :raise WorkerLost: a worker did not start, or did not open its channel in time."""
+        :raise WorkerLost: a worker did not start, or did not open its channel in time.
+        :raise OSError: no memory or descriptors."""
         self._tracking, self._detect_zero = tracking, detect_zero
         if tracking.name is TrackerName.HASH:
             self._hashes_fd = shared_memory("hashes", hash_table_bytes(self._blocks))
@@ -121,6 +169,8 @@ class SenderGroup:
         await self._all(lambda lane: lane.is_open, "opening its channel")
 
     def _employ(self, lane: Lane) -> None:
+        """Take a worker for the lane; the one before is gone. A harvest that it left is for the
+        new one; a worker that lives has its orders in its queue, and they are not repeated."""
         assert self._tracking is not None
         worker = self._pool.take(lane.index)
         lane.worker = worker
@@ -135,7 +185,7 @@ class SenderGroup:
         fds += [block.fd for block in self._blocks]
         fds += [block.pagemap_fd for block in blocks if block.pagemap_fd >= 0]
         fds += [block.bitmap_fd for block in blocks if block.bitmap_fd >= 0]
-        shapes = [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in self._blocks]
+        shapes = [shape_of(block) for block in self._blocks]
         self._order(
             lane,
             wire.PrepareSender(
@@ -152,6 +202,10 @@ class SenderGroup:
             ),
             fds,
         )
+        if lane.unanswered:
+            self._forget_harvests(lane)
+        if lane.harvest_due:
+            self._order_harvest(lane)
 
     async def end(self) -> None:
         """Kill all senders and give everything back. Idempotent."""
@@ -172,10 +226,14 @@ class SenderGroup:
     def _take(self, lane: Lane, worker: Worker[wire.SenderReport], report: wire.Message) -> None:
         match report:
             case wire.Opened(incarnation) if incarnation == lane.incarnation:
-                lane.is_open = True
-            case wire.Harvested(number, dirty_pages) if number == lane.harvest_due:
-                lane.harvest_due, lane.dirty_pages = 0, dirty_pages
-            case wire.RoundSent(incarnation) if incarnation == lane.incarnation:
+                self._open(lane)
+            case wire.Harvested(number):
+                lane.unanswered -= 1
+                if number == lane.harvest_due:
+                    lane.harvest_due, lane.harvested = 0, report
+            case wire.RoundSent(incarnation, number) if (
+                incarnation == lane.incarnation and number == lane.round_due
+            ):
                 lane.sent = report
                 self._settle(lane)
             case wire.ChannelBroken(_, incarnation, reason):
@@ -184,7 +242,15 @@ class SenderGroup:
                 worker.give_up(reason)
             case _:
                 pass  # of an incarnation that was given up
-        self._changed.set()
+        self._wake()
+
+    def _open(self, lane: Lane) -> None:
+        """A worker that has opened an incarnation sends nothing until it is told: so now, and in
+        one step, what was lost becomes dirty and the round that is due is ordered."""
+        self.in_flight.move_to(self.dirty, lane.index, self.count)
+        lane.is_open = True
+        if lane.round_due:
+            self._order_round(lane)
 
     def received(self, report: wire.RoundReceived) -> None:
         """The destination says what it placed; only what matches the sender's count is believed."""
@@ -192,12 +258,12 @@ class SenderGroup:
         if report.incarnation == lane.incarnation and report.round_number == lane.round_due:
             lane.received = report
             self._settle(lane)
-            self._changed.set()
+            self._wake()
 
     def broken(self, report: wire.ChannelBroken) -> None:
         """The destination gave up an incarnation of a channel."""
         self._break(self.lanes[report.index], report.incarnation, report.reason)
-        self._changed.set()
+        self._wake()
 
     def _settle(self, lane: Lane) -> None:
         """Both counts are here: equal ones deliver the lane's part of the round."""
@@ -224,23 +290,44 @@ class SenderGroup:
 
     # -- orders ----------------------------------------------------------------------------------
 
-    async def harvest(self, number: int) -> int:
-        """Collect dirty bits on all lanes; return the dirty pages now."""
+    async def harvest(self, number: int) -> HarvestTotals:
+        """Collect dirty bits on all lanes, also while a round is being sent: what is found behind a
+        lane's cursor waits for the next round, what is found before it still goes with this one.
+        One at a time.
+
+        :raise WorkerLost: a lane neither answers nor gets on."""
         if self._tracking is not None and self._tracking.name is TrackerName.HASH:
             self.delivered.set_data()  # what has data now is looked at, whether sent before or not
         for lane in self.lanes:
-            lane.harvest_due = number
-            self._order(lane, wire.Harvest(number))
+            lane.harvest_due, lane.harvested = number, None
+            lane.harvest_incarnation = lane.incarnation if lane.is_open else 0
+            self._order_harvest(lane)
         await self._all(lambda lane: not lane.harvest_due, "collecting dirty pages")
-        return sum(lane.dirty_pages for lane in self.lanes)
+        said = [lane.harvested for lane in self.lanes if lane.harvested is not None]
+        return HarvestTotals(
+            sum(self._dirty_pages(lane) for lane in self.lanes),
+            sum(report.found_pages for report in said),
+        )
+
+    def _dirty_pages(self, lane: Lane) -> int:
+        """What the lane said of its slice, if nothing else made pages dirty since: a lane that was
+        lost gets back what it had in flight, when it is open again at the latest."""
+        if lane.harvested is not None and lane.is_open:
+            if lane.incarnation == lane.harvest_incarnation:
+                return lane.harvested.dirty_pages
+            return self.dirty.count(lane.index, self.count)
+        lost = self.in_flight.count(lane.index, self.count)
+        return self.dirty.count(lane.index, self.count) + lost
 
     async def send_round(self, number: int) -> tuple[RoundTotals, int]:
         """Send what is dirty on all lanes; return the totals that both sides agree on, and the
         monotonic time (ns) when the last lane had sent its part."""
         for lane in self.lanes:
-            lane.round_due, lane.sent, lane.received = number, None, None
-            if lane.is_open:
-                self._order(lane, wire.SendRound(number))
+            lane.round_due = number
+            if lane.is_open:  # else it is ordered when the lane is open again
+                self._order_round(lane)
+            else:
+                lane.sent = lane.received = None
         await self._all(lambda lane: lane.sent is not None, None)
         sent_ns = time.monotonic_ns()
         await self._all(lambda lane: not lane.round_due, None)
@@ -252,33 +339,69 @@ class SenderGroup:
             sum(end.payload_bytes for end in ends),
         ), sent_ns
 
-    def _order(self, lane: Lane, message: wire.Message, fds: Sequence[int] = ()) -> None:
-        """A worker that takes no orders is lost; its `on_lost` has said so."""
+    def check_all_delivered(self) -> None:
+        """After the last round: the destination has acknowledged every page, and none is dirty.
+
+        :raise MigrationError: it is not so; the destination must not run."""
+        dirty, in_flight = self.dirty.count(), self.in_flight.count()
+        behind = [lane.index for lane in self.lanes if lane.round_due or lane.unanswered]
+        if dirty or in_flight or behind:
+            raise MigrationError(
+                f"after the last round {dirty} pages are dirty and {in_flight} in flight, and "
+                f"lanes {behind} have not answered; the guest stays here"
+            )
+
+    def _order_harvest(self, lane: Lane) -> None:
+        if self._order(lane, wire.Harvest(lane.harvest_due)):
+            lane.unanswered += 1
+
+    def _order_round(self, lane: Lane) -> None:
+        lane.sent = lane.received = None
+        self._order(lane, wire.SendRound(lane.round_due))
+
+    def _order(self, lane: Lane, message: wire.Message, fds: Sequence[int] = ()) -> bool:
+        """Give an order. A worker that takes none is lost; its `on_lost` has said so."""
+        if lane.worker is None:
+            return False
         try:
-            if lane.worker is not None:
-                lane.worker.order(message, fds)
+            lane.worker.order(message, fds)
         except WorkerLost:
-            return
+            return False
+        return True
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _news(self) -> None:
+        """Wait for news of any lane, not for long; any number may wait."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=WATCH_S)
+        finally:
+            self._waiters.discard(waiter)
 
     async def _all(self, is_done: Callable[[Lane], bool], doing: str | None) -> None:
-        """Wait until every lane is done; with `doing`, for REPORT_WAIT_S at most, else as long as
-        bytes move."""
-        deadline = None if doing is None else time.monotonic_ns() + int(REPORT_WAIT_S * 1e9)
-        moved, moved_ns = -1, time.monotonic_ns()
+        """Wait until every lane is done: with `doing`, for REPORT_WAIT_S after the last sign of
+        life (of a harvest, or a lane that is made anew); else as long as bytes move."""
+        watch = Watch()
         while not all(is_done(lane) for lane in self.lanes):
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), WATCH_S)
-            except TimeoutError:
-                now_ns = time.monotonic_ns()
-                moving = self.total(Count.WIRE_BYTES) + self.total(Count.PACED_NS)
-                if moving != moved:
-                    moved, moved_ns = moving, now_ns
+            await self._news()
+            if not watch.is_due():
+                continue
+            made_anew = sum(lane.incarnation for lane in self.lanes)
+            harvested = self.total(Count.HARVEST_PAGES)
+            if doing is None:
+                moved = self.total(Count.WIRE_BYTES) + self.total(Count.PACED_NS) + made_anew
+                # A long harvest holds the bytes up; short ones say nothing about them.
+                busy = harvested if any(lane.harvest_due for lane in self.lanes) else None
+                if watch.silent_ns(moved, busy) > STALL_NS:
+                    raise MigrationError("no byte moved for 30 seconds")
+            elif watch.silent_ns(harvested + made_anew, None) > int(REPORT_WAIT_S * 1e9):
                 late = next(lane for lane in self.lanes if not is_done(lane))
-                if deadline is not None and now_ns > deadline:
-                    raise WorkerLost("sender", late.index, f"no answer while {doing}") from None
-                if deadline is None and now_ns - moved_ns > STALL_NS:
-                    raise MigrationError("no byte moved for 30 seconds") from None
+                raise WorkerLost("sender", late.index, f"no answer while {doing}")
 
     # -- healing ---------------------------------------------------------------------------------
 
@@ -289,35 +412,36 @@ class SenderGroup:
         :raise MigrationError: the destination or a new worker cannot serve."""
         lane = self.lanes[index]
         incarnation = lane.incarnation
-        lane.endpoint = await reopen(index, incarnation)
+        endpoint = await reopen(index, incarnation)
+        if lane.worker is not None and not lane.worker.is_alive:
+            await lane.worker.end()  # from now on it touches nothing
+        if lane.incarnation != incarnation:
+            return  # lost again; the next heal goes on from here
+        lane.endpoint = endpoint
         if lane.worker is None or not lane.worker.is_alive:
-            if lane.worker is not None:
-                await lane.worker.end()
             self._employ(lane)
-            self._forget_harvest(lane)
         else:
             self._order(lane, wire.OpenChannel(lane.endpoint, incarnation))
-        deadline_ns = time.monotonic_ns() + int(REPORT_WAIT_S * 1e9)
-        while not lane.is_open:
-            self._changed.clear()
-            if lane.incarnation != incarnation:
-                return  # lost again; the next heal goes on from here
-            if time.monotonic_ns() > deadline_ns:
-                raise WorkerLost("sender", index, "no answer while opening its channel anew")
-            try:
-                await asyncio.wait_for(self._changed.wait(), WATCH_S)
-            except TimeoutError:
-                continue
-        self.in_flight.move_to(self.dirty, index, self.count)
-        if lane.harvest_due:
-            self._order(lane, wire.Harvest(lane.harvest_due))
-        if lane.round_due:
-            lane.sent = lane.received = None
-            self._order(lane, wire.SendRound(lane.round_due))
+        await self._until_open(lane, incarnation)
 
-    def _forget_harvest(self, lane: Lane) -> None:
+    async def _until_open(self, lane: Lane, incarnation: int) -> None:
+        """`_open` does what is to do then; this only watches that it comes to pass."""
+        began_ns, harvested = time.monotonic_ns(), -1
+        while not lane.is_open and lane.incarnation == incarnation:
+            if harvested != lane.progress[Count.HARVEST_PAGES]:  # it is at that, and will come
+                harvested, began_ns = lane.progress[Count.HARVEST_PAGES], time.monotonic_ns()
+            if time.monotonic_ns() - began_ns > int(REPORT_WAIT_S * 1e9):
+                raise WorkerLost("sender", lane.index, "no answer while opening its channel anew")
+            await self._news()
+
+    def _forget_harvests(self, lane: Lane) -> None:
         """A sender that died while it harvested may have re-armed pages without telling: everything
         in its slice that ever had data is dirty again."""
-        if lane.harvest_due:
-            self.delivered.set_data()
-            self.delivered.move_to(self.dirty, lane.index, self.count)
+        lane.unanswered = 0
+        self.delivered.set_data()
+        self.delivered.move_to(self.dirty, lane.index, self.count)
+
+
+def shape_of(block: RamBlock) -> wire.BlockShape:
+    """What a peer or a worker is told of a block."""
+    return wire.BlockShape(block.name, block.size, block.backing_page_size)

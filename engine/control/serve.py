@@ -15,10 +15,12 @@ from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
 from engine.control.uri import Address, parse_listen_address, parse_uri
 from engine.guest.spec import open_guest, parse_guest_spec
+from engine.memory.blocks import check_page_size
 
 log = logging.getLogger("ramferry")
 
 EXIT_BY_SIGNAL: Final = 128
+STARTING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ def run(options: ServeOptions) -> int:
 async def _serve(options: ServeOptions) -> int:
     loop, starting = asyncio.get_running_loop(), asyncio.current_task()
     assert starting is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a guest that is started now ends with us
-        loop.add_signal_handler(number, starting.cancel)
+    _give_up_on_signals(loop, starting)  # a guest that is started now ends with us
+    check_page_size()
     spec = parse_guest_spec(options.guest)
     monitors = [parse_listen_address(text) for text in options.qmp]
     is_incoming = options.incoming is not None
@@ -73,6 +75,18 @@ async def _serve(options: ServeOptions) -> int:
             await process.migrate_incoming(address, True)
         _stop_on_signals(process)
         return await process.over
+
+
+def _give_up_on_signals(loop: asyncio.AbstractEventLoop, starting: asyncio.Task[int]) -> None:
+    """The first signal ends the start; later ones do not end the cleaning up."""
+
+    def give_up() -> None:
+        for number in STARTING_SIGNALS:
+            loop.add_signal_handler(number, lambda: None)
+        starting.cancel()
+
+    for number in STARTING_SIGNALS:
+        loop.add_signal_handler(number, give_up)
 
 
 def _stop_on_signals(process: ControlProcess) -> None:

@@ -9,7 +9,6 @@ from typing import Final
 SAMPLE_S: Final = 0.1
 #: The dirty rate is taken over at least so long, as QEMU does it.
 DIRTY_RATE_PERIOD_NS: Final = 1_000_000_000
-NS_PER_MS: Final = 1_000_000
 
 
 @dataclass(slots=True)

@@ -1,14 +1,13 @@
-"""Migration URIs: what a person or a client writes, and the ZeroMQ endpoints that it means."""
+"""Migration URIs: what a person or a client writes, and the endpoints of channels beside it."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.errors import UsageError, WireError
+from engine import unixsocket
+from engine.errors import UsageError, WireError, shown
 
 KNOWN_LATER: Final = ("file", "exec", "fd", "vsock", "rdma")
 UNIX_PATH_BYTES_MAX: Final = 90  #: sun_path holds 108; `.channel-254` and a NUL must fit behind
@@ -32,22 +31,6 @@ class Address:
     @property
     def _bracketed(self) -> str:
         return f"[{self.host}]" if ":" in self.host else self.host
-
-    @property
-    def endpoint(self) -> str:
-        """Where to connect with ZeroMQ."""
-        return f"ipc://{self.path}" if self.path else f"tcp://{self._bracketed}:{self.port}"
-
-    @property
-    def bind_endpoint(self) -> str:
-        """Where to listen with ZeroMQ."""
-        if self.path:
-            return f"ipc://{self.path}"
-        return f"tcp://{self._bracketed or '*'}:{self.port or '*'}"
-
-    def listening_at(self, endpoint: str) -> Address:
-        """This address, with the port that the listener really got."""
-        return self if self.path else replace(self, port=_port_of(endpoint))
 
     def channel_endpoint(self, index: int, port_base: int) -> str:
         """Where the receiver of channel `index` listens; a base of 0 takes any free port."""
@@ -74,13 +57,13 @@ class Address:
         return f"{scheme}{self._bracketed}:{_port_of(endpoint)}"
 
     def remove_files(self, channels: int) -> None:
-        """Remove what killed listeners may have left behind; no-op for TCP."""
+        """Remove the sockets that killed listeners left behind; no-op for TCP.
+
+        The handover's is the guest's, who may answer there for longer than we live."""
         if self.path:
-            names = [self.path, f"{self.path}.handover"]
-            names += [f"{self.path}.channel-{index}" for index in range(channels)]
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
+            unixsocket.remove_dead(self.path)
+            for index in range(channels):
+                unixsocket.remove_dead(f"{self.path}.channel-{index}")
 
     def socket_address(self) -> dict[str, object]:
         """QAPI SocketAddress, as query-migrate shows it."""
@@ -93,9 +76,13 @@ class Address:
 def _port_of(endpoint: str) -> int:
     """:raise WireError: no valid port at the end."""
     port = endpoint.rpartition(":")[2]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    if not _is_port(port) or not int(port):
         raise WireError(f"the endpoint '{endpoint[:100]}' has no port")
     return int(port)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536
 
 
 def parse_uri(text: str) -> Address:
@@ -108,26 +95,46 @@ def parse_uri(text: str) -> Address:
     if scheme == "tcp" and separator:
         host, colon, port = rest.rpartition(":")
         if not colon:
-            raise UsageError(f"error parsing address '{rest}'; write tcp:HOST:PORT")
+            raise UsageError(f"error parsing address '{shown(rest)}'; write tcp:HOST:PORT")
         return _tcp(host.removeprefix("[").removesuffix("]"), port, rest)
     if scheme in KNOWN_LATER:
         raise UsageError(f"migration over '{scheme}:' is not in this build; use tcp: or unix:")
-    raise UsageError(f"unknown migration protocol: {text}")
+    raise UsageError(f"unknown migration protocol: {shown(text)}")
 
 
 def _tcp(host: str, port: str, rest: str) -> Address:
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise UsageError(f"error parsing port in address '{rest}'; 0 to 65535 are allowed")
-    if any(character in host for character in "/*;,[]") or not host.isprintable():
-        raise UsageError(f"error parsing host in address '{rest}'")
+    if not _is_port(port):
+        raise UsageError(f"error parsing port in address '{shown(rest)}'; 0 to 65535 are allowed")
+    if not _is_host(host):
+        raise UsageError(f"error parsing host in address '{shown(rest)}'")
     return Address(host=host, port=int(port))
 
 
+def _is_host(text: str) -> bool:
+    """Whether a resolver may be asked for it; the empty one stands for every interface."""
+    if any(character in text for character in "/*;,[]") or not text.isprintable():
+        return False
+    try:
+        text.encode("idna")  # as the resolver does it: no empty label, none of 64 characters
+    except UnicodeError:
+        return False
+    return True
+
+
 def _unix(path: str) -> Address:
-    if not path or len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX or "\0" in path:
+    try:
+        length = len(path.encode())
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"UNIX socket path '{shown(path)}' is not UTF-8") from exc
+    if not 0 < length <= UNIX_PATH_BYTES_MAX or "\0" in path:
         raise UsageError(
-            f"UNIX socket path '{path}' is empty or too long; "
+            f"UNIX socket path '{shown(path)}' is empty or too long; "
             f"1 to {UNIX_PATH_BYTES_MAX} bytes are allowed"
+        )
+    if path == "*" or path.startswith("@"):
+        raise UsageError(
+            f"UNIX socket path '{shown(path)}' is no file (a wildcard or an abstract name); "
+            f"write './{shown(path)}' for a file of that name"
         )
     return Address(path=path)
 
@@ -139,7 +146,9 @@ def parse_listen_address(text: str) -> Address:
     try:
         return parse_uri(text)
     except UsageError as exc:
-        raise UsageError(f"'{text}': a monitor listens at unix:PATH or tcp:HOST:PORT") from exc
+        raise UsageError(
+            f"'{shown(text)}': a monitor listens at unix:PATH or tcp:HOST:PORT; {exc}"
+        ) from exc
 
 
 def parse_migrate_target(uri: str | None, channels: Sequence[Mapping[str, Any]] | None) -> Address:
@@ -160,10 +169,26 @@ def parse_migrate_target(uri: str | None, channels: Sequence[Mapping[str, Any]] 
     return _from_channel(channels[0].get("addr"))
 
 
+def parse_destination(uri: str | None, channels: Sequence[Mapping[str, Any]] | None) -> Address:
+    """`migrate`'s target, which must be somewhere.
+
+    :raise UsageError: as `parse_migrate_target`, and for an address to listen at."""
+    address = parse_migrate_target(uri, channels)
+    if not address.path and not (address.host and address.port):
+        missing = "port" if address.host else "host"
+        raise UsageError(
+            f"address '{shown(address.display)}' has no {missing} to connect to; "
+            "write tcp:HOST:PORT"
+        )
+    return address
+
+
 def _from_channel(addr: object) -> Address:
     if not isinstance(addr, Mapping) or addr.get("transport") != "socket":
         transport = addr.get("transport") if isinstance(addr, Mapping) else addr
-        raise UsageError(f"migration over transport '{transport}' is not in this build; use socket")
+        raise UsageError(
+            f"migration over transport '{shown(transport)}' is not in this build; use socket"
+        )
     match addr.get("type"), addr.get("host"), addr.get("port"), addr.get("path"):
         case "unix", _, _, str(path):
             return _unix(path)

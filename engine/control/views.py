@@ -7,7 +7,7 @@ from typing import Any, Final
 from engine.control.incoming import IncomingMigration
 from engine.control.outgoing import OutgoingMigration
 from engine.control.statistics import MigrationNumbers
-from engine.control.status import Status
+from engine.control.status import ENDED, Status
 from engine.memory.blocks import PAGE_SIZE
 
 NS_PER_MS: Final = 1_000_000
@@ -49,6 +49,10 @@ def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
     info: dict[str, Any] = {"status": status.value}
     if outgoing.machine.error is not None and status in (Status.FAILED, Status.CANCELLED):
         info["error-desc"] = outgoing.machine.error
+    if status not in ENDED:
+        info["x-phase"] = outgoing.machine.phase.value
+    if outgoing.is_outcome_unknown:
+        info["x-handover"] = "unknown"
     if status not in _WITH_NUMBERS:
         return info
     info["total-time"] = numbers.total_ns // NS_PER_MS

@@ -194,6 +194,11 @@ def _summary(outcome: Outcome) -> RenderableType:
 
 def _verdict(outcome: Outcome) -> Text:
     verdict = outcome.verdict
+    if outcome.statistics.is_outcome_unknown:
+        return Text(
+            "outcome unknown: the guest may run at the destination; at the source it stays stopped",
+            style="bold red",
+        )
     if verdict is None:
         return Text("not migrated: the guest runs at the source as before", style="bold red")
     if outcome.is_right:

@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.api import Control, Migration, Statistics, Verdict, verify
-from engine.control.parameters import parse_size
+from engine.api import Control, Migration, Statistics, verify
 from engine.control.status import Status
 from engine.demo.display import Display
 from engine.errors import MigrationError, UsageError
+from engine.guest.backing import check_available
+from engine.guest.judgement import Verdict
 from engine.guest.spec import parse_guest_spec
+from engine.sizes import parse_size
 
 SAMPLE_S: Final = 1.0  #: the guest's speed before and after is measured over so long
 
@@ -109,8 +111,9 @@ def _write_json(answer: dict[str, Any]) -> None:
 async def _demonstrate(options: DemoOptions, display: Display) -> Outcome:
     guest = f"workload:size={options.size}"
     writing = f"{guest},rate={options.rate},pattern={options.pattern}"
-    parse_guest_spec(writing)  # a wrong option is told before anything is started
+    spec = parse_guest_spec(writing)  # a wrong option is told before anything is started
     settings = options.source_settings()
+    check_available(2 * spec.size, "a guest with its copy")
     display.starting(options.size, options.pattern, options.rate)
     source = Control.start(writing, settings=settings)
     destination = Control.start(guest, "tcp:127.0.0.1:0", [f"multifd-channels={options.channels}"])

@@ -29,10 +29,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engine.errors import ChannelError, GuestError, MemoryRefused, MigrationError, WireError
+from engine.errors import (
+    ChannelError,
+    GuestError,
+    MemoryRefused,
+    MigrationError,
+    NotHandedOver,
+    WireError,
+)
 from engine.guest import messages
-from engine.guest.base import Handover
-from engine.guest.handover import DestinationEnd, SourceEnd
+from engine.guest.base import Handover, Standing
+from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.guest.rundir import open_rundir, remove_file
 from engine.guest.vcpus import Ended, Machine
 from engine.memory.tracking import TrackerName
@@ -71,7 +78,7 @@ class Agent:
         self._listener_path = self._created_path = self._rundir = ""
         self._backing_page_size = 0
         self._machine: Machine | None = None
-        self._paused_for_migration = False
+        self._standing = Standing(by_user=True)
         self._run_when_taken = False
         self._destination = DestinationEnd(self._taken)
         self._source: SourceEnd | None = None
@@ -206,16 +213,21 @@ class Agent:
         if self.role is Role.OWNER:
             machine.stop_tracking()
             machine.throttle(0)
-            if self._paused_for_migration:
-                self._resume()
+            self._standing.by_engine = False
+            self._apply()
+            self._forget_source()
+        self._listen_alone(machine)
+
+    def _forget_source(self) -> None:
         if self._source is not None:
             self._source.close()
             self._source = None
-        self._listen_alone(machine)
 
     def _listen_alone(self, machine: Machine) -> None:
         """Wait to be adopted; say where on stderr."""
         state = "runs on" if machine.is_running else "stays stopped"
+        if self._is_unknown:
+            state += ", for nobody has said whether it runs at the destination"
         text = f"ramferry guest[{os.getpid()}]: its control process is gone; it {state}"
         try:
             self._listener, self._listener_path = open_rundir(self._rundir)
@@ -258,8 +270,8 @@ class Agent:
         if request.fill:
             await self._in_thread(self._machine.fill)
         self.role = Role.INCOMING if request.incoming else Role.OWNER
-        if request.run and self.role is Role.OWNER:
-            self._resume()
+        self._standing.by_user = not request.run
+        self._apply()
         return Reply(messages.Done(request.id))
 
     async def _attach(self, request: messages.Attach, _fds: list[int]) -> Reply:
@@ -269,37 +281,54 @@ class Agent:
             machine.size,
             self._backing_page_size,
             machine.is_running,
+            self._standing.by_user,
+            self._is_unknown,
             self._created_path,
         )
         return Reply(attached, [machine.ram_fd])
 
     async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
-            machine = self._need_machine()
-            self._paused_for_migration = request.for_migration and (
-                machine.is_running or self._paused_for_migration
-            )
-            return Reply(messages.At(request.id, machine.pause()))
+            self._standing.change(stands=True, for_migration=request.for_migration)
+            return Reply(self._at(request.id, self._need_machine().pause()))
 
     async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
-            self._resume()
-            return Reply(messages.Done(request.id))
+            if self.role in (Role.NEW, Role.INCOMING):
+                raise GuestError("the guest waits for an incoming migration")
+            if self._is_handing_over():
+                raise GuestError("the guest is being handed over")
+            if self.role is Role.HANDING_OVER:
+                await self._decide_unknown()
+            if self.role is Role.GONE:
+                raise GuestError("the guest runs at the destination now")
+            self._standing.change(stands=False, for_migration=request.for_migration)
+            self._apply()
+            return Reply(self._at(request.id, time.monotonic_ns()))
 
-    def _resume(self) -> None:
-        """Run. When nobody knows who has the right to, asking for it is the operator's decision."""
-        if self.role is Role.GONE:
-            raise GuestError("the guest runs at the destination now")
-        if self.role in (Role.NEW, Role.INCOMING):
-            raise GuestError("the guest waits for an incoming migration")
-        if self.role is Role.HANDING_OVER and self._is_handing_over():
-            raise GuestError("the guest is being handed over")
-        self.role = Role.OWNER
-        self._paused_for_migration = False
-        self._need_machine().resume()
+    async def _decide_unknown(self) -> None:
+        """Ask once more who has the right to run; without an answer it is the operator's word."""
+        outcome = Handover.REFUSED if self._source is None else await self._source.ask()
+        self.role = Role.GONE if outcome is Handover.TAKEN else Role.OWNER
+        self._standing.by_engine = False
+        self._forget_source()
+
+    def _apply(self) -> None:
+        """Run if nothing holds the guest and it is ours."""
+        if self.role is Role.OWNER and self._standing.may_run:
+            self._need_machine().resume()
+
+    def _at(self, request_id: int, at_ns: int) -> messages.At:
+        running = self._need_machine().is_running
+        return messages.At(request_id, at_ns, running, self._standing.by_user)
 
     def _is_handing_over(self) -> bool:
         return self._source is not None and self._source.is_busy
+
+    @property
+    def _is_unknown(self) -> bool:
+        """The token was sent, and nobody has said who has it."""
+        return self.role is Role.HANDING_OVER and not self._is_handing_over()
 
     async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
@@ -346,14 +375,13 @@ class Agent:
         """The guest stands meanwhile."""
         async with self._one_at_a_time:
             machine = self._need_machine()
-            was_running = machine.is_running
             machine.pause()
             try:
                 vcpu_writes = machine.writes()
                 judgement = await self._in_thread(machine.judge)
             finally:
-                if was_running and not self._end.is_set():
-                    machine.resume()
+                if not self._end.is_set():
+                    self._apply()
         judged = messages.Judged(
             request.id,
             judgement.wrong_pages,
@@ -380,8 +408,8 @@ class Agent:
     def _taken(self) -> None:
         """The token is here. No step of the event loop lies between owning and running."""
         self.role = Role.OWNER
-        if self._run_when_taken:
-            self._need_machine().resume()
+        self._standing = Standing(by_user=not self._run_when_taken)
+        self._apply()
         self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken))
 
     async def _disarm(self, request: messages.Disarm, _fds: list[int]) -> Reply:
@@ -390,20 +418,29 @@ class Agent:
     async def _connect(self, request: messages.ConnectHandover, _fds: list[int]) -> Reply:
         if self._is_handing_over():
             raise GuestError("the guest is being handed over")
+        if self.role is not Role.OWNER:
+            raise NotHandedOver(f"the guest ({self.role.value}) cannot be handed over")
         source = SourceEnd(request.session)
         await source.connect(request.endpoint)
-        if self._source is not None:
-            self._source.close()
+        self._forget_source()
         self._source = source
+        return Reply(messages.Done(request.id))
+
+    async def _check_handover(self, request: messages.CheckHandover, _fds: list[int]) -> Reply:
+        if self._source is None:
+            raise NotHandedOver("the guest is not connected to hand over")
+        if not self._destination.is_settled:
+            raise NotHandedOver(ARRIVED_JUST_NOW)
+        await self._source.check()
         return Reply(messages.Done(request.id))
 
     async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:  # a judge that stands it for a while is not a pause
             source = self._source
-            if self.role is not Role.OWNER or source is None:
-                raise GuestError(f"the guest ({self.role.value}) is not connected to hand over")
-            if self._need_machine().is_running:
-                raise GuestError("the guest runs; pause it before it is handed over")
+            if self.role is not Role.OWNER or source is None or not self._destination.is_settled:
+                raise NotHandedOver(f"the guest ({self.role.value}) is not connected to hand over")
+            if not self._standing.by_engine:
+                raise NotHandedOver("the guest is not held; pause it before it is handed over")
             self.role = Role.HANDING_OVER
             source.is_busy = True
         outcome = await source.hand_over(request.wait_ns)
@@ -414,9 +451,8 @@ class Agent:
         return Reply(messages.HandedOver(request.id, outcome.value))
 
     async def _close_handover(self, request: messages.CloseHandover, _fds: list[int]) -> Reply:
-        if self._source is not None and not self._source.is_busy:
-            self._source.close()
-            self._source = None
+        if self.role is not Role.HANDING_OVER:  # who does not know yet will want to ask
+            self._forget_source()
         await self._destination.close()
         return Reply(messages.Done(request.id))
 
@@ -442,6 +478,7 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
     messages.Arm: Agent._arm,
     messages.Disarm: Agent._disarm,
     messages.ConnectHandover: Agent._connect,
+    messages.CheckHandover: Agent._check_handover,
     messages.HandOver: Agent._hand_over,
     messages.CloseHandover: Agent._close_handover,
     messages.Quit: Agent._quit,

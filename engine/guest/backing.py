@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 from dataclasses import dataclass
 from typing import Final
 
-from engine.errors import MemoryRefused, UsageError
+from engine.errors import MemoryRefused, UsageError, shown
 from engine.guest.rundir import remove_file
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 
@@ -17,8 +18,6 @@ HUGE_2M: Final = 2 * 1024**2
 HUGE_1G: Final = 1024**3
 MFD_HUGE: Final = {HUGE_2M: os.MFD_HUGE_2MB, HUGE_1G: os.MFD_HUGE_1GB}
 BLOCK_NAME: Final = "ram"
-TMPFS_MAGIC: Final = 0x01021994
-HUGETLBFS_MAGIC: Final = 0x958458F6
 
 
 @dataclass(slots=True)
@@ -33,6 +32,26 @@ class OwnedRam:
         if self.created_path:
             remove_file(self.created_path, self.block.fd)
         os.close(self.block.fd)
+
+
+def available_bytes() -> int:
+    """What the kernel thinks can be allocated without swapping."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    raise MemoryRefused("/proc/meminfo tells no MemAvailable")
+
+
+def check_available(wanted: int, what: str) -> None:
+    """:raise MemoryRefused: less than `wanted` bytes are there for `what`."""
+    available = available_bytes()
+    if wanted > available:
+        raise MemoryRefused(
+            f"{what} wants {wanted / 2**30:.1f} GiB of memory, and {available / 2**30:.1f} GiB "
+            "are available; give a smaller size"
+        )
 
 
 def make_ram(size: int, path: str | None, hugetlb: int | None, page_size: int | None) -> OwnedRam:
@@ -53,15 +72,16 @@ def make_ram(size: int, path: str | None, hugetlb: int | None, page_size: int | 
             if is_new:
                 created_path = os.path.abspath(path)
                 undo.callback(remove_file, created_path, fd)
+            _lock(fd, path)
         backing = os.fstatvfs(fd).f_bsize if path is not None else hugetlb or PAGE_SIZE
         backing = max(backing, PAGE_SIZE)
         _check_page_size(size, backing, page_size)
         if created_path or path is None:
             _set_size(fd, size)
         elif os.fstat(fd).st_size != size:
+            there = os.fstat(fd).st_size
             raise UsageError(
-                f"'{path}' has {os.fstat(fd).st_size} bytes; give size={os.fstat(fd).st_size}, "
-                f"or another path"
+                f"'{shown(path)}' has {there} bytes; give size={there}, or another path"
             )
         if backing > PAGE_SIZE:
             _reserve(fd, size, backing)
@@ -89,14 +109,24 @@ def _open_file(path: str) -> tuple[int, bool]:
         except FileExistsError:
             pass
         except OSError as exc:
-            raise UsageError(f"cannot make RAM at '{path}': {exc.strerror}") from exc
+            raise UsageError(f"cannot make RAM at '{shown(path)}': {exc.strerror}") from exc
         try:
             return os.open(path, flags), False
         except FileNotFoundError:
             continue
         except OSError as exc:
-            raise UsageError(f"cannot open RAM at '{path}': {exc.strerror}") from exc
-    raise UsageError(f"'{path}' comes and goes; use another path")
+            raise UsageError(f"cannot open RAM at '{shown(path)}': {exc.strerror}") from exc
+    raise UsageError(f"'{shown(path)}' comes and goes; use another path")
+
+
+def _lock(fd: int, path: str) -> None:
+    """One guest to a file: as source and destination it would be punched while it is sent.
+
+    Lent descriptors share the lock, so it lasts as long as the guest, whoever controls it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        raise UsageError(f"'{shown(path)}' is the RAM of another guest; use another path") from exc
 
 
 def _check_page_size(size: int, backing: int, page_size: int | None) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine.memory.blocks import RamBlock
 from engine.memory.tracking import TrackedBlock, TrackerName, Tracking
 
-__all__ = ["Guest", "Handover", "TrackedBlock", "TrackerName", "Tracking"]
+__all__ = ["Guest", "Handover", "Standing", "TrackedBlock", "TrackerName", "Tracking"]
 
 
 class Handover(enum.Enum):
@@ -23,6 +24,28 @@ class Handover(enum.Enum):
     TAKEN = "taken"  #: the destination guest has it
     REFUSED = "refused"  #: it has not and never will; the source guest holds it and may run again
     UNKNOWN = "unknown"  #: no answer before the deadline; the source guest stays stopped
+
+
+@dataclass(slots=True)
+class Standing:
+    """Why an owner stands. Two reasons that know nothing of each other: it runs when neither holds.
+
+    So a user's `cont` never runs a guest whose last pages are on their way, and the engine's
+    undoing never runs one that its user has stopped."""
+
+    by_user: bool
+    by_engine: bool = False
+
+    @property
+    def may_run(self) -> bool:
+        return not (self.by_user or self.by_engine)
+
+    def change(self, *, stands: bool, for_migration: bool) -> None:
+        """One of the two reasons begins or ends."""
+        if for_migration:
+            self.by_engine = stands
+        else:
+            self.by_user = stands
 
 
 class Guest(Protocol):
@@ -39,16 +62,30 @@ class Guest(Protocol):
     def blocks(self) -> tuple[RamBlock, ...]: ...
     @property
     def is_running(self) -> bool: ...
-
-    async def pause(self, *, for_migration: bool) -> int:
-        """Stop every vCPU; return the monotonic time (ns) when all stood.
-
-        `for_migration`: the stop is the engine's, undone by itself when the control process
-        dies."""
+    @property
+    def is_stopped_by_user(self) -> bool:
+        """Its user does not want it to run, whatever the engine does (as of the last answer)."""
         ...
 
-    async def resume(self) -> None:
-        """Let the vCPUs run (also after a failed handover)."""
+    @property
+    def is_alive(self) -> bool:
+        """Its process has not ended."""
+        ...
+
+    async def pause(self, *, for_migration: bool) -> int:
+        """Stop every vCPU; return the monotonic time (ns) when all stood. Idempotent.
+
+        `for_migration`: the stop is the engine's, which only `resume(for_migration=True)` undoes,
+        or the death of the control process. See `Standing`."""
+        ...
+
+    async def resume(self, *, for_migration: bool) -> None:
+        """End one reason to stand; the vCPUs run when the other does not hold. Idempotent.
+
+        After an UNKNOWN handover the destination is asked once more, for two seconds; without an
+        answer this is the operator's word that the guest runs here.
+
+        :raise GuestError: it runs at the destination, or waits for a migration."""
         ...
 
     async def throttle(self, percent: int) -> None:
@@ -103,10 +140,19 @@ class Guest(Protocol):
         :raise ChannelError: nobody answers there."""
         ...
 
-    async def hand_over(self, deadline_ns: int) -> Handover:
+    async def check_handover(self) -> None:
+        """Source: is the destination guest still there? Asked before the guest is stopped.
+
+        :raise ChannelError: it is not."""
+        ...
+
+    async def hand_over(self, wait_ns: int) -> Handover:
         """Source: pass the token. TAKEN: this guest will not run again. See `Handover`.
 
-        Bounded by `deadline_ns` of time for the whole exchange, retries included."""
+        Takes at most `wait_ns`, retries included. The engine must hold the guest.
+
+        :raise NotHandedOver: the token never left; the guest still has it.
+        :raise GuestError: no answer; whoever has the token, this guest does not run."""
         ...
 
     async def close_handover(self) -> None:

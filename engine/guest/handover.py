@@ -1,167 +1,35 @@
-"""The token: how the right to run goes from one guest to the other, whichever process dies.
+"""Where the token comes in and goes out: the destination's listener, the source's connection.
 
-The destination listens, the source connects during setup. Each message is 24 bytes: magic, version,
-kind, session. The source's side of the conversation:
-
-    HELLO -> WAITING               during setup: somebody is there
-    TAKE  -> TAKEN | REFUSED       the source has already given up its right when it sends this
-    ASK   -> TAKEN | VOID          after a TAKE whose answer was lost, on a new connection
-    CONFIRM                        TAKEN has arrived: nobody will ask again
-
-A session is void for ever once the destination has said so, or was disarmed. So an answer other
-than TAKEN, or nobody listening any more, means that this session's token was not and never will be
-taken. To keep that true the destination goes on listening after TAKEN until CONFIRM has come. With
-no answer at all before the deadline the outcome is unknown, and the source stays stopped.
-
-Decisions are in `DestinationToken` and `SourceToken`, which know no sockets.
+The protocol and its decisions are in token.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
-import errno
+import ipaddress
 import os
 import socket
-import stat
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
+from engine import unixsocket
 from engine.errors import ChannelError, GuestError, UsageError, WireError
 from engine.guest.base import Handover
+from engine.guest.token import MESSAGE, DestinationToken, Kind, SourceToken, decode, encode
 
-MAGIC: Final = b"rfho"
-VERSION: Final = 1
-MESSAGE: Final = struct.Struct("<4sHH16s")
-SESSION_BYTES: Final = 16
 CONNECTIONS_MAX: Final = 4  #: the oldest gives way, so nobody can keep the right source out
-VOIDED_MAX: Final = 1024  #: sessions that strangers may have voided; past it they get no answer
 MESSAGE_WAIT_S: Final = 5.0  #: from a message's first byte, or the connection, to its last
 ANSWER_WAIT_S: Final = 1.0  #: for one answer; then the source asks again on a new connection
+REFUSED_WAIT_S: Final = 1.0  #: a far host that refuses for so long has no answer
 RETRY_WAIT_S: Final = 0.02
 CONNECT_WAIT_S: Final = 10.0  #: for the greeting during setup
+ASK_WAIT_NS: Final = 2_000_000_000  #: for what became of a token, before anybody decides alone
+ARRIVED_JUST_NOW: Final = (
+    "the guest has just arrived, and its source has not confirmed that it knows; try again later"
+)
 CHANNEL_INDEX: Final = -1  #: the handover connection in `ChannelError`
-
-
-class Kind(enum.IntEnum):
-    """What a message says; 0 says nothing."""
-
-    HELLO = 1
-    WAITING = 2
-    TAKE = 3
-    TAKEN = 4
-    REFUSED = 5
-    ASK = 6
-    VOID = 7
-    CONFIRM = 8
-
-
-def encode(kind: Kind, session: bytes) -> bytes:
-    """One message."""
-    return MESSAGE.pack(MAGIC, VERSION, kind, session)
-
-
-def decode(message: bytes) -> tuple[Kind, bytes]:
-    """:raise WireError: not a message of this protocol; names what was wrong."""
-    if len(message) != MESSAGE.size:
-        raise WireError(f"handover message of {len(message)} bytes, {MESSAGE.size} expected")
-    magic, version, kind, session = MESSAGE.unpack(message)
-    if magic != MAGIC or version != VERSION:
-        raise WireError(f"handover magic {magic!r} version {version}, {MAGIC!r} {VERSION} expected")
-    if kind not in Kind.__members__.values() or session == bytes(SESSION_BYTES):
-        raise WireError(f"handover message kind {kind} or session is not allowed")
-    return Kind(kind), session
-
-
-# -- decisions -----------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class DestinationToken:
-    """The destination's half. `taken` is the session that made this guest the one that runs."""
-
-    armed: bytes | None = None
-    taken: bytes | None = None
-    confirmed: bool = False  #: the source knows that it was taken
-    voided: set[bytes] = field(default_factory=set)
-
-    def arm(self, session: bytes) -> None:
-        """Take the token of `session` when it comes.
-
-        :raise GuestError: another was taken, or this one was voided; nothing changes."""
-        if self.taken is not None:
-            raise GuestError("this guest has taken over already; it cannot be armed again")
-        if session in self.voided:
-            raise GuestError("the source was told that this session is void; begin a new migration")
-        if len(session) != SESSION_BYTES or session == bytes(SESSION_BYTES):
-            raise GuestError(f"a session is {SESSION_BYTES} bytes and not zero")
-        self.armed = session
-
-    def disarm(self) -> bool:
-        """Void the armed session; False when the token was taken before."""
-        if self.taken is not None:
-            return False
-        if self.armed is not None:
-            self.voided.add(self.armed)
-            self.armed = None
-        return True
-
-    def answer(self, kind: Kind, session: bytes) -> Kind | None:
-        """Take a message in; None: no answer, the connection ends (or goes on after CONFIRM)."""
-        match kind:
-            case Kind.HELLO:
-                return Kind.WAITING
-            case Kind.TAKE if self.armed == session and session not in self.voided:
-                self.armed, self.taken = None, session
-                return Kind.TAKEN
-            case Kind.TAKE | Kind.ASK if self.taken == session:
-                return Kind.TAKEN
-            case Kind.TAKE | Kind.ASK if self._void(session):
-                return Kind.REFUSED if kind is Kind.TAKE else Kind.VOID
-            case Kind.CONFIRM if self.taken == session:
-                self.confirmed = True
-        return None
-
-    def _void(self, session: bytes) -> bool:
-        """Promise never to take `session`; False when there is no room to remember the promise."""
-        if session != self.armed and len(self.voided) >= VOIDED_MAX:
-            return session in self.voided
-        self.voided.add(session)
-        if session == self.armed:
-            self.armed = None
-        return True
-
-
-@dataclass(slots=True)
-class SourceToken:
-    """The source's half, for one session."""
-
-    is_sent: bool = False  #: TAKE may have left: only an answer tells who has the token
-
-    def next_message(self) -> Kind:
-        """What to send on a fresh or idle connection; the answer may be lost from here on."""
-        kind = Kind.ASK if self.is_sent else Kind.TAKE
-        self.is_sent = True
-        return kind
-
-    def answered(self, kind: Kind) -> Handover:
-        """:raise WireError: no answer to what was sent; ask again."""
-        if kind is Kind.TAKEN:
-            return Handover.TAKEN
-        if kind in (Kind.REFUSED, Kind.VOID):
-            return Handover.REFUSED
-        raise WireError(f"handover answered with {kind.name}")
-
-    def nobody_listens(self) -> Handover:
-        """The destination guest is gone; it listens for as long as it could have an answer."""
-        return Handover.REFUSED
-
-    def gave_up(self) -> Handover:
-        """The deadline has passed."""
-        return Handover.UNKNOWN if self.is_sent else Handover.REFUSED
 
 
 # -- endpoints -----------------------------------------------------------------------------------
@@ -198,22 +66,11 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 class NobodyListens(Exception):
-    """Every address of the endpoint said so."""
+    """Every address of the endpoint said so; `is_proof` when it is this host that said it."""
 
-
-def _bind_unix(path: str) -> socket.socket:
-    """Bind a socket that only this user can reach; a dead one in its place is removed."""
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.lstat(path).st_mode) and not _is_alive(path):
-            os.unlink(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        os.fchmod(listener.fileno(), 0o600)
-        listener.bind(path)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    def __init__(self, is_proof: bool) -> None:
+        super().__init__(is_proof)
+        self.is_proof = is_proof
 
 
 async def _bind_tcp(endpoint: Endpoint) -> socket.socket:
@@ -228,11 +85,6 @@ async def _bind_tcp(endpoint: Endpoint) -> socket.socket:
     return socket.create_server(address[:2], family=socket.AddressFamily(family))
 
 
-def _is_alive(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        return probe.connect_ex(path) != errno.ECONNREFUSED
-
-
 async def _addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
     if endpoint.path:
         return [(socket.AF_UNIX, endpoint.path)]
@@ -243,7 +95,9 @@ async def _addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
 
 
 async def _connect_any(addresses: list[tuple[int, Any]]) -> socket.socket:
-    """:raise NobodyListens: all refuse. :raise OSError: none answers, and one did not refuse."""
+    """:raise NobodyListens: all refuse. :raise OSError: none answers, and one did not refuse.
+
+    A missing socket file is no refusal: anybody may have removed it."""
     failure: OSError | None = None
     for family, address in addresses:
         connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -251,7 +105,7 @@ async def _connect_any(addresses: list[tuple[int, Any]]) -> socket.socket:
             await asyncio.get_running_loop().sock_connect(connection, address)
         except OSError as exc:
             connection.close()
-            if not isinstance(exc, (ConnectionRefusedError, FileNotFoundError)):
+            if not isinstance(exc, ConnectionRefusedError):
                 failure = exc
         except BaseException:
             connection.close()
@@ -260,7 +114,14 @@ async def _connect_any(addresses: list[tuple[int, Any]]) -> socket.socket:
             return connection
     if failure is not None:
         raise failure
-    raise NobodyListens
+    raise NobodyListens(all(_is_this_host(family, address) for family, address in addresses))
+
+
+def _is_this_host(family: int, address: Any) -> bool:
+    """Whether no other host, and nothing between, can answer for the address."""
+    if family == socket.AF_UNIX:
+        return True
+    return ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
 
 
 # -- the destination's end -----------------------------------------------------------------------
@@ -291,13 +152,13 @@ class HandoverListener:
         endpoint = parse_endpoint(uri)
         try:
             if endpoint.path:
-                listener = _bind_unix(endpoint.path)
+                listener = unixsocket.bind(endpoint.path)
                 self._server = await asyncio.start_unix_server(self._accept, sock=listener)
                 self._path = endpoint.path
             else:
                 listener = await _bind_tcp(endpoint)
                 self._server = await asyncio.start_server(self._accept, sock=listener)
-        except OSError as exc:
+        except (OSError, UsageError) as exc:
             raise GuestError(f"cannot listen for the handover at {uri}") from exc
         if endpoint.path:
             return str(endpoint)
@@ -316,6 +177,7 @@ class HandoverListener:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until it ends or says something that is not allowed."""
+        message = b""
         try:
             async with asyncio.timeout(MESSAGE_WAIT_S):
                 message = await reader.readexactly(MESSAGE.size)
@@ -326,8 +188,17 @@ class HandoverListener:
                     message = begun + await reader.readexactly(MESSAGE.size - 1)
         except (OSError, EOFError, WireError):
             pass  # the connection is worth nothing; the source will make another
+        except asyncio.CancelledError:
+            if self._server is None and message:
+                self._say_goodbye(writer, decode(message)[1])
+            raise
         finally:
             writer.close()
+
+    def _say_goodbye(self, writer: asyncio.StreamWriter, session: bytes) -> None:
+        """Who asks later finds nobody: tell it now that the session is void, if it is."""
+        if self._token.void(session):
+            writer.write(encode(Kind.VOID, session))
 
     def _reply(self, writer: asyncio.StreamWriter, message: bytes) -> bool:
         kind, session = decode(message)
@@ -355,7 +226,6 @@ class HandoverListener:
         for task in connections:
             task.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
-        await server.wait_closed()
 
 
 class DestinationEnd:
@@ -391,8 +261,13 @@ class DestinationEnd:
         """Disarm and stop listening; a token that was taken is answered for until confirmed."""
         self.token.disarm()
         self._is_close_due = True
-        if self.token.taken is None or self.token.confirmed:
+        if self.is_settled:
             await self._give_up_listener()
+
+    @property
+    def is_settled(self) -> bool:
+        """Nobody will ask for a token that was taken here: the guest may be handed on."""
+        return self.token.taken is None or self.token.confirmed
 
     def _confirmed(self) -> None:
         if self._is_close_due and self._closing is None:
@@ -420,10 +295,14 @@ class SourceEnd:
     def __init__(self, session: bytes) -> None:
         self._session = session
         self._addresses: list[tuple[int, Any]] = []
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._connection: socket.socket | None = None
         self._token = SourceToken()
         self.is_busy = False  #: a token is under way: do not close, and do not run
+
+    @property
+    def is_sent(self) -> bool:
+        """The destination may have the token, or have had it."""
+        return self._token.is_sent
 
     async def connect(self, endpoint: str) -> None:
         """Connect and exchange greetings.
@@ -433,39 +312,89 @@ class SourceEnd:
             async with asyncio.timeout(CONNECT_WAIT_S):
                 for family, address in await _addresses(parse_endpoint(endpoint)):
                     self._addresses.append((family, address))
-                await self._reconnect()
-                if await self._exchange(Kind.HELLO) is not Kind.WAITING:
-                    raise WireError("not the answer to a greeting")
+                await self._greet()
         except (NobodyListens, OSError, EOFError, WireError) as exc:
             self.close()
             raise ChannelError(CHANNEL_INDEX, f"connecting the handover to {endpoint}") from exc
 
+    async def check(self) -> None:
+        """Greet again before the guest stops: a connection that idled for hours may be dead.
+
+        :raise ChannelError: nobody answers, on a new connection either; closed again."""
+        try:
+            async with asyncio.timeout(CONNECT_WAIT_S):
+                try:
+                    await self._hello()
+                except (OSError, EOFError, WireError):
+                    await self._greet()
+        except (NobodyListens, OSError, EOFError, WireError) as exc:
+            self.close()
+            raise ChannelError(CHANNEL_INDEX, "greeting the destination guest again") from exc
+
+    async def _greet(self) -> None:
+        await self._reconnect()
+        await self._hello()
+
+    async def _hello(self) -> None:
+        if await self._exchange(Kind.HELLO) is not Kind.WAITING:
+            raise WireError("not the answer to a greeting")
+
     async def _reconnect(self) -> None:
         self.close()
-        connection = await _connect_any(self._addresses)
+        self._connection = connection = await _connect_any(self._addresses)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         #: What worked once is the destination; its other addresses may be somebody else's.
         self._addresses = [(connection.family, connection.getpeername())]
-        self._reader, self._writer = await asyncio.open_connection(sock=connection)
 
     async def _exchange(self, kind: Kind) -> Kind:
         """Send one message and await its answer; any failure leaves the connection useless."""
-        assert self._reader is not None
-        assert self._writer is not None
-        self._writer.write(encode(kind, self._session))
-        await self._writer.drain()
-        async with asyncio.timeout(ANSWER_WAIT_S):
-            answer, session = decode(await self._reader.readexactly(MESSAGE.size))
+        if self._connection is None:
+            raise EOFError("not connected")
+        with contextlib.suppress(OSError):  # a peer that has gone may have left its last word
+            self._connection.send(encode(kind, self._session), socket.MSG_NOSIGNAL)
+        reading = asyncio.ensure_future(self._read(self._connection))
+        try:  # an answer that has come counts, however late this process looks at the clock
+            await asyncio.wait({reading}, timeout=ANSWER_WAIT_S)
+            if not reading.done():
+                raise TimeoutError
+            answer, session = decode(reading.result())
+        finally:  # nothing reads any more when the connection is closed
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
         if session != self._session:
             raise WireError("handover answer of another session")
         return answer
 
+    @staticmethod
+    async def _read(connection: socket.socket) -> bytes:
+        """:raise EOFError: it ended in the middle."""
+        message = b""
+        while len(message) < MESSAGE.size:
+            rest = MESSAGE.size - len(message)
+            piece = await asyncio.get_running_loop().sock_recv(connection, rest)
+            if not piece:
+                raise EOFError("the connection ended")
+            message += piece
+        return message
+
     async def hand_over(self, wait_ns: int) -> Handover:
-        """Pass the token; the caller has stopped for good unless this returns REFUSED."""
+        """Pass the token; the caller has stopped for good unless this returns REFUSED.
+
+        After UNKNOWN it may be called again: it then asks what became of the token."""
         self.is_busy = True
+        loop = asyncio.get_running_loop()
+        refused_until = loop.time() + REFUSED_WAIT_S
         try:
             async with asyncio.timeout(wait_ns / 1e9):
                 while True:
-                    outcome = await self._try_once()
+                    try:
+                        outcome = await self._try_once()
+                    except NobodyListens as exc:
+                        if exc.is_proof:
+                            return self._token.nobody_listens()
+                        if loop.time() > refused_until:
+                            return self._token.gave_up()
+                        outcome = None
                     if outcome is not None:
                         return outcome
                     self.close()
@@ -475,21 +404,24 @@ class SourceEnd:
         finally:
             self.is_busy = False
 
+    async def ask(self) -> Handover:
+        """What became of a token that was sent; UNKNOWN without an answer in two seconds."""
+        return await self.hand_over(ASK_WAIT_NS)
+
     async def _try_once(self) -> Handover | None:
         try:
-            if self._reader is None or self._reader.at_eof():
+            if self._connection is None:
                 await self._reconnect()
             outcome = self._token.answered(await self._exchange(self._token.next_message()))
-        except NobodyListens:
-            return self._token.nobody_listens()
         except (OSError, EOFError, WireError):
             return None
-        if outcome is Handover.TAKEN and self._writer is not None:
-            self._writer.write(encode(Kind.CONFIRM, self._session))
+        if outcome is Handover.TAKEN and self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(encode(Kind.CONFIRM, self._session), socket.MSG_NOSIGNAL)
         return outcome
 
     def close(self) -> None:
         """Forget the connection. Idempotent."""
-        if self._writer is not None:
-            self._writer.close()
-        self._reader = self._writer = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

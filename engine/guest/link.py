@@ -19,6 +19,7 @@ from engine.errors import (
     GuestError,
     MemoryRefused,
     MigrationError,
+    NotHandedOver,
     UsageError,
     WireError,
 )
@@ -32,6 +33,7 @@ DEATH_WAIT_S: Final = 0.5  #: from the end of the connection to that of the proc
 AnswerT = TypeVar("AnswerT", bound=messages.Answer)
 ERRORS: Final[dict[str, Callable[[str], MigrationError]]] = {
     "MemoryRefused": MemoryRefused,
+    "NotHandedOver": NotHandedOver,
     "UsageError": UsageError,
     "ChannelError": lambda doing: ChannelError(-1, doing),
 }
@@ -163,12 +165,17 @@ class AgentLink:
         if self._is_ending:
             self._death = "it was told to end"
         elif code is not None and code < 0:
-            self._death = f"its process {self.pid} was killed by {signal.Signals(-code).name}"
+            self._death = f"its process {self.pid} was killed by {_signal_name(-code)}"
         else:
             self._death = f"its process {self.pid} ended" + (f" with code {code}" if code else "")
         self._hang_up(self._death)
         self._fail_waiting()
         self._dead.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """The process has not ended."""
+        return not self._dead.is_set()
 
     async def died(self) -> str:
         """Wait for the end of the process; return why."""
@@ -205,6 +212,14 @@ class AgentLink:
         except TimeoutError:
             return False
         return True
+
+
+def _signal_name(number: int) -> str:
+    """SIGKILL and the like; real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def start_agent() -> AgentLink:

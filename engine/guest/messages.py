@@ -73,7 +73,9 @@ class Pause(Request, frozen=True):
 
 
 class Resume(Request, frozen=True):
-    """Answer: Done."""
+    """Answer: At."""
+
+    for_migration: bool
 
 
 class Throttle(Request, frozen=True):
@@ -138,6 +140,10 @@ class ConnectHandover(Request, frozen=True):
     session: bytes
 
 
+class CheckHandover(Request, frozen=True):
+    """Answer: Done."""
+
+
 class HandOver(Request, frozen=True):
     """Answer: HandedOver."""
 
@@ -170,9 +176,11 @@ class Failed(Answer, frozen=True):
 
 
 class At(Answer, frozen=True):
-    """Monotonic time when it was so."""
+    """Monotonic time since when it is so; `running` now, `stopped` by its user."""
 
     at_ns: int
+    running: bool
+    stopped: bool
 
 
 class Count(Answer, frozen=True):
@@ -182,11 +190,14 @@ class Count(Answer, frozen=True):
 
 
 class Attached(Answer, frozen=True):
-    """Who the agent is; beside it the RAM's descriptor."""
+    """Who the agent is; beside it the RAM's descriptor. `unknown`: nobody has said whether the
+    guest runs at the destination of its last migration."""
 
     size: int
     backing_page_size: int
     running: bool
+    stopped: bool
+    unknown: bool
     created_path: str
 
 
@@ -249,6 +260,7 @@ AnyRequest = (
     | Arm
     | Disarm
     | ConnectHandover
+    | CheckHandover
     | HandOver
     | CloseHandover
     | Quit

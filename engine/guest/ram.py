@@ -8,10 +8,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from engine.errors import GuestError, MemoryRefused
+from engine.errors import GuestError, MemoryRefused, NotHandedOver
 from engine.guest.backing import OwnedRam
-from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
-from engine.guest.handover import DestinationEnd, SourceEnd
+from engine.guest.base import Handover, Standing, TrackedBlock, TrackerName, Tracking
+from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.memory.blocks import RamBlock
 
 STATE: Final = b"ramferry ram guest 1"
@@ -24,7 +24,7 @@ class RamGuest:
         """Take the memory over."""
         self._ram = ram
         self._is_incoming = incoming
-        self._is_running = run and not incoming
+        self._standing = Standing(by_user=not run)
         self._is_gone = False
         self._is_open = True
         self._tracking: Tracking | None = None
@@ -45,20 +45,44 @@ class RamGuest:
 
     @property
     def is_running(self) -> bool:
-        return self._is_running
+        return self._standing.may_run and self._is_open and self._is_owner
+
+    @property
+    def _is_owner(self) -> bool:
+        return not (self._is_incoming or self._is_gone or self._is_given_up)
+
+    @property
+    def _is_given_up(self) -> bool:
+        """The token has left, and nobody has said yet who has it."""
+        return self._source is not None and self._source.is_sent
+
+    @property
+    def is_stopped_by_user(self) -> bool:
+        return self._standing.by_user
+
+    @property
+    def is_alive(self) -> bool:
+        return self._is_open
 
     async def pause(self, *, for_migration: bool) -> int:
-        self._is_running = False
+        self._standing.change(stands=True, for_migration=for_migration)
         return time.monotonic_ns()
 
-    async def resume(self) -> None:
+    async def resume(self, *, for_migration: bool) -> None:
         if self._is_incoming or self._is_gone:
             raise GuestError("the guest waits for an incoming migration, or has been handed over")
         if self._source is not None and self._source.is_busy:
             raise GuestError("the guest is being handed over")
-        if self._tracking is not None and self._tracking.name is TrackerName.NONE:
+        if self._source is not None and self._is_given_up:
+            self._is_gone = await self._source.ask() is Handover.TAKEN
+            self._source.close()
+            self._source = None
+            if self._is_gone:
+                raise GuestError("the guest runs at the destination now")
+        untracked = self._tracking is not None and self._tracking.name is TrackerName.NONE
+        if untracked and not for_migration:
             raise GuestError("the guest is migrated as it stands; wait for the end, or cancel")
-        self._is_running = True
+        self._standing.change(stands=False, for_migration=for_migration)
 
     async def throttle(self, percent: int) -> None:
         if not 0 <= percent <= 99:
@@ -68,7 +92,7 @@ class RamGuest:
         return None
 
     async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
-        best = TrackerName.HASH if self._is_running else TrackerName.NONE
+        best = TrackerName.HASH if self.is_running else TrackerName.NONE
         if wanted not in (None, best, TrackerName.HASH):
             raise MemoryRefused(
                 f"dirty tracker '{wanted.value}' does not work here: nobody tells who writes to "
@@ -108,7 +132,7 @@ class RamGuest:
         self._run_when_taken, self._when_taken = run, taken
 
     def _own(self) -> None:
-        self._is_incoming, self._is_running = False, self._run_when_taken
+        self._is_incoming, self._standing = False, Standing(by_user=not self._run_when_taken)
         taken, at_ns = self._when_taken, time.monotonic_ns()
 
         async def tell() -> None:
@@ -126,15 +150,25 @@ class RamGuest:
         self._source = SourceEnd(session)
         await self._source.connect(endpoint)
 
-    async def hand_over(self, deadline_ns: int) -> Handover:
-        if self._source is None or self._is_running or self._is_incoming or self._is_gone:
-            raise GuestError("only a paused guest that is connected can be handed over")
-        outcome = await self._source.hand_over(deadline_ns)
+    async def check_handover(self) -> None:
+        if self._source is None:
+            raise NotHandedOver("the guest is not connected to hand over")
+        await self._source.check()
+
+    async def hand_over(self, wait_ns: int) -> Handover:
+        if self._source is None or not self._is_owner or not self._standing.by_engine:
+            raise NotHandedOver("only a guest that the engine holds and connected is handed over")
+        if not self._destination.is_settled:
+            raise NotHandedOver(ARRIVED_JUST_NOW)
+        outcome = await self._source.hand_over(wait_ns)
         self._is_gone = outcome is Handover.TAKEN
+        if outcome is Handover.REFUSED:
+            self._source.close()
+            self._source = None
         return outcome
 
     async def close_handover(self) -> None:
-        if self._source is not None and not self._source.is_busy:
+        if self._source is not None and not self._source.is_sent:
             self._source.close()
             self._source = None
         await self._destination.close()
@@ -146,7 +180,6 @@ class RamGuest:
         return "it was told to end"
 
     async def quit(self) -> None:
-        self._is_running = False
         if self._source is not None:
             self._source.close()
         await self._destination.end()

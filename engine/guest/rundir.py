@@ -8,9 +8,10 @@ import socket
 import stat
 import tempfile
 
-from engine.errors import UsageError
+from engine.errors import UsageError, shown
 
 SOCKET_PATH_BYTES_MAX = 107  #: the kernel's sun_path, less its final zero
+SOCKET_NAME_LONGEST = "/guest-4194304.sock"  #: with the largest process number
 
 
 def default_rundir() -> str:
@@ -23,11 +24,16 @@ def default_rundir() -> str:
 
 def check_rundir(path: str) -> str:
     """:raise UsageError: no socket can be made there; nothing is created yet."""
-    room = len(os.fsencode(path)) + len("/guest-4194304.sock")
-    if not os.path.isabs(path) or room > SOCKET_PATH_BYTES_MAX or "\0" in path:
+    if not os.path.isabs(path):
+        raise UsageError(f"rundir '{shown(path)}' must be absolute; begin it with /")
+    length, length_max = len(os.fsencode(path)), SOCKET_PATH_BYTES_MAX - len(SOCKET_NAME_LONGEST)
+    if length > length_max:
         raise UsageError(
-            f"rundir '{path}' must be absolute, at most {SOCKET_PATH_BYTES_MAX - 19} bytes long"
+            f"rundir '{shown(path)}' has {length} bytes; {length_max} are allowed, because a "
+            "socket's path is short"
         )
+    if "\0" in path:
+        raise UsageError(f"rundir '{shown(path)}' holds a NUL")
     return path
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeVar
 
-from engine.errors import UsageError
+from engine.errors import UsageError, shown
 from engine.guest import messages
-from engine.guest.backing import HUGE_1G, HUGE_2M, make_ram
+from engine.guest.backing import HUGE_1G, HUGE_2M, check_available, make_ram
 from engine.guest.base import Guest, TrackerName
 from engine.guest.ram import RamGuest
 from engine.guest.rundir import check_rundir, default_rundir
 from engine.guest.workload import WorkloadGuest, adopt_workload, start_workload
 from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE
+from engine.sizes import parse_size
 
-UNITS: Final = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 PATTERNS: Final = ("sweep", "random", "hotspot", "append")
 CONTENTS: Final = ("zero", "text", "heap", "random", "mixed")
 NOT_YET: Final = ("qemu", "process", "handoff")
+PATH_BYTES_MAX: Final = 4095  #: the kernel's PATH_MAX, less its final zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,12 @@ class WorkloadSpec:
     rundir: str | None = None
     tracker: TrackerName | None = None
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether a start takes all of its RAM from the system's free memory."""
+        is_written = self.fill and self.contents != "zero" and self.socket is None
+        return is_written and self.path is None and self.hugetlb is None
+
     def options(self) -> messages.Options:
         """What the vCPUs are told."""
         contents = self.contents if self.fill else "zero"
@@ -70,38 +78,39 @@ SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec)
 # -- values: each raises ValueError with what is allowed -----------------------------------------
 
 
-def parse_size(text: str) -> int:
-    """`4096`, `512M`, `2G`: bytes, in units of 1024."""
-    number, unit = text, 1
-    if text and text[-1].upper() in UNITS:
-        number, unit = text[:-1], UNITS[text[-1].upper()]
-    if not (number.isascii() and number.isdigit()) or int(number) * unit >= 2**63:
-        raise ValueError("a number of bytes, like 4096, 512M or 2G")
-    return int(number) * unit
+def _size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except UsageError as exc:
+        raise ValueError("a number of bytes, like 4096, 512M or 1.5G") from exc
+    if size >= 2**63:
+        raise ValueError("less than 8388608T")
+    return size
 
 
 def _ram_size(text: str) -> int:
-    size = parse_size(text)
+    size = _size(text)
     if not PAGE_SIZE <= size <= BLOCK_SIZE_MAX or size % PAGE_SIZE:
         raise ValueError("a positive multiple of 4096, at most 16T")
     return size
 
 
 def _huge_page_size(text: str) -> int:
-    if parse_size(text) not in (HUGE_2M, HUGE_1G):
+    if _size(text) not in (HUGE_2M, HUGE_1G):
         raise ValueError("2M or 1G")
-    return parse_size(text)
+    return _size(text)
 
 
 def _page_size(text: str) -> int:
-    if parse_size(text) not in (PAGE_SIZE, HUGE_2M, HUGE_1G):
+    if _size(text) not in (PAGE_SIZE, HUGE_2M, HUGE_1G):
         raise ValueError("4K, 2M or 1G")
-    return parse_size(text)
+    return _size(text)
 
 
 def _number(lowest: int, highest: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit()) or not lowest <= int(text) <= highest:
+        is_number = text.isascii() and text.isdigit() and len(text) <= len(str(highest))
+        if not is_number or not lowest <= int(text) <= highest:
             raise ValueError(f"{lowest} to {highest}")
         return int(text)
 
@@ -122,7 +131,7 @@ def _switch(text: str) -> bool:
 
 
 def _path(text: str) -> str:
-    if not text or "\0" in text:
+    if not text or "\0" in text or len(os.fsencode(text)) > PATH_BYTES_MAX:
         raise ValueError("a path")
     return text
 
@@ -139,7 +148,7 @@ PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "pagesize": _page_size,
     "vcpus": _number(1, messages.VCPUS_MAX),
     "pattern": _word(PATTERNS),
-    "rate": parse_size,
+    "rate": _size,
     "contents": _word(CONTENTS),
     "seed": _number(0, 2**63 - 1),
     "words": _number(0, messages.WORDS_MAX),
@@ -170,7 +179,7 @@ def parse_guest_spec(text: str) -> GuestSpec:
     if kind in NOT_YET:
         raise UsageError(f"guest kind '{kind}' is not built yet; there are: ram, workload")
     raise UsageError(
-        f"guest '{text}' is of no known kind; allowed: ram:size=..., workload:size=..."
+        f"guest '{shown(text)}' is of no known kind; allowed: ram:size=..., workload:size=..."
     )
 
 
@@ -181,14 +190,16 @@ def _parse(spec_type: type[SpecT], kind: str, text: str) -> SpecT:
         name, equals, value = option.partition("=")
         if name not in allowed or not equals:
             raise UsageError(
-                f"guest '{kind}' has no option '{option}'; allowed: {', '.join(allowed)}"
+                f"guest '{kind}' has no option '{shown(option)}'; allowed: {', '.join(allowed)}"
             )
         if name in values:
             raise UsageError(f"guest '{kind}': option '{name}' is given twice")
         try:
             values[name] = PARSERS[name](value)
         except ValueError as exc:
-            raise UsageError(f"guest '{kind}': {name}={value} is not allowed; {exc} is") from exc
+            raise UsageError(
+                f"guest '{kind}': {name}={shown(value)} is not allowed; {exc} is"
+            ) from exc
     _check_together(kind, values)
     return spec_type(**values)
 
@@ -232,6 +243,8 @@ async def open_workload(spec: WorkloadSpec, *, incoming: bool, run: bool = True)
             raise UsageError("a guest that is adopted (socket=) cannot wait for a migration")
         return await adopt_workload(spec.socket, spec.tracker)
     rundir = check_rundir(spec.rundir or default_rundir())
+    if spec.is_filled and not incoming:
+        check_available(spec.size, "a guest that is filled")
     ram = make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize)
     return await start_workload(
         ram,

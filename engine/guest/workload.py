@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import struct
@@ -17,6 +18,8 @@ from engine.guest.judgement import Judgement
 from engine.guest.link import ANSWER_WAIT_S, AgentLink, start_agent
 from engine.memory.blocks import RamBlock
 
+log = logging.getLogger("ramferry.guest")
+
 #: Filling and judging read or write all of RAM; a slow and busy machine does 100 MB/s.
 BYTES_PER_S_MIN: Final = 100_000_000
 ADOPT_WAIT_S: Final = 5.0
@@ -26,11 +29,18 @@ class WorkloadGuest:
     """A guest in a process of its own; owns that process, RAM's descriptor and the tracker's."""
 
     def __init__(
-        self, link: AgentLink, ram: OwnedRam, tracker: TrackerName | None, *, running: bool
+        self,
+        link: AgentLink,
+        ram: OwnedRam,
+        tracker: TrackerName | None,
+        *,
+        running: bool,
+        stopped: bool,
     ) -> None:
         """Take link and RAM over."""
         self._link, self._ram, self._tracker = link, ram, tracker
         self._is_running = running
+        self._is_stopped_by_user = stopped
         self._is_open = True
         self._tracking_fd = -1
         self._when_taken: Callable[[int], Awaitable[None]] | None = None
@@ -53,21 +63,29 @@ class WorkloadGuest:
     def is_running(self) -> bool:
         return self._is_running
 
+    @property
+    def is_stopped_by_user(self) -> bool:
+        return self._is_stopped_by_user
+
+    @property
+    def is_alive(self) -> bool:
+        return self._is_open and self._link.is_alive
+
     async def _do(self, request: messages.Request) -> None:
         await self._link.ask(request, messages.Done)
 
     # -- running ---------------------------------------------------------------------------------
 
     async def pause(self, *, for_migration: bool) -> int:
-        at, _ = await self._link.ask(
-            messages.Pause(self._link.next_id(), for_migration), messages.At
-        )
-        self._is_running = False
-        return at.at_ns
+        return await self._change(messages.Pause(self._link.next_id(), for_migration))
 
-    async def resume(self) -> None:
-        await self._do(messages.Resume(self._link.next_id()))
-        self._is_running = True
+    async def resume(self, *, for_migration: bool) -> None:
+        await self._change(messages.Resume(self._link.next_id(), for_migration))
+
+    async def _change(self, request: messages.Pause | messages.Resume) -> int:
+        at, _ = await self._link.ask(request, messages.At)
+        self._is_running, self._is_stopped_by_user = at.running, at.stopped
+        return at.at_ns
 
     async def throttle(self, percent: int) -> None:
         await self._do(messages.Throttle(self._link.next_id(), percent))
@@ -149,7 +167,7 @@ class WorkloadGuest:
         await self._do(messages.Arm(self._link.next_id(), session, run))
 
     def _taken(self, event: messages.Taken) -> None:
-        self._is_running = event.running
+        self._is_running, self._is_stopped_by_user = event.running, not event.running
         when_taken = self._when_taken
 
         async def tell() -> None:
@@ -168,9 +186,14 @@ class WorkloadGuest:
         request = messages.ConnectHandover(self._link.next_id(), endpoint, session)
         await self._link.ask(request, messages.Done, wait_s=2 * ANSWER_WAIT_S)
 
-    async def hand_over(self, deadline_ns: int) -> Handover:
-        request = messages.HandOver(self._link.next_id(), deadline_ns)
-        wait_s = deadline_ns / 1e9 + ANSWER_WAIT_S
+    async def check_handover(self) -> None:
+        await self._link.ask(
+            messages.CheckHandover(self._link.next_id()), messages.Done, wait_s=2 * ANSWER_WAIT_S
+        )
+
+    async def hand_over(self, wait_ns: int) -> Handover:
+        request = messages.HandOver(self._link.next_id(), wait_ns)
+        wait_s = wait_ns / 1e9 + ANSWER_WAIT_S
         outcome, _ = await self._link.ask(request, messages.HandedOver, wait_s=wait_s)
         return Handover(outcome.outcome)
 
@@ -200,6 +223,7 @@ class WorkloadGuest:
             request, messages.Done, [self._ram.block.fd], wait_s=self._pass_wait_s()
         )
         self._is_running = request.run and not request.incoming
+        self._is_stopped_by_user = not request.run
 
 
 async def start_workload(
@@ -220,7 +244,7 @@ async def start_workload(
     except MigrationError:
         ram.close()
         raise
-    guest = WorkloadGuest(link, ram, tracker, running=False)
+    guest = WorkloadGuest(link, ram, tracker, running=False, stopped=not run)
     request = messages.Start(
         link.next_id(),
         ram.block.size,
@@ -261,7 +285,13 @@ async def adopt_workload(path: str, tracker: TrackerName | None) -> WorkloadGues
     except (MigrationError, asyncio.CancelledError):
         link.leave()
         raise
-    return WorkloadGuest(link, ram, tracker, running=attached.running)
+    guest = WorkloadGuest(link, ram, tracker, running=attached.running, stopped=attached.stopped)
+    if attached.unknown:
+        log.warning(
+            "nobody has said whether this guest runs at the destination of its last migration; "
+            "look there first: 'cont' asks once more, and then runs it here"
+        )
+    return guest
 
 
 def _adopted_ram(attached: messages.Attached, fds: list[int]) -> OwnedRam:

@@ -77,7 +77,7 @@ class PageBitmaps:
         )
 
     def move_to(self, target: PageBitmaps, worker_index: int = 0, worker_count: int = 1) -> int:
-        """Move a slice's bits into `target`; return the bits newly set there."""
+        """Move a slice's bits into `target`; return how many were moved."""
         return sum(
             _native.bitmap_move_slice(view, other, block.slice_of(worker_index, worker_count))
             for view, other, block in zip(self._views, target._views, self.blocks, strict=True)

@@ -21,6 +21,15 @@ STRIPE_SIZE: Final = (
 BLOCK_SIZE_MAX: Final = 2**32 * PAGE_SIZE  #: page indices are 32 bits on the wire: 16 TiB
 
 
+def check_page_size() -> None:
+    """Check that this kernel's pages are those of bitmaps, packets and native code.
+
+    :raise MemoryRefused: they are not (arm64 kernels also come with 16 and 64 KiB)."""
+    size = os.sysconf("SC_PAGESIZE")
+    if size != PAGE_SIZE:
+        raise MemoryRefused(f"this kernel has pages of {size} bytes; {PAGE_SIZE} are needed")
+
+
 @dataclass(frozen=True, slots=True)
 class RamBlock:
     """One block; frozen, because workers and peers are told its shape once.

@@ -40,18 +40,38 @@ class Placer:
             self._uffd = _native.uffd_open(
                 _native.UFFD_USER_MODE_ONLY, _native.UFFD_FEATURE_MISSING_SHMEM
             )
-        except OSError:
-            return
-        for block in self._blocks:
-            mapping = block.map()
-            self._fresh.append(mapping)
-            address = _native.mapping_address(mapping)
-            _native.uffd_register(self._uffd, address, block.size, _native.UFFD_REGISTER_MISSING)
+            for block in self._blocks:
+                mapping = block.map()
+                self._fresh.append(mapping)
+                address = _native.mapping_address(mapping)
+                mode = _native.UFFD_REGISTER_MISSING
+                _native.uffd_register(self._uffd, address, block.size, mode)
+        except (OSError, ValueError):
+            self._close_fresh()  # everything is copied then
+
+    def _close_fresh(self) -> None:
+        if self._uffd >= 0:
+            os.close(self._uffd)
+            self._uffd = -1
+        for mapping in self._fresh:
+            mapping.close()
+        self._fresh = []
 
     @property
     def method(self) -> str:
         """What is in use, for people."""
         return "memcpy" if self._uffd < 0 else "UFFDIO_COPY"
+
+    def check(self, index: int, data_runs: bytes, gathered_count: int, zero_runs: bytes) -> None:
+        """Check all runs of a packet before any of its pages is placed.
+
+        :raise WireError: a run is not within the block, out of order, or has a page that another
+            has; nothing was written."""
+        block = self._blocks[index]
+        try:
+            _native.packet_runs_check(data_runs, gathered_count, zero_runs, block.page_count)
+        except ValueError as exc:
+            raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
 
     def place(self, index: int, payload: memoryview, runs: memoryview, run_count: int) -> int:
         """Write the runs' pages; return how many were fresh.
@@ -87,9 +107,7 @@ class Placer:
 
     def close(self) -> None:
         """Give back everything; idempotent."""
-        if self._uffd >= 0:
-            os.close(self._uffd)
-            self._uffd = -1
-        for mapping in (*self._ram, *self._fresh):
+        self._close_fresh()
+        for mapping in self._ram:
             mapping.close()
-        self._ram, self._fresh = [], []
+        self._ram = []

@@ -9,7 +9,10 @@ from __future__ import annotations
 import enum
 import mmap
 import os
+import time
+from typing import TypeVar
 
+from engine import _native
 from engine.memory.bitmaps import shared_memory
 from engine.memory.blocks import PAGE_SIZE
 
@@ -28,6 +31,7 @@ class Count(enum.IntEnum):
     PACED_NS = 8  #: waiting for bandwidth
     STRANGERS = 9  #: messages dropped because they were not the peer's
     HARVEST_NS = 10  #: how long the last harvest took
+    HARVEST_PAGES = 11  #: looked at by harvests so far: moves as long as one is under way
 
 
 class Progress:
@@ -41,7 +45,7 @@ class Progress:
     @classmethod
     def create(cls) -> Progress:
         """All counters zero."""
-        return cls(shared_memory("progress", PAGE_SIZE))
+        return _create(cls, "progress")
 
     def __getitem__(self, count: Count) -> int:
         return self._words[count]
@@ -67,10 +71,23 @@ class Progress:
             self.fd = -1
 
 
+Shared = TypeVar("Shared", "Progress", "Budget")
+
+
+def _create(kind: type[Shared], name: str) -> Shared:
+    fd = shared_memory(name, PAGE_SIZE)
+    try:
+        return kind(fd)
+    except (OSError, ValueError):
+        os.close(fd)
+        raise
+
+
 class Budget:
     """The bandwidth budget that all senders take from; control owns it and sets its rate.
 
-    Two words: bytes per second (0: unlimited) and the time up to which bandwidth is sold.
+    Three words: bytes per second (0: unlimited), the time up to which bandwidth is sold, and the
+    generation of the rate.
     """
 
     def __init__(self, fd: int) -> None:
@@ -81,7 +98,7 @@ class Budget:
     @classmethod
     def create(cls) -> Budget:
         """Unlimited."""
-        return cls(shared_memory("budget", PAGE_SIZE))
+        return _create(cls, "budget")
 
     @property
     def rate_bytes_per_s(self) -> int:
@@ -89,8 +106,17 @@ class Budget:
 
     @rate_bytes_per_s.setter
     def rate_bytes_per_s(self, rate: int) -> None:
-        self._words[0] = min(rate, 2**63 - 1)
-        self._words[1] = 0  # what was sold at the old rate does not hold the new one back
+        """Only control calls this. What was sold at the old rate does not hold the new one back."""
+        _native.budget_set_rate(self.mapping, min(rate, 2**63 - 1), time.monotonic_ns())
+
+    @property
+    def generation(self) -> int:
+        """Counts the rates; what was bought before it changed must be bought again."""
+        return self._words[2]
+
+    def take(self, byte_count: int, now_ns: int, burst_ns: int) -> int:
+        """Buy bandwidth; return the monotonic time when the bytes may go."""
+        return _native.budget_take(self.mapping, byte_count, now_ns, burst_ns)
 
     def unmap(self) -> None:
         """Give the mapping back, the descriptor stays open; idempotent."""

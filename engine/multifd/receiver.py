@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import zmq
 
-from engine import wire
-from engine.errors import MemoryRefused, WireError
+from engine import unixsocket, wire
+from engine.errors import ChannelError, MemoryRefused, UsageError, WireError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.placement import Placer
 from engine.multifd.progress import Count, Progress
-from engine.multifd.worker import Inbox, blocks_of, log, run_worker, set_channel_options
+from engine.multifd.worker import Complaints, Inbox, blocks_of, log, run_worker, set_channel_options
 
 
 class Receiver:
@@ -31,6 +31,10 @@ class Receiver:
         self._incarnation = 0  #: newest incarnation that was opened
         self._broken = True  #: nothing of the newest incarnation is used (any more)
         self._sequence = 0
+        self._ended_round = 0  #: newest round that was acknowledged
+        self._may_repeat = False  #: its acknowledgement may have been lost with its incarnation
+        self._round_number = 0  #: going on; 0 until its first packet
+        self._complaints = Complaints()
         self._clear_round()
 
     def run(self) -> None:
@@ -46,6 +50,8 @@ class Receiver:
                     self._take_orders()
                 if self._socket is not None and self._socket in ready:
                     self._take_packet(self._socket)
+        except zmq.ZMQError as exc:
+            raise ChannelError(self._order.index, "receiving") from exc
         except MemoryRefused as exc:
             cause = exc.__cause__
             self._inbox.report(
@@ -67,9 +73,13 @@ class Receiver:
         self._socket = self._context.socket(zmq.ROUTER)
         set_channel_options(self._socket)
         try:
+            if order.bind.startswith("ipc://"):  # libzmq removes whatever file is there
+                unixsocket.claim(order.bind.removeprefix("ipc://"))
             self._socket.bind(order.bind)
+        except UsageError as exc:
+            raise MemoryRefused(f"cannot listen on {order.bind}: {exc}") from None
         except zmq.ZMQError as exc:
-            raise MemoryRefused(f"cannot listen on {order.bind}: {exc.strerror}") from exc
+            raise MemoryRefused(f"cannot listen on {order.bind}: {exc.strerror}") from None
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self._inbox.report(wire.Ready(endpoint.rstrip(b"\0").decode(), self._placer.method))
@@ -100,7 +110,9 @@ class Receiver:
                 self._break(str(exc))
             else:
                 self._progress.add(Count.STRANGERS, 1)
-                log.warning("channel %d dropped a stranger's message: %s", self._order.index, exc)
+                self._complaints.say(
+                    f"channel {self._order.index} dropped a stranger's message: {exc}"
+                )
 
     def _receive(
         self, socket: zmq.Socket[bytes]
@@ -124,7 +136,7 @@ class Receiver:
                 f"sequence {packet.sequence}"
             )
         self._identity, self._incarnation = identity, packet.incarnation
-        self._sequence, self._broken = 1, False
+        self._sequence, self._broken, self._may_repeat = 1, False, True
         self._clear_round()
         self._inbox.report(wire.Opened(packet.incarnation))
 
@@ -132,6 +144,7 @@ class Receiver:
         if packet.sequence != self._sequence + 1:
             raise WireError(f"packet {packet.sequence} after {self._sequence}: packets were lost")
         self._sequence = packet.sequence
+        self._check_round(packet.round_number)
         if packet.kind is wire.PacketKind.ROUND_END:
             self._end_round(packet)
             return
@@ -151,8 +164,20 @@ class Receiver:
         header_bytes = wire.HEADER.size + len(packet.data_runs) + len(packet.zero_runs)
         self._progress.add(Count.WIRE_BYTES, header_bytes + packet.payload_bytes)
 
+    def _check_round(self, number: int) -> None:
+        """Rounds have rising numbers over all incarnations, so that each is placed and acknowledged
+        once; only a new incarnation may repeat the newest."""
+        if self._round_number:
+            if number != self._round_number:
+                raise WireError(f"packet of round {number} in round {self._round_number}")
+            return
+        if number < self._ended_round + (not self._may_repeat):
+            raise WireError(f"packet of round {number} after the end of {self._ended_round}")
+        self._round_number = number
+
     def _place(self, packet: wire.Packet, payload: list[memoryview]) -> None:
         index, runs = packet.block_id - 1, memoryview(packet.data_runs)
+        self._placer.check(index, packet.data_runs, packet.gathered_runs, packet.zero_runs)
         fresh = 0
         split = packet.gathered_runs * wire.RUN.size
         if split:
@@ -182,9 +207,11 @@ class Receiver:
                 self._pages, self._zero_pages, self._payload_bytes,
             )
         )  # fmt: skip
+        self._ended_round, self._may_repeat = packet.round_number, False
         self._clear_round()
 
     def _clear_round(self) -> None:
+        self._round_number = 0
         self._packets = self._pages = self._zero_pages = self._payload_bytes = 0
 
     def _break(self, reason: str) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Final
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from engine import _native, wire
 from engine.errors import ChannelError, MigrationError
@@ -30,13 +29,9 @@ from engine.memory.tracking import (
     WriteProtected,
     hash_tables,
 )
+from engine.multifd.channel import Channel, Superseded
 from engine.multifd.progress import Budget, Count, Progress
-from engine.multifd.worker import Inbox, blocks_of, run_worker, set_channel_options
-
-LOOPBACK: Final = ("tcp://127.", "tcp://[::1]:", "tcp://localhost:")
-#: On loopback nothing is on its way for long: a larger send buffer only leaves the caches (5 % less
-#: CPU than with the kernel's own tuning, up to 4 MiB). Over a network the kernel tunes it.
-LOOPBACK_SEND_BUFFER_BYTES: Final = 512 * 1024
+from engine.multifd.worker import Inbox, blocks_of, run_worker
 
 #: Runs of at least so many pages are lent to ZeroMQ, shorter ones are copied together.
 DIRECT_RUN_PAGES_MIN: Final = 64
@@ -45,56 +40,6 @@ DIRECT_RUN_PAGES_MIN: Final = 64
 PACING_NS: Final = 5_000_000
 PACED_PAGES_MIN: Final = 16
 BURST_NS: Final = 20_000_000
-
-LOST_EVENTS: Final = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
-HANDSHAKE_FAILED: Final = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-
-
-class Channel:
-    """One incarnation of the channel: a DEALER that connects once and says when it is lost."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], order: wire.OpenChannel) -> None:
-        self.incarnation = order.incarnation
-        self.sequence = 0
-        self.is_open = False
-        self.socket = context.socket(zmq.DEALER)
-        set_channel_options(self.socket)
-        if order.endpoint.startswith(LOOPBACK):
-            self.socket.setsockopt(zmq.SNDBUF, LOOPBACK_SEND_BUFFER_BYTES)
-        self.monitor = self.socket.get_monitor_socket(
-            LOST_EVENTS | HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED
-        )
-        self.monitor.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(order.endpoint)
-
-    def check(self) -> bool:
-        """Follow what happened to the connection; True when it has just opened.
-
-        :raise ConnectionError: it is lost, with everything that was not acknowledged."""
-        opened = False
-        while int(self.monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            event = recv_monitor_message(self.monitor)["event"]
-            assert isinstance(event, int)
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                opened = self.is_open = True
-            elif event & HANDSHAKE_FAILED:
-                raise ConnectionError("the peer's ZeroMQ handshake failed")
-            elif event & LOST_EVENTS:
-                raise ConnectionError("connection lost" if self.is_open else "connection refused")
-        return opened
-
-    def close(self) -> None:
-        self.socket.disable_monitor()
-        self.monitor.close()
-        self.socket.close(linger=0)
-
-
-class Superseded(Exception):
-    """While a packet waited, control ordered the channel to be made anew."""
 
 
 class RoundTotals:
@@ -132,7 +77,7 @@ class Sender:
                 self._follow_channel()
                 if self._round and self._channel and self._channel.is_open:
                     self._send_batch(self._round)
-        except (MigrationError, OSError) as exc:
+        except (MigrationError, OSError, zmq.ZMQError) as exc:
             self._inbox.report(wire.WorkerFailed(wire.cut(str(exc))))
 
     def _wait(self, poller: zmq.Poller) -> None:
@@ -140,9 +85,10 @@ class Sender:
         if self._channel is None:
             poller.poll()
             return
-        poller.register(self._channel.monitor, zmq.POLLIN)
+        monitor = self._channel.monitor
+        poller.register(monitor, zmq.POLLIN)
         poller.poll()
-        poller.unregister(self._channel.monitor)
+        poller.unregister(monitor)
 
     def _take_orders(self) -> None:
         while (taken := self._inbox.take()) is not None:
@@ -194,11 +140,17 @@ class Sender:
                 return ContentHash(*where, self._ram, candidates, hashes, order.hash_seed)
 
     def _harvest(self, order: wire.Harvest) -> None:
-        began_ns = time.monotonic_ns()
-        self._harvester.harvest(self._dirty)
+        """Collect what was written; between two pieces say how far it is, and look after control.
+
+        :raise ParentGone: control is gone."""
+        began_ns, found = time.monotonic_ns(), 0
+        for piece in self._harvester.harvest(self._dirty):
+            found += piece.found
+            self._progress.add(Count.HARVEST_PAGES, piece.pages)
+            self._inbox.check()
         self._progress.put(Count.HARVEST_NS, time.monotonic_ns() - began_ns)
         dirty_pages = self._dirty.count(self._order.index, self._order.count)
-        self._inbox.report(wire.Harvested(order.number, dirty_pages))
+        self._inbox.report(wire.Harvested(order.number, dirty_pages, found))
 
     # -- the channel -----------------------------------------------------------------------------
 
@@ -220,6 +172,8 @@ class Sender:
             if self._channel.check():
                 self._send(self._packet(wire.PacketKind.OPEN), [])
                 self._inbox.report(wire.Opened(self._channel.incarnation))
+        except Superseded:
+            return
         except (ConnectionError, ChannelError) as exc:
             self._lose_channel(str(exc.__cause__ or exc))
 
@@ -349,7 +303,8 @@ class Sender:
         assert channel is not None
         header = packet.encode()
         wire_bytes = len(header) + packet.payload_bytes * (packet.kind is wire.PacketKind.PAGES)
-        self._pace(channel, wire_bytes)
+        if packet.kind is wire.PacketKind.PAGES:  # the others are few and short
+            self._pace(channel, wire_bytes)
         began_ns = 0
         parts: list[bytes | memoryview] = [header, *frames]
         while True:
@@ -378,19 +333,22 @@ class Sender:
             raise Superseded
 
     def _pace(self, channel: Channel, wire_bytes: int) -> None:
-        """Wait until the shared budget lets `wire_bytes` go; a lifted limit ends the wait."""
-        now_ns = time.monotonic_ns()
-        until_ns = _native.budget_take(self._budget.mapping, wire_bytes, now_ns, BURST_NS)
-        while now_ns < until_ns and self._budget.rate_bytes_per_s:
+        """Wait until the shared budget lets `wire_bytes` go; another rate begins the wait anew."""
+        now_ns, generation = time.monotonic_ns(), self._budget.generation
+        until_ns = self._budget.take(wire_bytes, now_ns, BURST_NS)
+        while now_ns < until_ns:
             wait_ns = min(until_ns - now_ns, BURST_NS)
             if select.select([self._inbox], [], [], wait_ns / 1_000_000_000)[0]:
                 self._take_orders()
-            channel.check()
             if self._channel is not channel:
                 raise Superseded
+            channel.check()
             waited_ns = time.monotonic_ns() - now_ns
             self._progress.add(Count.PACED_NS, waited_ns)
             now_ns += waited_ns
+            if self._budget.generation != generation:
+                generation = self._budget.generation
+                until_ns = self._budget.take(wire_bytes, now_ns, BURST_NS)
 
 
 def main(fd: int) -> None:

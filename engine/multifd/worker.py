@@ -11,9 +11,11 @@ import contextlib
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
@@ -25,7 +27,6 @@ from engine.memory.blocks import RamBlock
 
 log = logging.getLogger("ramferry.worker")
 
-FDS_MAX: Final = 8 + 2 * wire.BLOCKS_MAX
 #: Packets unsent or unread, each way: 2 x 2 MiB = 4 MiB a channel and side. One being used, one
 #: ready: more only leaves the caches (4: 7 % more time and CPU on the peer benchmark).
 QUEUE_PACKETS_MAX: Final = 2
@@ -35,6 +36,8 @@ HEARTBEAT_TIMEOUT_MS: Final = 10_000
 #: so a
 #: hostile peer is bounded here: the worker dies and is replaced, the host is not harmed.
 PRIVATE_MEMORY_MAX_BYTES: Final = 512 * 1024 * 1024
+
+COMPLAINT_INTERVAL_NS: Final = 5_000_000_000
 
 T = TypeVar("T")
 
@@ -54,6 +57,10 @@ class Inbox(Generic[T]):
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def close(self) -> None:
+        """Give the socket back; a worker need not, it ends with it. Idempotent."""
+        self._socket.close()
+
     def take(self) -> tuple[T, list[int]] | None:
         """The next order and the descriptors beside it (now ours), or None.
 
@@ -62,7 +69,7 @@ class Inbox(Generic[T]):
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(
                 wire.ORDER_BYTES_MAX + 1,
-                socket.CMSG_SPACE(FDS_MAX * fds.itemsize),
+                socket.CMSG_SPACE(wire.DESCRIPTORS_MAX * fds.itemsize),
                 socket.MSG_CMSG_CLOEXEC,
             )
         except BlockingIOError:
@@ -78,6 +85,15 @@ class Inbox(Generic[T]):
             raise MigrationError("an order from control was cut: too long or too many descriptors")
         return self._decoder.decode(data), list(fds)
 
+    def check(self) -> None:
+        """For long work between two orders.
+
+        :raise ParentGone: control is gone."""
+        poll = select.poll()
+        poll.register(self._socket, 0)  # a hang-up is always told
+        if poll.poll(0):
+            raise ParentGone
+
     def report(self, message: wire.Message) -> None:
         """Tell control; reports are few, so a full socket is waited for."""
         self._socket.setblocking(True)
@@ -87,6 +103,25 @@ class Inbox(Generic[T]):
             raise ParentGone from exc
         finally:
             self._socket.setblocking(False)
+
+
+class Complaints:
+    """Log lines that a stranger could cause without end: the first one, then one in a while that
+    says how many there were."""
+
+    def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock_ns = clock_ns
+        self._said_ns: int | None = None
+        self._unsaid = 0
+
+    def say(self, text: str) -> None:
+        """Log `text`, or count it."""
+        now_ns = self._clock_ns()
+        if self._said_ns is not None and now_ns - self._said_ns < COMPLAINT_INTERVAL_NS:
+            self._unsaid += 1
+            return
+        log.warning("%s%s", text, f" ({self._unsaid} more before)" if self._unsaid else "")
+        self._said_ns, self._unsaid = now_ns, 0
 
 
 def blocks_of(shapes: Sequence[wire.BlockShape], fds: Sequence[int]) -> list[RamBlock]:

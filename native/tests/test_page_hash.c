@@ -71,13 +71,14 @@ static void scan_finds_the_changed_candidate_only(void)
     bitmap_word candidates[3] = {~UINT64_C(0), ~UINT64_C(0), 1}, dirty[3] = {0};
 
     hash_pages(ram, 5, hashes, (const unsigned char *)all, 1);
-    CHECK(hash_scan(ram, 5, hashes, candidates, dirty, &slice) == 0);
+    CHECK(hash_scan(ram, 5, hashes, candidates, dirty, &slice, 0) == 0);
     ram[10 * PAGE_BYTES + 77] = 1;
     ram[64 * PAGE_BYTES + 4095] = 1;
     ram[129 * PAGE_BYTES] = 1; /* not a candidate */
-    CHECK(hash_scan(ram, 5, hashes, candidates, dirty, &second) == 1 && dirty[1] == 1);
-    CHECK(hash_scan(ram, 5, hashes, candidates, dirty, &slice) == 1 && dirty[0] == 1 << 10);
-    CHECK(dirty[2] == 0 && hash_scan(ram, 5, hashes, candidates, dirty, &slice) == 0);
+    CHECK(hash_scan(ram, 5, hashes, candidates, dirty, &second, 0) == 1 && dirty[1] == 1);
+    CHECK(hash_scan(ram, 5, hashes, candidates, dirty, &slice, 11) == 0 && dirty[0] == 0);
+    CHECK(hash_scan(ram, 5, hashes, candidates, dirty, &slice, 10) == 1 && dirty[0] == 1 << 10);
+    CHECK(dirty[2] == 0 && hash_scan(ram, 5, hashes, candidates, dirty, &slice, 0) == 0);
 }
 
 int main(void)

@@ -3,6 +3,7 @@
 #include "../workload.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -226,6 +227,42 @@ static void a_state_goes_on_elsewhere_and_a_damaged_one_changes_nothing(void)
     munmap(ram, PAGES * 4096u);
 }
 
+/* As a sender reads: the vCPU may write meanwhile, and the bit tells that the page must be read again. */
+#if defined(__GNUC__)
+__attribute__((no_sanitize_thread))
+#endif
+static uint64_t counter_now(const uint64_t *page)
+{
+    return __atomic_load_n(page + 2, __ATOMIC_RELAXED);
+}
+
+/* Whoever takes a page's bit and then reads the page has its last write, or finds the bit again. */
+static void a_bit_is_set_after_its_page_was_written(void)
+{
+    static _Alignas(4096) uint64_t page[512];
+    uint64_t written = 0, seen = 0, before = 0;
+    struct workload *workload = NULL;
+    struct workload_options options = {page, 1, 1, WORKLOAD_SWEEP, 0, 508, SEED, &written};
+
+    workload_fill(page, 0, 1, WORKLOAD_RANDOM, SEED);
+    CHECK(workload_start(&workload, &options) == 0);
+    for (int i = 0; i < 20000; i++) {
+        workload_resume(workload);
+        for (int takes = 0; takes < 1 + i % 3;)
+            if (__atomic_exchange_n(&written, 0, __ATOMIC_ACQUIRE) != 0) {
+                seen = counter_now(page);
+                takes++;
+            } else if (vcpu_writes(workload) == before) {
+                sched_yield(); /* it has not begun */
+            }
+        workload_pause(workload, NULL);
+        before = vcpu_writes(workload);
+        CHECK(before == page[2]);
+        CHECK(seen == page[2] || written == 1);
+    }
+    workload_free(workload);
+}
+
 static void impossible_options_are_refused(void)
 {
     static uint64_t page[512];
@@ -257,6 +294,7 @@ int main(void)
     pauses_cut_every_wait_short();
     a_bitmap_can_be_exchanged_while_it_runs();
     a_state_goes_on_elsewhere_and_a_damaged_one_changes_nothing();
+    a_bit_is_set_after_its_page_was_written();
     impossible_options_are_refused();
     puts("workload: all right");
     return 0;

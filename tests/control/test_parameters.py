@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.control.capabilities import CapabilityStore
-from engine.control.parameters import PARAMETERS, ParameterStore, parse_size, parse_value
+from engine.control.parameters import PARAMETERS, ParameterStore, parse_value
 from engine.errors import UsageError
 
 #: What a fresh QEMU 10.0.2 answers to query-migrate-parameters, in its order.
@@ -156,20 +157,6 @@ def test_whatever_is_set_the_values_stay_inside_the_table(changes: dict[str, obj
             assert parameter.low <= value <= parameter.high
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("0", 0), ("4096", 4096), ("4k", 4096), ("1.5G", 3 * 2**29), ("2T", 2**41), ("7b", 7)],
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "G", "-1", "1x", "1e9", "nan", "inf", "1..2M", "M5"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="Invalid size"):
-        parse_size(text)
-
-
 def test_values_of_the_command_line_have_their_types() -> None:
     assert parse_value("max-bandwidth", "200M") == 200 * 2**20
     assert parse_value("direct-io", "on") is True
@@ -220,3 +207,21 @@ def test_capabilities_in_conflict_change_nothing(changes: dict[str, bool], text:
 
     assert str(refused.value) == text
     assert not store.is_on("events")
+
+
+def test_what_was_given_is_repeated_in_part_only() -> None:
+    long = "~" * 5000
+    refusals: list[tuple[Callable[..., object], tuple[object, ...]]] = [
+        (parse_value, (long, "1")),
+        (parse_value, ("max-bandwidth", long)),
+        (parse_value, ("downtime-limit", "9" * 5000)),
+        (parse_value, ("direct-io", long)),
+        (ParameterStore().set, ({"mode": long},)),
+        (ParameterStore().set, ({long: 1},)),
+        (CapabilityStore().set, ({long: True},)),
+    ]
+    for refuse, arguments in refusals:
+        with pytest.raises(UsageError) as refused:
+            refuse(*arguments)
+        text = str(refused.value)
+        assert max(text.count("~"), text.count("9")) == 100

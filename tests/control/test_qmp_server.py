@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPClient
 
+from engine.control.qmp import server as server_module
 from engine.control.qmp.registry import Arguments, CommandRegistry
-from engine.control.qmp.server import CLIENTS_MAX, EVENTS_MAX, QmpServer
+from engine.control.qmp.server import CLIENTS_MAX, EVENTS_MAX, REQUESTS_MAX, QmpServer
 from engine.control.uri import Address
 from engine.errors import MigrationError, UsageError
 
@@ -38,8 +39,34 @@ async def bug(_: object) -> object:
     raise KeyError("ours")
 
 
+class Gate:
+    """A command that tells that it has begun, waits until it may go on, and tells that it ended."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Semaphore(0)
+        self.begun_count = 0
+        self.may_end = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def pass_through(self, _: object) -> None:
+        self.begun_count += 1
+        self.begun.release()
+        await self.may_end.wait()
+        self.ended.set()
+
+
+async def unencodable(_: object) -> object:
+    return ["\ud800"]
+
+
+async def large(_: object) -> object:
+    return "x" * 60_000
+
+
 def registry() -> CommandRegistry:
     commands = CommandRegistry()
+    commands.add("unencodable", unencodable)
+    commands.add("large", large, oob=True)
     commands.add("echo", echo, Echo, oob=True)
     commands.add("fail", fail)
     commands.add("bug", bug)
@@ -64,8 +91,8 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def serving(path: Path) -> AsyncIterator[QmpServer]:
-    server = QmpServer(registry())
+async def serving(path: Path, commands: CommandRegistry | None = None) -> AsyncIterator[QmpServer]:
+    server = QmpServer(commands or registry())
     await server.listen(Address(path=str(path)))
     try:
         yield server
@@ -297,3 +324,260 @@ def test_the_client_of_qemu_works_over_tcp() -> None:
         return answer
 
     assert asyncio.run(scenario()) == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (rb'{"execute":"echo","id":"\ud800"}', "surrogate"),
+        (rb'{"execute":"echo","arguments":{"value":"\udc80"}}', "surrogate"),
+        (rb'{"execute":"echo","arguments":{"\ud800":1}}', "surrogate"),
+        (b'{"execute":"echo","id":"\xed\xa0\x80"}', "invalid UTF-8"),
+        (b'{"execute":"echo","id":"\xff"}', "invalid UTF-8"),
+        (b'{"execute":"echo","id":NaN}', "invalid keyword 'NaN'"),
+        (b'{"execute":"echo","id":1e999}', "out of range"),
+        (b'{"execute":"echo","id":' + b"9" * 5000 + b"}", "out of range"),
+    ],
+)
+def test_what_could_not_be_answered_is_a_parse_error_and_the_connection_goes_on(
+    tmp_path: Path, request_: bytes, says: str
+) -> None:
+    async def scenario() -> list[Any]:
+        async with serving(tmp_path / "qmp"), client(tmp_path / "qmp") as one:
+            return await one.ask(request_, ECHO)
+
+    refused, echoed = asyncio.run(scenario())
+    assert refused["error"]["class"] == "GenericError"
+    assert refused["error"]["desc"].startswith("JSON parse error, ")
+    assert says in refused["error"]["desc"]
+    assert echoed == {"return": ["x"]}
+
+
+@pytest.mark.parametrize(
+    "identity", ["\U0001f600", 2**64 - 1, -(2**63), 1e300, float(2**70), None, {"a": [[]]}]
+)
+def test_an_id_comes_back_as_it_was(tmp_path: Path, identity: Any) -> None:
+    async def scenario() -> list[Any]:
+        async with serving(tmp_path / "qmp"), client(tmp_path / "qmp") as one:
+            return await one.ask(ECHO | {"id": identity})
+
+    assert asyncio.run(scenario()) == [{"return": ["x"], "id": identity}]
+
+
+def test_an_answer_that_cannot_be_encoded_is_an_error_and_the_connection_goes_on(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> list[Any]:
+        async with serving(tmp_path / "qmp"), client(tmp_path / "qmp") as one:
+            return await one.ask({"execute": "unencodable", "id": 3}, ECHO)
+
+    refused, echoed = asyncio.run(scenario())
+    assert refused["error"]["desc"].startswith("internal error: UnicodeEncodeError")
+    assert refused["id"] == 3
+    assert echoed == {"return": ["x"]}
+
+
+def test_a_session_whose_executor_dies_of_a_bug_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_: object, __: object) -> bytes:
+        raise KeyError("ours")
+
+    async def scenario() -> bytes:
+        async with serving(tmp_path / "qmp"), client(tmp_path / "qmp") as one:
+            monkeypatch.setattr(server_module.Session, "_execute", broken)
+            one.writer.write(json.dumps(ECHO).encode())
+            async with asyncio.timeout(10):
+                with contextlib.suppress(ConnectionError):
+                    return await one.reader.read()
+            return b""
+
+    assert asyncio.run(scenario()) == b""
+
+
+@pytest.mark.parametrize("verb", ["exec-oob", "execute"])
+def test_requests_that_wait_for_their_answer_are_bounded_out_of_band_too(
+    tmp_path: Path, verb: str
+) -> None:
+    count = REQUESTS_MAX * 4
+
+    async def scenario() -> tuple[int, int]:
+        gate = Gate()
+        commands = registry()
+        commands.add("gate", gate.pass_through, oob=True)
+        path = tmp_path / "qmp"
+        async with serving(path, commands) as server, client(path, oob=True) as one:
+            request = json.dumps({verb: "gate"}).encode()
+            one.writer.write(request * count)
+            (session,) = server._sessions
+            async with asyncio.timeout(10):
+                while not session._room.locked():
+                    await gate.begun.acquire()
+            for _ in range(100):  # what could begin now, would
+                await asyncio.sleep(0)
+            most = max(gate.begun_count, session._in_flight)
+            gate.may_end.set()
+            answers = [await one.line() for _ in range(count)]
+            return most, answers.count({"return": {}})
+
+    most, answered = asyncio.run(scenario())
+    assert most <= REQUESTS_MAX
+    assert answered == count
+
+
+@pytest.mark.parametrize("verb", ["exec-oob", "execute"])
+def test_a_client_that_asks_and_never_reads_is_not_read_any_more(tmp_path: Path, verb: str) -> None:
+    async def scenario() -> bool:
+        path = tmp_path / "qmp"
+        async with serving(path) as server, client(path, oob=True) as one:
+            one.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            (session,) = server._sessions
+            one.writer.write(json.dumps({verb: "large"}).encode() * 10_000)
+            async with asyncio.timeout(10):
+                while not session._room.locked() or not session._write_lock.locked():
+                    await asyncio.sleep(0)
+            for _ in range(1000):  # what could go on, would
+                await asyncio.sleep(0)
+            waiting = len(session._side) + session._requests.qsize()
+            written = session._writer.transport.get_write_buffer_size()
+            one.writer.transport.abort()
+            return waiting <= REQUESTS_MAX and written < 1_000_000 and session._room.locked()
+
+    assert asyncio.run(scenario())
+
+
+def test_a_command_that_has_begun_ends_though_its_client_is_gone(tmp_path: Path) -> None:
+    async def scenario() -> bool:
+        gate = Gate()
+        commands = registry()
+        commands.add("gate", gate.pass_through)
+        path = tmp_path / "qmp"
+        async with serving(path, commands) as server:
+            async with client(path) as one:
+                one.writer.write(b'{"execute":"gate"}')
+                async with asyncio.timeout(10):
+                    await gate.begun.acquire()
+                server.emit("STOP")  # closing with something unread resets the connection
+                (task,) = server._sessions.values()
+                one.writer.transport.abort()
+                task.cancel()
+            await asyncio.wait([task], timeout=10)
+            assert not server._sessions
+            gate.may_end.set()
+            async with asyncio.timeout(10):
+                await gate.ended.wait()
+            return True
+
+    assert asyncio.run(scenario())
+
+
+def test_closing_waits_for_a_command_that_has_begun(tmp_path: Path) -> None:
+    async def scenario() -> bool:
+        gate = Gate()
+        commands = registry()
+        commands.add("gate", gate.pass_through)
+        path = tmp_path / "qmp"
+        async with serving(path, commands) as server, client(path) as one:
+            one.writer.write(b'{"execute":"gate"}')
+            async with asyncio.timeout(10):
+                await gate.begun.acquire()
+            closing = asyncio.ensure_future(server.close())
+            (task,) = server._sessions.values()
+            await asyncio.wait([task], timeout=10)
+            assert not closing.done()
+            gate.may_end.set()
+            await closing
+            return gate.ended.is_set()
+
+    assert asyncio.run(scenario())
+
+
+def test_closing_gives_up_a_command_that_never_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "COMMANDS_WAIT_S", 0.1)
+
+    async def scenario() -> bool:
+        gate = Gate()
+        commands = registry()
+        commands.add("gate", gate.pass_through)
+        path = tmp_path / "qmp"
+        async with serving(path, commands) as server, client(path) as one:
+            one.writer.write(b'{"execute":"gate"}')
+            async with asyncio.timeout(10):
+                await gate.begun.acquire()
+                await server.close()
+            return gate.ended.is_set()
+
+    assert asyncio.run(scenario()) is False
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_client_that_never_reads_does_not_hold_up_the_end(tmp_path: Path, leaves: bool) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "qmp"
+        async with serving(path) as server, client(path) as one:
+            one.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            one.writer.write(json.dumps({"execute": "large"}).encode() * 100)
+            (session,) = server._sessions
+            async with asyncio.timeout(10):
+                while not session._room.locked():
+                    await asyncio.sleep(0.01)
+                if leaves:
+                    one.writer.write_eof()
+                await server.close()
+            one.writer.transport.abort()
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_reads_gets_all_that_waits_for_it_before_the_end(tmp_path: Path) -> None:
+    count = 7
+
+    async def scenario() -> int:
+        path = tmp_path / "qmp"
+        async with serving(path) as server, client(path) as one:
+            (session,) = server._sessions
+            one.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            one.writer.write(json.dumps({"execute": "large"}).encode() * count)
+            async with asyncio.timeout(10):
+                while not session._writer.transport.get_write_buffer_size():
+                    await asyncio.sleep(0)
+            closing = asyncio.ensure_future(server.close())
+            one.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            everything = await one.reader.read()
+            await closing
+            return everything.count(b"return")
+
+    assert asyncio.run(scenario()) == count
+
+
+def test_a_client_that_leaves_without_reading_its_answers_frees_its_place(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "qmp"
+        async with serving(path) as server:
+            async with client(path) as one:
+                one.writer.write(json.dumps({"execute": "large"}).encode() * 100)
+                await one.line()
+                (task,) = server._sessions.values()
+                one.writer.transport.abort()
+            await asyncio.wait([task], timeout=10)
+            assert not server._sessions
+
+    asyncio.run(scenario())
+
+
+def test_the_port_that_was_chosen_for_a_monitor_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> Any:
+        server = QmpServer(registry())
+        with caplog.at_level("INFO", "ramferry.qmp"):
+            await server.listen(Address("127.0.0.1", 0))
+        (line,) = caplog.messages
+        host, _, port = line.removeprefix("a monitor listens at tcp:").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        greeting = json.loads(await reader.readline())
+        writer.close()
+        await server.close()
+        return greeting
+
+    assert "QMP" in asyncio.run(scenario())

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.control.uri import Address, parse_migrate_target, parse_uri
+from engine.control.uri import (
+    Address,
+    parse_destination,
+    parse_listen_address,
+    parse_migrate_target,
+    parse_uri,
+)
 from engine.errors import UsageError, WireError
 
 
 @pytest.mark.parametrize(
-    ("text", "address", "endpoint", "bind"),
+    ("text", "address", "channel"),
     [
-        ("tcp:host:44", Address("host", 44), "tcp://host:44", "tcp://host:44"),
-        ("tcp:127.0.0.1:0", Address("127.0.0.1", 0), "tcp://127.0.0.1:0", "tcp://127.0.0.1:*"),
-        ("tcp:[::1]:5", Address("::1", 5), "tcp://[::1]:5", "tcp://[::1]:5"),
-        ("tcp::5", Address("", 5), "tcp://:5", "tcp://*:5"),
-        ("unix:/a/b", Address(path="/a/b"), "ipc:///a/b", "ipc:///a/b"),
+        ("tcp:host:44", Address("host", 44), "tcp://host:*"),
+        ("tcp:127.0.0.1:0", Address("127.0.0.1", 0), "tcp://127.0.0.1:*"),
+        ("tcp:[::1]:5", Address("::1", 5), "tcp://[::1]:*"),
+        ("tcp::5", Address("", 5), "tcp://*:*"),
+        ("unix:/a/b", Address(path="/a/b"), "ipc:///a/b.channel-0"),
     ],
 )
-def test_uris_mean_endpoints(text: str, address: Address, endpoint: str, bind: str) -> None:
+def test_uris_mean_endpoints(text: str, address: Address, channel: str) -> None:
     assert parse_uri(text) == address
-    assert (address.endpoint, address.bind_endpoint) == (endpoint, bind)
+    assert address.channel_endpoint(0, 0) == channel
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,17 @@ def test_uris_mean_endpoints(text: str, address: Address, endpoint: str, bind: s
         ("tcp:*:5", "error parsing host"),
         ("unix:", "is empty or too long"),
         ("unix:" + "x" * 91, "is empty or too long"),
+        ("tcp:127.0.0.1:" + "9" * 5000, "0 to 65535 are allowed"),
+        ("tcp:h:000080", "0 to 65535 are allowed"),
+        ("tcp:h:\u0661", "0 to 65535 are allowed"),
+        ("tcp:a..b:4444", "error parsing host in address 'a..b:4444'"),
+        ("tcp:" + "h" * 64 + ":4444", "error parsing host"),
+        ("tcp:\udcff:4444", "error parsing host in address '\\udcff:4444'"),
+        ("unix:/tmp/\udcff\udcfe", "'/tmp/\\udcff\\udcfe' is not UTF-8"),
+        ("unix:/tmp/\ud800", "is not UTF-8"),
+        ("unix:*", "is no file (a wildcard or an abstract name); write './*'"),
+        ("unix:@x", "is no file (a wildcard or an abstract name); write './@x'"),
+        ("smoke\n:" + "x" * 5000, "unknown migration protocol: smoke\\n:xxx"),
         ("exec:cat", "migration over 'exec:' is not in this build"),
         ("fd:3", "migration over 'fd:' is not in this build"),
     ],
@@ -47,6 +67,22 @@ def test_what_is_no_uri_is_refused_in_one_line(text: str, says: str) -> None:
         parse_uri(text)
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 250
+    with pytest.raises(UsageError, match="a monitor listens at unix:PATH or tcp:HOST:PORT"):
+        parse_listen_address(text)
+
+
+@given(st.text(st.characters(codec=None), max_size=60), st.sampled_from(["tcp:", "unix:", ""]))
+def test_no_text_ends_in_anything_but_an_address_or_a_usage_error(text: str, scheme: str) -> None:
+    with contextlib.suppress(UsageError):
+        assert isinstance(parse_uri(scheme + text), Address)
+
+
+@pytest.mark.parametrize("uri", ["tcp::4444", "tcp:[]:4444", "tcp:h:0", "tcp::0"])
+def test_a_destination_must_be_somewhere(uri: str) -> None:
+    assert parse_migrate_target(uri, None) == parse_uri(uri)
+    with pytest.raises(UsageError, match="to connect to; write tcp:HOST:PORT"):
+        parse_destination(uri, None)
 
 
 def test_ports_of_channels_and_handover_follow_the_base() -> None:
@@ -109,3 +145,18 @@ def test_wrong_targets_are_refused(uri: str | None, channels: Any, says: str) ->
     with pytest.raises(UsageError) as refused:
         parse_migrate_target(uri, channels)
     assert says in str(refused.value)
+
+
+def test_only_dead_sockets_of_the_main_and_the_channels_are_removed(tmp_path: Path) -> None:
+    address = Address(path=str(tmp_path / "m"))
+    for name in ("m", "m.channel-0", "m.channel-2", "m.handover"):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(tmp_path / name))
+    (tmp_path / "m.channel-1").write_text("precious")
+
+    address.remove_files(2)
+
+    left = ["m.channel-1", "m.channel-2", "m.handover"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    for name in ("m.channel-2", "m.handover"):
+        (tmp_path / name).unlink()

@@ -9,8 +9,7 @@ import os
 import select
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,14 +76,6 @@ def ended_within(pid: int, wait_s: float = 20.0) -> bool:
         return bool(select.select([pidfd], [], [], wait_s)[0])
     finally:
         os.close(pidfd)
-
-
-def eventually(fact: Callable[[], bool], wait_s: float = 20.0) -> bool:
-    """Wait until it is so."""
-    deadline = time.monotonic() + wait_s
-    while not fact() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return fact()
 
 
 class Stub:

@@ -16,10 +16,11 @@ import pytest
 
 from engine.errors import GuestError, UsageError
 from engine.guest.base import Handover
-from engine.guest.handover import MESSAGE, Kind, decode, encode
+from engine.guest.token import MESSAGE, Kind, decode, encode
 from engine.guest.workload import WorkloadGuest
-from tests.guest.support import SESSION, Stub, ended_within, eventually, judged, run, stub, workload
+from tests.guest.support import SESSION, Stub, ended_within, judged, run, stub, workload
 from tests.guest.support import writes_reach as reach
+from tests.support import eventually
 
 SECOND_NS = 1_000_000_000
 
@@ -122,7 +123,7 @@ def test_a_guest_that_the_user_stopped_stays_stopped(rundir: Path) -> None:
             async with adopted(socket_of(control)) as guest:
                 assert not guest.is_running
                 assert await guest.writes() == writes
-                await guest.resume()
+                await guest.resume(for_migration=False)
                 await reach(guest, writes + 100)
 
         run(scenario())
@@ -147,7 +148,7 @@ def test_an_incoming_guest_ends_frees_and_the_source_is_refused(
                     assert ended_within(control.guest_pid)
                 assert await source.hand_over(20 * SECOND_NS) is Handover.REFUSED
 
-                await source.resume()
+                await source.resume(for_migration=True)
 
         run(scenario())
         assert ended_within(control.guest_pid)
@@ -218,7 +219,9 @@ def test_a_guest_in_the_middle_of_a_handover_finishes_it_by_itself(
             async with adopted(socket_of(control)) as guest:
                 assert guest.is_running is (expected == "runs")
                 before = await guest.writes() or 0
-                await guest.resume()  # for the unknown outcome this is the operator's word
+                await guest.resume(
+                    for_migration=False
+                )  # for the unknown outcome this is the operator's word
                 await reach(guest, before + 100)
 
         run(scenario())

@@ -17,14 +17,13 @@ from engine.errors import ChannelError, GuestError, UsageError, WireError
 from engine.guest.base import Handover
 from engine.guest.handover import (
     CONNECTIONS_MAX,
-    MESSAGE,
     DestinationEnd,
-    Kind,
+    NobodyListens,
     SourceEnd,
-    decode,
-    encode,
+    _is_this_host,
     parse_endpoint,
 )
+from engine.guest.token import MESSAGE, Kind, decode, encode
 from tests.guest.support import SESSION, run
 
 SECOND_NS = 1_000_000_000
@@ -40,6 +39,12 @@ async def destination(uri: str = "tcp:127.0.0.1:0") -> AsyncIterator[tuple[Desti
     finally:
         await end.end()
         assert taken == ([True] if end.token.taken else [])
+
+
+async def soon(fact: Callable[[], bool]) -> None:
+    """Until it is so; `run` bounds it."""
+    while not fact():
+        await asyncio.sleep(0.002)
 
 
 @contextlib.asynccontextmanager
@@ -196,19 +201,109 @@ def test_no_answer_before_the_deadline_is_unknown_and_bounded() -> None:
 
 def test_a_connection_that_idled_away_is_made_anew_before_the_token_is_sent() -> None:
     async def scenario() -> None:
-        async with destination() as (there, endpoint):
-            cut = asyncio.Event()
-            cut_first = lambda number, kind, is_answer: (  # noqa: E731
-                number == 1 and is_answer and kind is Kind.WAITING and cut.is_set()
-            )
-            async with proxy(endpoint, cut_first) as between, source(between) as here:
-                there.arm(SESSION)
-                assert here._writer is not None
-                here._writer.close()
-                cut.set()
-                await here._writer.wait_closed()
+        async with destination() as (there, endpoint), source(endpoint) as here:
+            there.arm(SESSION)
+            assert here._connection is not None
+            here._connection.shutdown(socket.SHUT_RDWR)
 
-                assert await here.hand_over(10 * SECOND_NS) is Handover.TAKEN
+            await here.check()
+
+            assert not here.is_sent
+            assert await here.hand_over(10 * SECOND_NS) is Handover.TAKEN
+
+    run(scenario())
+
+
+def test_a_destination_that_is_gone_is_noticed_before_the_guest_is_stopped() -> None:
+    async def scenario() -> None:
+        async with destination() as (there, endpoint), source(endpoint) as here:
+            await there.end()
+
+            with pytest.raises(ChannelError, match="greeting the destination guest again"):
+                await here.check()
+
+            assert not here.is_sent
+
+    run(scenario())
+
+
+def test_a_missing_socket_file_proves_nothing(tmp_path: Path) -> None:
+    """Control may have removed it while the guest behind it has the token."""
+
+    async def scenario() -> None:
+        async with destination() as (there, endpoint):
+            lose_taken = lambda number, kind, is_answer: is_answer and kind is Kind.TAKEN  # noqa: E731
+            async with proxy(endpoint, lose_taken) as between, source(between) as here:
+                there.arm(SESSION)
+                here._addresses = [(socket.AF_UNIX, f"{tmp_path}/removed")]
+
+                assert await here.hand_over(SECOND_NS) is Handover.UNKNOWN
+            assert there.token.taken == SESSION
+
+    run(scenario())
+
+
+def test_a_refusal_by_another_host_proves_nothing_and_one_by_this_kernel_does() -> None:
+    refused = NobodyListens(_is_this_host(socket.AF_INET, ("192.0.2.1", 4444)))
+    assert not refused.is_proof
+    for family, address in (
+        (socket.AF_UNIX, "/any"),
+        (socket.AF_INET, ("127.9.9.9", 1)),
+        (socket.AF_INET6, ("::1", 1, 0, 0)),
+    ):
+        assert _is_this_host(family, address)
+    assert not _is_this_host(socket.AF_INET6, ("fe80::1%eth0", 1, 0, 2))
+
+
+def test_a_far_host_that_refuses_leaves_the_outcome_unknown_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.guest.handover._is_this_host", lambda family, address: False)
+
+    async def scenario() -> None:
+        async with destination() as (there, endpoint), source(endpoint) as here:
+            here._token.is_sent = True  # a TAKE whose answer was lost
+            await there._give_up_listener()
+            here.close()
+            began = time.monotonic()
+
+            assert await here.hand_over(20 * SECOND_NS) is Handover.UNKNOWN
+
+            assert time.monotonic() - began < 10
+
+    run(scenario())
+
+
+def test_a_listener_that_ends_says_goodbye_so_that_nobody_has_to_guess(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            destination(f"unix:{tmp_path}/token") as (there, endpoint),
+            source(endpoint) as here,
+        ):
+            await there.end()
+
+            assert await here.hand_over(10 * SECOND_NS) is Handover.REFUSED
+            with pytest.raises(GuestError, match="void"):
+                there.token.arm(SESSION)
+
+    run(scenario())
+
+
+def test_a_guest_that_took_over_is_not_handed_on_before_its_source_knows() -> None:
+    async def scenario() -> None:
+        async with destination() as (there, endpoint):
+            lose_taken = lambda number, kind, is_answer: (  # noqa: E731
+                number == 1 and is_answer and kind is Kind.TAKEN
+            )
+            async with proxy(endpoint, lose_taken) as between, source(between) as here:
+                there.arm(SESSION)
+                handing = asyncio.ensure_future(here.hand_over(10 * SECOND_NS))
+                await soon(lambda: there.token.taken is not None)
+                assert not there.is_settled
+
+                assert await handing is Handover.TAKEN
+
+                await soon(lambda: there.is_settled)
 
     run(scenario())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +13,11 @@ from hypothesis import strategies as st
 
 from engine import _native
 from engine.errors import GuestError
-from engine.guest.judgement import Judgement, compare
+from engine.guest.judgement import WRONG, Judgement, Verdict, compare, verdict
 from engine.guest.messages import Options
 from engine.guest.vcpus import Machine
 from engine.memory.blocks import PAGE_SIZE
-from tests.guest.support import eventually
+from tests.support import eventually
 
 PAGES = 640
 CONTENTS = ("zero", "text", "heap", "random", "mixed")
@@ -63,7 +65,7 @@ def test_a_written_guest_is_right_whatever_its_contents_and_pattern(
 
     assert judgement.is_right
     assert judgement.page_writes_sum > 5000
-    assert compare(judgement, judgement) == 0
+    assert compare(judgement, judgement).is_right
     judgement.close()
     machine.close()
 
@@ -85,7 +87,7 @@ def test_one_changed_byte_anywhere_shows_and_in_the_right_page() -> None:
         assert judgement.wrong_pages == 1
         assert judgement.first_wrong == offset // PAGE_SIZE
         assert not judgement.is_right
-        assert compare(right, judgement) == 1
+        assert compare(right, judgement).wrong_pages == 1
         judgement.close()
 
     change()
@@ -107,7 +109,8 @@ def test_a_page_that_is_older_than_at_the_source_shows_though_it_is_right_by_its
 
     assert destination.wrong_pages == 0
     assert not destination.is_right
-    assert compare(source, destination) == 1
+    assert compare(source, destination).wrong_pages == 1
+    assert compare(source, destination).lost_writes > 0
     for judgement in (source, destination):
         judgement.close()
     machine.close()
@@ -127,22 +130,47 @@ def test_a_lost_page_shows_though_it_is_a_hole_that_is_not_touched(contents: str
     destination = judge(machine)
 
     assert not destination.is_right
-    assert compare(source, destination) == 1
+    assert compare(source, destination).wrong_pages == 1
     assert os.fstat(machine.ram_fd).st_blocks == allocated - 8
     for judgement in (source, destination):
         judgement.close()
     machine.close()
 
 
-def test_a_guest_of_another_size_is_wrong_everywhere() -> None:
+def test_a_guest_of_another_size_is_another_guest() -> None:
     small, large = os.memfd_create("small"), os.memfd_create("large")
     os.ftruncate(small, 8 * 10)
     os.ftruncate(large, 8 * 11)
 
-    assert compare(Judgement(0, -1, 0, 0, small), Judgement(0, -1, 0, 0, large)) == 11
+    with pytest.raises(GuestError, match="10 pages at the source, 11 at the destination"):
+        compare(Judgement(0, -1, 0, 0, small), Judgement(0, -1, 0, 0, large))
 
     os.close(small)
     os.close(large)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "page_writes", "right_verdict"),
+    [
+        ([1, 2], [1, 3], 4, Verdict(2, 0, 0)),
+        ([1, 2], [1, 1], 4, Verdict(2, 1, 0)),
+        ([1, WRONG], [1, 3], 4, Verdict(2, 1, 0)),
+        ([1, 2], [WRONG, 3], 4, Verdict(2, 1, 0)),
+        ([WRONG, WRONG], [WRONG, 0], 4, Verdict(2, 2, 0)),
+        ([1, 2], [1, 3], 3, Verdict(2, 0, 1)),
+        ([1, 2], [1, 3], 5, Verdict(2, 0, 1)),
+    ],
+)
+def test_wrong_on_either_side_older_or_lost_is_not_right(
+    tmp_path: Path, before: list[int], after: list[int], page_writes: int, right_verdict: Verdict
+) -> None:
+    for name, counters in (("before", before), ("after", after)):
+        (tmp_path / name).write_bytes(struct.pack("2Q", *counters))
+
+    found = verdict(tmp_path / "before", tmp_path / "after", page_writes, 4)
+
+    assert found == right_verdict
+    assert found.is_right is (right_verdict == Verdict(2, 0, 0))
 
 
 def test_a_never_touched_guest_stays_unallocated_when_it_is_judged() -> None:
@@ -171,7 +199,7 @@ def test_a_state_moves_to_a_machine_with_other_options_and_the_sum_goes_on() -> 
     first, second = judge(source), judge(destination)
     assert destination.options == source.options
     assert second.is_right
-    assert compare(first, second) == 0
+    assert compare(first, second).is_right
     for judgement in (first, second):
         judgement.close()
     source.close()

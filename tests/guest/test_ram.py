@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from engine.errors import GuestError, MemoryRefused
+from engine.errors import GuestError, MemoryRefused, UsageError
 from engine.guest.base import Guest, Handover, TrackerName
 from engine.guest.spec import open_guest, parse_guest_spec
 from tests.guest.support import SESSION, run
@@ -18,8 +19,10 @@ SECOND_NS = 1_000_000_000
 
 
 @contextlib.asynccontextmanager
-async def ram(*, incoming: bool = False, start: bool = True) -> AsyncIterator[Guest]:
-    guest = await open_guest(parse_guest_spec("ram:size=1M"), incoming=incoming, run=start)
+async def ram(
+    options: str = "size=1M", *, incoming: bool = False, start: bool = True
+) -> AsyncIterator[Guest]:
+    guest = await open_guest(parse_guest_spec(f"ram:{options}"), incoming=incoming, run=start)
     try:
         yield guest
     finally:
@@ -35,9 +38,9 @@ def test_its_contents_are_compared_while_it_runs_and_nothing_is_tracked_while_it
             assert await guest.pause(for_migration=False) <= time.monotonic_ns()
             assert (await guest.start_tracking(None)).name is TrackerName.NONE
             with pytest.raises(GuestError, match="migrated as it stands"):
-                await guest.resume()
+                await guest.resume(for_migration=False)
             await guest.stop_tracking()
-            await guest.resume()
+            await guest.resume(for_migration=False)
             for name in (TrackerName.UFFD, TrackerName.BITMAP, TrackerName.NONE):
                 with pytest.raises(MemoryRefused, match="working are: content-hash"):
                     await guest.start_tracking(name)
@@ -68,7 +71,7 @@ def test_the_token_makes_the_incoming_guest_the_owner(is_run: bool) -> None:
             assert await taken <= time.monotonic_ns()
             assert destination.is_running is is_run
             with pytest.raises(GuestError, match="handed over"):
-                await source.resume()
+                await source.resume(for_migration=True)
             with pytest.raises(GuestError):
                 await source.hand_over(SECOND_NS)
 
@@ -86,7 +89,7 @@ def test_a_destination_that_ended_refuses_by_not_being_there() -> None:
 
             assert await source.hand_over(10 * SECOND_NS) is Handover.REFUSED
 
-            await source.resume()
+            await source.resume(for_migration=True)
             assert source.is_running
 
     run(scenario())
@@ -102,5 +105,22 @@ def test_only_its_own_state_is_taken_and_only_before_it_owns() -> None:
         async with ram() as guest:
             with pytest.raises(GuestError, match="only a guest that waits"):
                 await guest.listen_handover("tcp:127.0.0.1:0")
+
+    run(scenario())
+
+
+def test_a_file_is_the_ram_of_one_guest_only(tmp_path: Path) -> None:
+    """As source and destination it would be punched while it is sent."""
+    path = tmp_path / "ram"
+
+    async def scenario() -> None:
+        async with ram(f"size=1M,path={path}") as guest:
+            with pytest.raises(UsageError, match="is the RAM of another guest; use another path"):
+                async with ram(f"size=1M,path={path}", incoming=True):
+                    pass
+            assert guest.is_running
+            assert path.stat().st_size == 1024 * 1024
+        async with ram(f"size=1M,path={path}"):
+            pass
 
     run(scenario())

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import MemoryRefused, UsageError
+from engine.guest import backing
 from engine.guest.base import TrackerName
 from engine.guest.ram import RamGuest
-from engine.guest.spec import RamSpec, WorkloadSpec, open_guest, parse_guest_spec, parse_size
+from engine.guest.spec import RamSpec, WorkloadSpec, open_guest, parse_guest_spec
 from tests.guest.support import run
 
 GIB = 1024**3
@@ -59,7 +60,7 @@ def test_every_option_parses() -> None:
         ("ram:size=1G,size=2G", "given twice"),
         ("ram:size=1000", "a positive multiple of 4096"),
         ("ram:size=0", "a positive multiple of 4096"),
-        ("ram:size=-1G", "a number of bytes, like 4096, 512M or 2G"),
+        ("ram:size=-1G", "a number of bytes, like 4096, 512M or 1.5G"),
         ("ram:size=17T", "at most 16T"),
         ("ram:size=1G,rate=1", "allowed: size, path, hugetlb, pagesize"),
         ("ram:size=1G,", "no option ''"),
@@ -73,7 +74,19 @@ def test_every_option_parses() -> None:
         ("workload:size=1G,contents=up", "zero, text, heap, random, mixed"),
         ("workload:size=1G,fill=yes", "on, off"),
         ("workload:size=1G,tracker=none", "uffd-wp, guest-bitmap, soft-dirty, content-hash"),
-        ("workload:size=1G,rundir=relative", "must be absolute"),
+        ("workload:size=1G,rundir=relative", "must be absolute; begin it with /$"),
+        ("workload:size=1G,rundir=/" + "x" * 89, "has 90 bytes; 88 are allowed"),
+        ("workload:size=1G,rundir=x" + "y" * 200, "'xy{99}\\.\\.\\.' must be absolute"),
+        (
+            "ram:size=" + "9" * 5000,
+            "^guest 'ram': size=9{100}\\.\\.\\. is not allowed; a number of",
+        ),
+        ("ram:size=99999999999T", "less than 8388608T"),
+        ("workload:size=1G,seed=" + "9" * 5000, "0 to 9223372036854775807 is$"),
+        ("z" * 5000, "^guest 'z{100}\\.\\.\\.' is of no known kind"),
+        ("ram:" + "z" * 5000, "no option 'z{100}\\.\\.\\.'; allowed"),
+        ("ram:size=1G,path=/" + "z" * 4095, "; a path is$"),
+        ("ram:a\nb", "no option 'a.nb'"),
         ("workload:size=1G,socket=/tmp/x", "only tracker= may go with it"),
     ],
 )
@@ -92,11 +105,34 @@ def test_no_text_ends_in_anything_but_a_specification_or_a_usage_error(
         assert isinstance(parse_guest_spec(start + text), RamSpec | WorkloadSpec)
 
 
-@given(st.integers(min_value=0, max_value=2**33), st.sampled_from(["", "K", "M", "g"]))
-def test_sizes_are_in_units_of_1024(number: int, unit: str) -> None:
-    factor = {"": 1, "K": 1024, "M": 1024**2, "g": 1024**3}[unit]
-    if number * factor < 2**63:
-        assert parse_size(f"{number}{unit}") == number * factor
+def test_a_guest_has_sizes_of_the_same_grammar_as_parameters() -> None:
+    assert parse_guest_spec("ram:size=1.5G") == RamSpec(3 * GIB // 2)
+    assert parse_guest_spec("workload:size=4096b,rate=0.5k") == WorkloadSpec(4096, rate=512)
+
+
+def test_a_guest_that_cannot_be_filled_is_refused_before_it_takes_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backing, "available_bytes", lambda: GIB)
+
+    async def scenario() -> None:
+        with pytest.raises(MemoryRefused, match=r"wants 1\.5 GiB of memory, and 1\.0 GiB are"):
+            await open_guest(parse_guest_spec("workload:size=1.5G"), incoming=False)
+        for empty in ("fill=off", "contents=zero"):
+            guest = await open_guest(parse_guest_spec(f"workload:size=2G,{empty}"), incoming=False)
+            await guest.quit()
+        await (await open_guest(parse_guest_spec("workload:size=2G"), incoming=True)).quit()
+
+    run(scenario())
+
+
+def test_available_memory_is_what_the_kernel_says() -> None:
+    memory = {
+        line.split(":")[0]: int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+    }
+
+    assert memory["MemFree"] // 2 < backing.available_bytes() <= memory["MemTotal"]
 
 
 def test_ram_on_a_path_is_made_and_removed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.errors import GuestError
 from engine.guest.base import Handover
-from engine.guest.handover import DestinationToken, Kind, SourceToken
+from engine.guest.token import DestinationToken, Kind, SourceToken
 
 OURS = b"o" * 16
 STRANGERS = [bytes([i]) * 16 for i in range(1, 4)]

@@ -118,6 +118,28 @@ async def receiver(page_count: int = 64) -> AsyncIterator[ReceiverRig]:
         os.close(block.fd)
 
 
+async def first_report(bind: str) -> wire.Message:
+    """What a receiver says first when it is told to listen at `bind`."""
+    block = memory(1)
+    placed, progress = PageBitmaps.create("placed", [block]), Progress.create()
+    worker: Worker[wire.ReceiverReport] = Worker("receiver", wire.ReceiverReport)
+    heard = Heard()
+    try:
+        heard.listen(worker)
+        worker.order(
+            wire.PrepareReceiver(0, SESSION, bind, 1, shapes(block)),
+            [placed.fd, progress.fd, block.fd],
+        )
+        await heard.until(lambda: heard.reports or heard.lost)
+        first: wire.Message = heard.reports[0]
+        return first
+    finally:
+        await worker.end()
+        placed.close()
+        progress.close()
+        os.close(block.fd)
+
+
 @dataclass
 class SenderRig:
     """A sender of channel 0 of 1, connected to a ROUTER of ours."""
@@ -130,6 +152,20 @@ class SenderRig:
     in_flight: PageBitmaps
     budget: Budget
     delivered: PageBitmaps
+    progress: Progress
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something that the worker does to shared memory, and tells nobody."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    @property
+    def endpoint(self) -> str:
+        """Where the sender connects to."""
+        where = self.socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(where, bytes)
+        return where.rstrip(b"\0").decode()
 
     async def packet(self) -> tuple[wire.Packet, bytes]:
         """The next packet and its payload."""
@@ -139,7 +175,9 @@ class SenderRig:
 
 
 @asynccontextmanager
-async def sender(block: RamBlock, *, tracker: str = "none") -> AsyncIterator[SenderRig]:
+async def sender(
+    block: RamBlock, *, tracker: str = "none", tracker_fds: tuple[int, ...] = ()
+) -> AsyncIterator[SenderRig]:
     dirty, in_flight, delivered = (
         PageBitmaps.create(name, [block]) for name in ("dirty", "in-flight", "delivered")
     )
@@ -152,16 +190,17 @@ async def sender(block: RamBlock, *, tracker: str = "none") -> AsyncIterator[Sen
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     worker: Worker[wire.SenderReport] = Worker("sender", wire.SenderReport)
     heard = Heard()
+    shared = (dirty.fd, in_flight.fd, delivered.fd, hashes, progress.fd, budget.fd)
     try:
         heard.listen(worker)
         worker.order(
             wire.PrepareSender(
                 0, 1, SESSION, f"tcp://127.0.0.1:{port}", 1, shapes(block), tracker, [0], True, 7
             ),
-            [dirty.fd, in_flight.fd, delivered.fd, hashes, progress.fd, budget.fd, block.fd],
+            [*shared, block.fd, *tracker_fds],
         )
         await heard.next(wire.Opened)
-        yield SenderRig(block, worker, heard, socket, dirty, in_flight, budget, delivered)
+        yield SenderRig(block, worker, heard, socket, dirty, in_flight, budget, delivered, progress)
     finally:
         await worker.end()
         context.destroy(linger=0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import wire
-from tests.multifd.rig import SESSION, ReceiverRig, receiver
+from tests.multifd.rig import SESSION, ReceiverRig, first_report, receiver
 
 pytestmark = pytest.mark.process
 
@@ -96,7 +98,7 @@ def test_a_later_round_overwrites_and_zero_pages_clear() -> None:
 @pytest.mark.parametrize(
     ("frames", "reason"),
     [
-        pytest.param(pages(3, 0, bytes(4096)), "packets were lost", id="gap-in-sequence"),
+        pytest.param(pages(3, 0, b"x" * 4096), "packets were lost", id="gap-in-sequence"),
         pytest.param(pages(2, 64, b"x" * 4096), "block 'ram'", id="page-behind-the-block"),
         pytest.param(pages(2, 63, b"x" * 8192), "block 'ram'", id="run-over-the-end"),
         pytest.param(pages(2, 2**32 - 1, b"x" * 4096), "block 'ram'", id="largest-page-index"),
@@ -216,3 +218,42 @@ def test_the_death_of_a_receiver_is_heard() -> None:
             return rig.heard.lost
 
     assert asyncio.run(scenario()) == ["receiver -1 is lost: the process died"]
+
+
+def test_a_file_where_a_receiver_should_listen_survives_and_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "channel"
+    path.write_text("precious")
+
+    report = asyncio.run(first_report(f"ipc://{path}"))
+
+    assert report == wire.WorkerFailed(
+        f"cannot listen on ipc://{path}: '{path}' exists and is not a socket; choose another path"
+    )
+    assert path.read_text() == "precious"
+
+
+def test_the_socket_of_a_live_receiver_is_not_stolen(tmp_path: Path) -> None:
+    path = tmp_path / "channel"
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(path))
+        alive.listen()
+        before = path.stat()
+
+        report = asyncio.run(first_report(f"ipc://{path}"))
+
+        assert isinstance(report, wire.WorkerFailed)
+        assert "another process listens" in report.reason
+        assert path.stat().st_ino == before.st_ino
+        path.unlink()
+
+
+def test_the_socket_that_a_killed_receiver_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "channel"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+    report = asyncio.run(first_report(f"ipc://{path}"))
+
+    assert isinstance(report, wire.Ready)
+    assert report.endpoint == f"ipc://{path}"
+    path.unlink()  # a receiver that has lost its control leaves it to `remove_files`

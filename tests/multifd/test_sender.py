@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
+import socket
 import time
+from typing import Any
 
 import pytest
 import zmq
 import zmq.asyncio
 
-from engine import wire
+from engine import _native, wire
 from engine.memory.blocks import PAGE_SIZE
+from engine.multifd.channel import Channel
+from engine.multifd.progress import Count
+from engine.multifd.sender import Sender
+from engine.multifd.worker import Inbox, ParentGone
 from tests.multifd.rig import SenderRig, memory, sender
 
 pytestmark = pytest.mark.process
@@ -167,3 +174,120 @@ def test_the_budget_holds_the_rate_and_a_lifted_limit_ends_the_wait() -> None:
     assert rate == pytest.approx(10_000_000, rel=0.15)
     assert rest_s < 0.6  # 11 MB more would take over a second under the limit
     os.close(block.fd)
+
+
+async def waiting_for_bandwidth(rig: SenderRig) -> wire.Packet:
+    """Order a round at 1 kB/s; return its first packet when the second has begun a wait of a
+    minute."""
+    rig.budget.rate_bytes_per_s = 1000
+    rig.worker.order(wire.SendRound(1))
+    while (packet := (await rig.packet())[0]).kind is not wire.PacketKind.PAGES:
+        pass
+    await rig.until(lambda: rig.progress[Count.PACED_NS])
+    return packet
+
+
+def test_a_raised_limit_ends_the_wait_at_the_old_one() -> None:
+    block = memory(256, os.urandom(256 * PAGE_SIZE))
+
+    async def scenario() -> int:
+        async with sender(block) as rig:
+            rig.dirty.set_data()
+            pages = (await waiting_for_bandwidth(rig)).pages
+            rig.budget.rate_bytes_per_s = 1_000_000_000
+            while (packet := (await rig.packet())[0]).kind is not wire.PacketKind.ROUND_END:
+                pages += packet.pages
+            return pages
+
+    assert asyncio.run(scenario()) == 256
+    os.close(block.fd)
+
+
+def test_a_channel_made_anew_in_a_wait_for_bandwidth_opens_at_once_and_sends_all() -> None:
+    block = memory(64, os.urandom(64 * PAGE_SIZE))
+
+    async def scenario() -> tuple[list[str], dict[int, bytes]]:
+        async with sender(block) as rig:
+            rig.dirty.set_data()
+            await waiting_for_bandwidth(rig)
+            rig.worker.order(wire.OpenChannel(rig.endpoint, 2))
+            await rig.heard.next(wire.Opened, 2)  # 76 bytes more would take minutes at the limit
+            rig.budget.rate_bytes_per_s = 0
+            rig.in_flight.move_to(rig.dirty)
+            while (packet := (await rig.packet())[0]).incarnation != 2:
+                pass
+            assert packet.kind is wire.PacketKind.OPEN
+            _, sent = await one_round(rig)
+            return rig.heard.lost, sent
+
+    lost, sent = asyncio.run(scenario())
+    assert lost == []
+    assert len(sent) == 64
+    os.close(block.fd)
+
+
+def test_a_harvest_in_a_round_leaves_behind_the_cursor_and_adds_before_it() -> None:
+    """Page 3 was sent, 40 is still to come, 100 was clean: all three are written in the round."""
+    block = memory(128, os.urandom(128 * PAGE_SIZE))
+    written = os.memfd_create("test-written", os.MFD_CLOEXEC)
+    os.ftruncate(written, PAGE_SIZE)
+
+    async def scenario() -> tuple[wire.Harvested, list[int], list[int]]:
+        async with sender(block, tracker="guest-bitmap", tracker_fds=(written,)) as rig:
+            _native.bitmap_set_range(rig.dirty[0], 0, 64)
+            first = await waiting_for_bandwidth(rig)
+            assert list(wire.RUN.iter_unpack(first.data_runs)) == [(0, 16)]
+            with mmap.mmap(written, PAGE_SIZE) as bitmap:
+                for page in (3, 40, 100):
+                    _native.bitmap_set_range(bitmap, page, 1)
+            rig.worker.order(wire.Harvest(1))
+            harvested = await rig.heard.next(wire.Harvested)
+            rig.budget.rate_bytes_per_s = 0
+            rest: list[int] = []
+            while (packet := (await rig.packet())[0]).kind is not wire.PacketKind.ROUND_END:
+                for start, count in wire.RUN.iter_unpack(packet.data_runs):
+                    rest += range(start, start + count)
+            _, again = await one_round(rig, 2)
+            return harvested, rest, sorted(again)
+
+    harvested, rest, again = asyncio.run(scenario())
+    assert harvested == wire.Harvested(1, 64 - 32 + 2, 3)
+    assert rest == [*range(16, 64), 100]
+    assert again == [3]
+    os.close(block.fd)
+    os.close(written)
+
+
+def test_a_channel_that_cannot_connect_keeps_no_socket() -> None:
+    made: list[zmq.Socket[bytes]] = []
+
+    class Recording(zmq.Context[zmq.Socket[bytes]]):
+        def socket(self, *arguments: Any, **options: Any) -> zmq.Socket[bytes]:
+            made.append(super().socket(*arguments, **options))
+            return made[-1]
+
+    with Recording() as context:
+        with pytest.raises(zmq.ZMQError):
+            Channel(context, wire.OpenChannel("no-such-transport://x", 1))
+        assert [socket.closed for socket in made] == [True] * len(made)
+        assert made
+
+
+def test_an_error_of_zeromq_is_reported_not_a_traceback() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inbox: Inbox[wire.SenderOrder] = Inbox(theirs.detach(), wire.SenderOrder, "test")
+
+    def fail() -> None:
+        raise zmq.ZMQError(zmq.ETERM)
+
+    with ours:
+        ours.send(wire.encode(wire.SendRound(1)))
+        inbox.take = fail  # type: ignore[method-assign]
+        worker = Sender(inbox)
+        worker.run()
+        worker._context.term()
+        reports = wire.Decoder[Any](wire.SenderReport, wire.ORDER_BYTES_MAX, "test")
+        assert isinstance(reports.decode(ours.recv(wire.ORDER_BYTES_MAX)), wire.WorkerFailed)
+    with pytest.raises(ParentGone):  # and control's end is closed by now
+        inbox.check()
+    inbox.close()

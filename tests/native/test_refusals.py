@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import inspect
 import mmap
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from engine import _native
 from tests.native.support import PAGE, table_of
+from tests.support import eventually
 
 SLICE = (128, 64, 0, 1)
 RUN = table_of([(0, 1)])
@@ -99,9 +103,44 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("clear", (ram(), words(1), RUN, 1, 128), "placed bitmap"),
     ("clear", (ram(), words(), table_of([(128, 1)]), 1, 128), "run 0"),
     ("budget_take", (words(1), 1, 1, 1), "budget of 8 bytes"),
-    ("budget_take", (odd(), 1, 1, 1), "budget is not aligned"),
+    ("budget_take", (memoryview(bytearray(25))[1:], 1, 1, 1), "budget is not aligned"),
+    ("budget_take", (words(2), 1, 1, 1), "budget of 16 bytes"),
+    ("budget_set_rate", (words(2), 1, 1), "budget of 16 bytes"),
+    ("packet_runs_check", (bytes(9), 0, b"", 128), "data_runs of 9 bytes is not whole runs"),
+    ("packet_runs_check", (RUN, 2, b"", 128), "2 of 1 runs are gathered"),
+    ("packet_runs_check", (RUN, 0, b"", 2**40), "more than the 2\\*\\*32"),
+    ("pagemap_scan", (0, 0, words(), SLICE, 2**40), "beyond the 2\\*\\*32"),
     ("budget_take", (words(), -1, 1, 1), "-1 is not in the range"),
     ("punch_hole", (0, -1, 1), "-1 is not in the range"),
+    ("workload_fill", (ram(1), 0, 2, "text", 1), "ram of"),
+    ("workload_fill", (ram(1), 1, 1, "text", 1), "ram of"),
+    ("workload_fill", (ram(1), 2**64 - 1, 2, "text", 1), "beyond the 2\\*\\*32"),
+    ("workload_fill", (ram(1), -1, 1, "text", 1), "-1 is not in the range"),
+    ("workload_fill", (ram(1), 0, 1, "txt", 1), "contents 'txt'; allowed: zero, text, heap"),
+    ("workload_fill", (ram(1), 0, 1, "", 1), "contents ''"),
+    ("workload_fill", (ram(1), 0, 1, "text", 2**64), "is not in the range"),
+    ("workload_fill", (memoryview(bytearray(PAGE + 1))[1:], 0, 1, "text", 1), "ram is not aligned"),
+    ("workload_judge", (bytes(PAGE), 0, 2, "text", 1, words()), "ram of"),
+    ("workload_judge", (bytes(PAGE), 2**32, 1, "text", 1, words()), "beyond the 2\\*\\*32"),
+    ("workload_judge", (bytes(2 * PAGE), 0, 2, "text", 1, words(1)), "counters of 8 bytes"),
+    ("workload_judge", (bytes(PAGE), 0, 1, "text", 1, odd()), "counters is not aligned"),
+    ("workload_judge", (bytes(PAGE), 0, 1, "mix", 1, words()), "contents 'mix'"),
+    ("workload_judge_hole", (0, 3, "text", 1, words()), "counters of 16 bytes"),
+    ("workload_judge_hole", (2**64 - 1, 2, "text", 1, words()), "beyond the 2\\*\\*32"),
+    ("workload_judge_hole", (0, 1, "text", 1, odd()), "counters is not aligned"),
+    ("workload_judge_hole", (0, 1, "none", 1, words()), "contents 'none'"),
+    ("workload_start", (ram(1), 2, 1, "sweep", 0, 8, 1, None), "ram of"),
+    ("workload_start", (ram(1), 2**64 - 1, 1, "sweep", 0, 8, 1, None), "ram of|2\\*\\*32"),
+    ("workload_start", (ram(1), 0, 1, "sweep", 0, 8, 1, None), "1 vcpus on 0 pages"),
+    ("workload_start", (ram(1), 1, 0, "sweep", 0, 8, 1, None), "0 vcpus on 1 pages"),
+    ("workload_start", (ram(1), 1, 2, "sweep", 0, 8, 1, None), "2 vcpus on 1 pages"),
+    ("workload_start", (ram(), 128, 65, "sweep", 0, 8, 1, None), "65 vcpus on 128 pages"),
+    ("workload_start", (ram(), 128, 2**32 + 1, "sweep", 0, 8, 1, None), "4294967297 vcpus"),
+    ("workload_start", (ram(1), 1, 1, "sweep", 0, 509, 1, None), "509 words a write"),
+    ("workload_start", (ram(1), 1, 1, "swoop", 0, 8, 1, None), "pattern 'swoop'; allowed: sweep"),
+    ("workload_start", (ram(1), 1, 1, "sweep", -1, 8, 1, None), "-1 is not in the range"),
+    ("workload_start", (ram(), 128, 1, "sweep", 0, 8, 1, words(1)), "written bitmap of 8 bytes"),
+    ("workload_start", (ram(1), 1, 1, "sweep", 0, 8, 1, odd()), "written bitmap is not aligned"),
 ]
 
 
@@ -142,9 +181,129 @@ def test_buffers_are_given_back_after_success_and_refusal() -> None:
     assert len(bitmap) == 0
 
 
-def test_the_module_has_what_its_stub_declares() -> None:
-    stub = (inspect.getfile(_native).rpartition("/")[0]) + "/_native.pyi"
-    with open(stub) as lines:
-        declared = {line[4:].partition("(")[0] for line in lines if line.startswith("def ")}
+@contextlib.contextmanager
+def workload(vcpus: int = 2) -> Iterator[_native.Workload]:
+    """A paused workload over 128 pages, stopped afterwards."""
+    made = _native.workload_start(ram(), 128, vcpus, "sweep", 0, 8, 7, None)
+    try:
+        yield made
+    finally:
+        _native.workload_stop(made)
 
-    assert declared <= set(dir(_native))
+
+@pytest.mark.parametrize(
+    ("bitmap", "message"),
+    [
+        (words(1), "written bitmap of 8 bytes"),
+        (odd(), "written bitmap is not aligned"),
+        (bytearray(17), "written bitmap of 17 bytes is not whole 64-bit words"),
+    ],
+)
+def test_a_written_bitmap_that_does_not_fit_is_refused_and_the_old_one_stays(
+    bitmap: bytearray | memoryview, message: str
+) -> None:
+    old = words()
+    with workload() as guest:
+        _native.workload_set_bitmap(guest, old)
+        with pytest.raises(ValueError, match=message):
+            _native.workload_set_bitmap(guest, bitmap)
+        _native.workload_resume(guest)
+        assert eventually(lambda: any(old))
+        _native.workload_set_bitmap(guest, None)
+    bitmap.release() if isinstance(bitmap, memoryview) else bitmap.clear()
+    old.clear()  # BufferError if it were still held
+
+
+def test_a_written_bitmap_that_cannot_be_written_is_a_type_error() -> None:
+    with workload() as guest:
+        for bitmap in (bytes(16), 7, "16 bytes"):
+            with pytest.raises((TypeError, BufferError)):
+                _native.workload_set_bitmap(guest, bitmap)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("percent", [-1, 100, 2**31 - 1])
+def test_a_throttle_out_of_range_is_refused(percent: int) -> None:
+    with workload() as guest, pytest.raises(ValueError, match=f"throttle of {percent} percent"):
+        _native.workload_throttle(guest, percent)
+
+
+def sealed(state: bytes) -> bytes:
+    """A state with the right checksum (FNV-1a of all before it), whatever it says."""
+    value = 0xCBF29CE484222325
+    for byte in state[:-8]:
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return state[:-8] + struct.pack("<Q", value)
+
+
+def test_every_damaged_device_state_is_refused_and_changes_nothing() -> None:
+    with workload() as guest, workload() as other:
+        _native.workload_resume(other)
+        assert eventually(lambda: min(_native.workload_writes(other)) > 10)
+        _native.workload_pause(other)
+        state = _native.workload_save(other)
+        before = _native.workload_save(guest)
+        for position in range(len(state)):
+            damaged = bytearray(state)
+            damaged[position] ^= 0x41
+            with pytest.raises(ValueError, match=r"workload state: its (magic|checksum)"):
+                _native.workload_load(guest, bytes(damaged))
+            with pytest.raises(ValueError, match="its length"):
+                _native.workload_load(guest, state[:position])
+        with pytest.raises(ValueError, match="its length"):
+            _native.workload_load(guest, state + b"x")
+        assert _native.workload_save(guest) == before
+        _native.workload_load(guest, state)
+        assert _native.workload_save(guest) == state
+
+
+#: Offset and new value of a 64-bit word of the state, with a checksum that is right again.
+HOSTILE = [
+    pytest.param(0, 0, "its magic or version", id="magic"),
+    pytest.param(8, 2**64 - 1, "other options", id="page-count"),
+    pytest.param(16, 1, "other options", id="rate"),
+    pytest.param(24, 8, "other options", id="seed"),
+    pytest.param(32, 2**32 - 1, "other options", id="vcpus-and-pattern"),
+    pytest.param(40, 509, "other options", id="words-of-a-write"),
+    pytest.param(40, 8 | 1 << 32, "other options", id="reserved"),
+    pytest.param(48, 64, "cursor lies outside", id="cursor-just-behind"),
+    pytest.param(72, 2**64 - 1, "cursor lies outside", id="cursor-of-the-second-vcpu"),
+]
+
+
+@pytest.mark.parametrize(("offset", "value", "message"), HOSTILE)
+def test_a_hostile_device_state_with_a_right_checksum_is_refused(
+    offset: int, value: int, message: str
+) -> None:
+    with workload() as guest:
+        before = _native.workload_save(guest)
+        assert sealed(before) == before
+        hostile = bytearray(before)
+        struct.pack_into("<Q", hostile, offset, value)
+        with pytest.raises(ValueError, match=message) as refused:
+            _native.workload_load(guest, sealed(bytes(hostile)))
+        assert "\n" not in str(refused.value)
+        assert _native.workload_save(guest) == before
+
+
+def test_device_state_of_a_running_guest_is_neither_saved_nor_loaded() -> None:
+    with workload() as guest:
+        state = _native.workload_save(guest)
+        _native.workload_resume(guest)
+        with pytest.raises(OSError, match="busy"):
+            _native.workload_save(guest)
+        with pytest.raises(OSError, match="busy"):
+            _native.workload_load(guest, state)
+
+
+def test_the_module_and_its_stub_have_the_same_names() -> None:
+    stub = inspect.getfile(_native).rpartition("/")[0] + "/_native.pyi"
+    with open(stub) as text:
+        body = ast.parse(text.read()).body
+    declared = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    declared |= {
+        node.target.id
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+    assert declared == {name for name in vars(_native) if not name.startswith("__")}

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import _native
+from tests.kernel import has_pagemap_scan
 from tests.native.support import (
     PAGE,
     Peer,
@@ -23,17 +24,7 @@ from tests.native.support import (
     slices,
 )
 
-
-def kernel_scans() -> bool:
-    """Whether PAGEMAP_SCAN is there."""
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _native.pagemap_scan_supported(fd)
-    finally:
-        os.close(fd)
-
-
-needs_scan = pytest.mark.skipif(not kernel_scans(), reason="PAGEMAP_SCAN needs Linux 6.7")
+needs_scan = pytest.mark.skipif(not has_pagemap_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
 process = pytest.mark.process
 
 
@@ -165,6 +156,14 @@ def test_memory_that_is_not_registered_is_refused() -> None:
     try:
         with shared_memory(64 * PAGE) as (_, ram), pytest.raises(PermissionError):
             _native.pagemap_scan(fd, _native.mapping_address(ram), bytearray(8), (64, 64, 0, 1))
+    finally:
+        os.close(fd)
+
+
+def test_a_pagemap_knows_pagemap_scan_where_the_kernel_has_it() -> None:
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        assert _native.pagemap_scan_supported(fd) == has_pagemap_scan()
     finally:
         os.close(fd)
 

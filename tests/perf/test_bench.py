@@ -6,15 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engine.errors import MigrationError
 from perf.image import KINDS, kinds_of_pages, write_image
 from perf.live import _windows
-from perf.pair import QEMU, different_pages
+from perf.pair import QEMU, Run, different_pages
+from perf.peer import Pair, check_pair
 from perf.report import spread
 
 process = pytest.mark.process
@@ -77,6 +80,27 @@ def test_spread_names_the_median() -> None:
     }  # fmt: skip
 
 
+def run(**changes: int) -> Run:
+    return replace(Run(100, 110.0, 0.5, 0.2, 1000, 500, 0), **changes)
+
+
+@pytest.mark.parametrize(
+    ("qemu", "ours", "says"),
+    [
+        ({}, {"different_pages": 1}, "1 pages are wrong"),
+        ({"different_pages": 9}, {}, "QEMU left 9 pages different"),
+        ({"normal_pages": 1200}, {}, "QEMU moved 1200 normal pages, ramferry 1000"),
+        ({}, {"zero_pages": 800}, "QEMU moved 500 zero pages, ramferry 800"),
+    ],
+)
+def test_a_pair_that_did_not_do_the_same_work_is_no_figure(
+    qemu: dict[str, int], ours: dict[str, int], says: str
+) -> None:
+    check_pair(Pair(run(normal_pages=1070), run(), "qemu"))
+    with pytest.raises(MigrationError, match=says):
+        check_pair(Pair(run(**qemu), run(**ours), "qemu"))
+
+
 @process
 @pytest.mark.guest
 def test_peer_moves_the_same_image_with_both_engines_and_plots(tmp_path: Path) -> None:
@@ -85,10 +109,15 @@ def test_peer_moves_the_same_image_with_both_engines_and_plots(tmp_path: Path) -
     plot = tmp_path / "peer.png"
 
     (line,) = bench(
-        "peer", "--size", "64M", "--pairs", "1", "--image", "mixed", "--plot", str(plot)
+        "peer", "--size", "64M", "--pairs", "2", "--image", "mixed", "--plot", str(plot)
     )
 
-    assert line["total_time_ratio_qemu_to_ramferry"]["n"] == 1
+    assert line["total_time_ratio_qemu_to_ramferry"]["n"] == 2
+    assert line["first_of_each_pair"] == "qemu,ramferry"
+    for name in ("qemu", "ramferry"):
+        assert line[f"{name}_wall_time_ms"]["min"] >= line[f"{name}_total_time_ms"]["min"]
+        assert line[f"{name}_cpu_before_migrate_s"]["min"] > 0
+    assert line["ramferry_different_pages"]["max"] == 0
     assert line["ramferry_cpu_s"]["min"] > 0
     assert line["qemu_cpu_s"]["min"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")

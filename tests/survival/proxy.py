@@ -6,10 +6,18 @@ import asyncio
 import contextlib
 import functools
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 
 LISTEN = "127.0.0.2"
 TARGET = "127.0.0.1"
+
+
+class Hold:
+    """Bytes of one connection that are kept back; `reached` tells that they came."""
+
+    def __init__(self, port: int, word: bytes) -> None:
+        self.port, self.word = port, word
+        self.reached, self.released = asyncio.Event(), asyncio.Event()
 
 
 class Proxy:
@@ -19,7 +27,8 @@ class Proxy:
         self._servers: list[asyncio.Server] = []
         self._writers: dict[int, set[asyncio.StreamWriter]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.connections = 0
+        self._holds: list[Hold] = []
+        self._connected = asyncio.Condition()
 
     async def listen(self, ports: Iterable[int]) -> None:
         for port in ports:
@@ -29,7 +38,6 @@ class Proxy:
     async def _forward(
         self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.connections += 1
         try:
             far_reader, far_writer = await asyncio.open_connection(TARGET, port)
         except OSError:
@@ -37,28 +45,51 @@ class Proxy:
             return
         self._writers.setdefault(port, set()).update((writer, far_writer))
         for source, target in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.create_task(self._pump(source, target))
+            task = asyncio.create_task(self._pump(port, source, target))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        async with self._connected:
+            self._connected.notify_all()
 
-    @staticmethod
-    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(256 * 1024):
+                for hold in self._holds:
+                    if port == hold.port and hold.word in data and not hold.reached.is_set():
+                        hold.reached.set()
+                        await hold.released.wait()
                 writer.write(data)
                 await writer.drain()
         writer.close()
 
-    def cut(self, ports: Iterable[int]) -> None:
-        """Reset every connection of these ports, with whatever is on its way."""
+    def hold(self, port: int, word: bytes) -> Hold:
+        """From the first bytes with this word on, let nothing through until it is released."""
+        self._holds.append(Hold(port, word))
+        return self._holds[-1]
+
+    async def connected(self, ports: Collection[int]) -> None:
+        """Wait until there is a connection to each of these ports."""
+        async with self._connected:
+            await self._connected.wait_for(lambda: all(self._writers.get(port) for port in ports))
+
+    def cut(self, ports: Iterable[int]) -> int:
+        """Reset every connection of these ports, with whatever is on its way; return how many."""
+        count = 0
         for port in ports:
-            for writer in self._writers.pop(port, ()):
+            writers = self._writers.pop(port, set())
+            count += sum(not writer.is_closing() for writer in writers) // 2
+            for writer in writers:
                 writer.transport.abort()
+        return count
 
     async def close(self) -> None:
         for server in self._servers:
             server.close()
         self.cut(list(self._writers))
+        for hold in self._holds:
+            hold.released.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 

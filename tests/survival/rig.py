@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
 import engine
+from engine.control.status import Status
 
 SIZE = "48M"
 GUEST = f"workload:size={SIZE},contents=random"
@@ -28,6 +30,7 @@ class Pair:
     source: engine.Control
     destination: engine.Control
     directory: Path
+    uri: str = ""  #: how the source reaches the destination; empty: where that listens
 
     def side(self, name: str) -> engine.Control:
         return self.source if name == "source" else self.destination
@@ -120,6 +123,45 @@ def kill(process: psutil.Process) -> None:
     """kill -9; a process that has ended by itself is as dead."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()
+
+
+async def begin(both: Pair, **parameters: Any) -> engine.Migration:
+    """Migrate, but not to the end: a limit of 0 waits for a guest that writes nothing."""
+    return await both.source.migrate(
+        both.uri or both.destination, max_bandwidth=BANDWIDTH, downtime_limit=0, **parameters
+    )
+
+
+async def let_end(source: engine.Control) -> None:
+    """Let a migration that `begin` began switch over, if there is still somebody to be told."""
+    with contextlib.suppress(engine.MigrationError):
+        await source.execute("migrate-set-parameters", downtime_limit=1000)
+
+
+async def reached(migration: engine.Migration, part: float) -> None:
+    """Wait until this part of RAM was sent in the first round, or all ended; 0 is now."""
+    if not part:
+        return
+    async for now in migration.progress(0.005):
+        if now.rounds > 1 or (
+            now.total_bytes and now.remaining_bytes <= (1 - part) * now.total_bytes
+        ):
+            return
+
+
+async def healed(migration: engine.Migration) -> engine.Statistics:
+    """Wait until a channel was made anew; the migration must not have ended."""
+    async for now in migration.progress(0.005):
+        if now.raw.get("x-heals"):
+            return now
+    raise AssertionError("the migration ended without healing anything")
+
+
+async def switching(migration: engine.Migration) -> None:
+    """Wait for the switchover of a migration that may end."""
+    async for now in migration.progress(0.002):
+        if now.status is Status.DEVICE:
+            return
 
 
 async def ended(control: engine.Control) -> engine.Statistics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from pathlib import Path
 
 import pytest
@@ -11,43 +10,63 @@ import pytest
 import engine
 from engine.control.status import Status
 from tests.survival.rig import (
-    BANDWIDTH,
     Pair,
     adopted,
+    begin,
     ended,
+    healed,
     is_right,
     is_running,
     kill,
+    let_end,
     pair,
+    reached,
+    switching,
 )
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
-INSTANTS = [round(random.Random(seed).uniform(0.0, 1.3), 3) for seed in range(10)]
-at_ten_instants = pytest.mark.parametrize("instant_s", INSTANTS)
+#: How much of RAM was sent when the kill strikes, in the first round, which cannot be the last.
+MIDDLE = [0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0]
+#: Before that nothing may be connected yet; after it all may be over when the kill arrives.
+SETUP, SWITCHOVER = 0.0, 2.0
+at_every_instant = pytest.mark.parametrize("part", [SETUP, *MIDDLE, SWITCHOVER])
 
 
-async def begin(both: Pair) -> engine.Migration:
-    return await both.source.migrate(
-        both.destination, max_bandwidth=BANDWIDTH, downtime_limit=100, x_heal_limit=8
-    )
+async def begin_until(both: Pair, part: float) -> engine.Migration:
+    """Begin a migration and wait for the instant; `let_end` is still to come."""
+    migration = await begin(both, x_heal_limit=8)
+    if part == SWITCHOVER:
+        await let_end(both.source)
+        await switching(migration)
+    else:
+        await reached(migration, part)
+    return migration
 
 
-@at_ten_instants
+@at_every_instant
 @pytest.mark.parametrize(
     ("side", "module"),
     [("source", "engine.multifd.sender"), ("destination", "engine.multifd.receiver")],
 )
 def test_a_killed_worker_is_replaced_and_every_page_arrives(
-    tmp_path: Path, side: str, module: str, instant_s: float
+    tmp_path: Path, side: str, module: str, part: float
 ) -> None:
+    killed = int(part * 100) // 5 % 2
+
     async def scenario() -> tuple[engine.Statistics, engine.Verdict]:
         async with pair(tmp_path) as both:
             workers = both.parts(both.side(side), module)
             assert len(workers) == 2
-            migration = await begin(both)
-            await asyncio.sleep(instant_s)
-            kill(workers[int(instant_s * 1000) % 2])
+            migration = await begin_until(both, part)
+            kill(workers[killed])
+            if part in MIDDLE:
+                healing = await healed(migration)
+                assert 1 <= healing.raw["x-heals"] <= 2
+                assert [channel["incarnation"] for channel in healing.channels] == [
+                    1 + healing.raw["x-heals"] if index == killed else 1 for index in range(2)
+                ]
+            await let_end(both.source)
             result = await migration.result()
             return result, await engine.verify(both.source, both.destination)
 
@@ -56,19 +75,33 @@ def test_a_killed_worker_is_replaced_and_every_page_arrives(
     assert result.raw["x-heals"] <= 2
 
 
-@at_ten_instants
-def test_a_killed_source_control_leaves_one_guest(tmp_path: Path, instant_s: float) -> None:
+async def still_waits(destination: engine.Control) -> bool:
+    """Whether the destination knows nothing of any source, or else has ended."""
+    while True:
+        try:
+            status = (await destination.execute("query-migrate"))["status"]
+        except engine.MigrationError:
+            return False
+        if status == "setup":
+            return True
+        await asyncio.sleep(0.02)
+
+
+@at_every_instant
+def test_a_killed_source_control_leaves_one_guest(tmp_path: Path, part: float) -> None:
     async def scenario() -> None:
         async with pair(tmp_path) as both:
-            await begin(both)
-            await asyncio.sleep(instant_s)
+            await begin_until(both, part)
             both.source.kill()
             orphan = await both.orphan("source")
             if orphan is None:  # it had handed over, and ended
                 assert await is_running(both.destination)
                 assert await is_right(both.destination)
                 return
-            assert await both.destination.wait() == 1  # a failed load ends the destination
+            if part == SETUP and await still_waits(both.destination):
+                pass  # its source died before it had said who it is
+            else:
+                assert await both.destination.wait() == 1  # a failed load ends the destination
             async with adopted(orphan) as control:
                 assert await is_running(control)
                 assert await is_right(control)
@@ -76,13 +109,13 @@ def test_a_killed_source_control_leaves_one_guest(tmp_path: Path, instant_s: flo
     asyncio.run(scenario())
 
 
-@at_ten_instants
-def test_a_killed_destination_control_leaves_one_guest(tmp_path: Path, instant_s: float) -> None:
+@at_every_instant
+def test_a_killed_destination_control_leaves_one_guest(tmp_path: Path, part: float) -> None:
     async def scenario() -> None:
         async with pair(tmp_path) as both:
-            await begin(both)
-            await asyncio.sleep(instant_s)
+            await begin_until(both, part)
             both.destination.kill()
+            await let_end(both.source)
             orphan = await both.orphan("destination")
             statistics = await ended(both.source)
             if orphan is None:
@@ -99,15 +132,15 @@ def test_a_killed_destination_control_leaves_one_guest(tmp_path: Path, instant_s
     asyncio.run(scenario())
 
 
-@at_ten_instants
+@at_every_instant
 def test_a_killed_destination_guest_leaves_the_one_at_the_source(
-    tmp_path: Path, instant_s: float
+    tmp_path: Path, part: float
 ) -> None:
     async def scenario() -> None:
         async with pair(tmp_path) as both:
-            await begin(both)
-            await asyncio.sleep(instant_s)
+            await begin_until(both, part)
             kill(both.guests["destination"][0])
+            await let_end(both.source)
             statistics = await ended(both.source)
             if statistics.status is Status.COMPLETED:  # it died after it had taken over
                 assert not await is_running(both.source)
@@ -119,15 +152,13 @@ def test_a_killed_destination_guest_leaves_the_one_at_the_source(
     asyncio.run(scenario())
 
 
-@at_ten_instants
-def test_a_killed_source_guest_ends_the_migration_or_has_left(
-    tmp_path: Path, instant_s: float
-) -> None:
+@at_every_instant
+def test_a_killed_source_guest_ends_the_migration_or_has_left(tmp_path: Path, part: float) -> None:
     async def scenario() -> None:
         async with pair(tmp_path) as both:
-            await begin(both)
-            await asyncio.sleep(instant_s)
+            await begin_until(both, part)
             kill(both.guests["source"][0])
+            await let_end(both.source)
             statistics = await ended(both.source)
             if statistics.status is Status.COMPLETED:
                 assert await is_running(both.destination)

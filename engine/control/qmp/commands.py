@@ -9,7 +9,8 @@ from engine.control.process import ControlProcess
 from engine.control.qmp.registry import Arguments, CommandRegistry, QmpError
 from engine.control.qmp.server import VERSION
 from engine.control.status import RunState
-from engine.control.uri import parse_migrate_target
+from engine.control.uri import parse_destination, parse_migrate_target
+from engine.errors import shown
 from engine.guest.workload import WorkloadGuest
 
 EVENTS: Final = ("MIGRATION", "MIGRATION_PASS", "RESUME", "STOP")
@@ -67,7 +68,7 @@ class Commands:
         self._process.quit()
 
     async def migrate(self, arguments: Migrate) -> None:
-        address = parse_migrate_target(arguments.uri, arguments.channels)
+        address = parse_destination(arguments.uri, arguments.channels)
         await self._process.migrate(address, arguments.resume)
 
     async def migrate_incoming(self, arguments: MigrateIncoming) -> None:
@@ -92,7 +93,7 @@ class Commands:
                     raise QmpError(f"Invalid parameter type for '{member}', expected: {word}")
             for member in entry:
                 if member not in ("capability", "state"):
-                    raise QmpError(f"Parameter '{member}' is unexpected")
+                    raise QmpError(f"Parameter '{shown(member)}' is unexpected")
             changes[entry["capability"]] = entry["state"]
         self._process.set_capabilities(changes)
 

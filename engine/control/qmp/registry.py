@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from engine.errors import MigrationError
+from engine.errors import MigrationError, shown
 
 
 class QmpError(MigrationError):
@@ -40,8 +40,7 @@ _WORDS: Final = {str: "string", bool: "boolean", int: "integer", float: "number"
 class Command:
     """One command; `oob` ones may overtake others with exec-oob.
 
-    :ivar keeps_unknown: members that the type does not name are handed to the handler as well
-        (migrate-set-parameters: its table knows better)."""
+    :ivar arguments: None: the handler gets the object as it came, and checks it."""
 
     name: str
     arguments: type[Arguments] | None
@@ -63,7 +62,6 @@ class CommandRegistry:
         *,
         oob: bool = False,
     ) -> None:
-        """`arguments` None: the handler gets the object as it came, and checks it."""
         assert name not in self._commands, name
         self._commands[name] = Command(name, arguments, handler, oob)
 
@@ -75,7 +73,9 @@ class CommandRegistry:
         try:
             return self._commands[name]
         except KeyError:
-            raise QmpError(f"The command {name} has not been found", "CommandNotFound") from None
+            raise QmpError(
+                f"The command {shown(name)} has not been found", "CommandNotFound"
+            ) from None
 
 
 def parse_arguments(type_: type[Arguments] | None, given: Mapping[str, Any]) -> Any:
@@ -99,7 +99,7 @@ def parse_arguments(type_: type[Arguments] | None, given: Mapping[str, Any]) -> 
             ) from exc
     for name in given:
         if name not in fields:
-            raise QmpError(f"Parameter '{name}' is unexpected")
+            raise QmpError(f"Parameter '{shown(name)}' is unexpected")
     return type_(**values)
 
 

@@ -1,0 +1,130 @@
+"""The source's conversation with the destination's control process, over the main channel.
+
+Questions wait for their answers with a bound; what the destination says unasked goes to the
+senders, or is its word about the token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, TypeVar
+
+from engine import wire
+from engine.control.mainchannel import SourceEnd
+from engine.control.senders import SenderGroup
+from engine.control.uri import Address
+from engine.errors import PeerRefused, WireError
+from engine.guest.base import Handover
+
+ANSWER_WAIT_S: Final = 20.0
+
+Indexed = TypeVar("Indexed", wire.RoundReceived, wire.ChannelBroken)
+
+
+class Conversation:
+    """One migration's; owns the main channel until `close`."""
+
+    def __init__(self, address: Address, session: bytes) -> None:
+        self._address, self._session = address, session
+        self._main = SourceEnd(address)
+        self._answers: dict[object, asyncio.Future[Any]] = {}
+        self._verdict: asyncio.Future[Handover] = asyncio.get_running_loop().create_future()
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._main.sent_bytes
+
+    async def greet(self, hello: wire.Hello) -> wire.Welcome:
+        """Connect and agree.
+
+        :raise PeerRefused: nobody listens there, or the destination does not fit.
+        :raise WireError: it does not speak our language.
+        :raise TimeoutError: it does not answer."""
+        async with asyncio.timeout(ANSWER_WAIT_S):
+            await self._main.connect()
+            await self._main.send(hello)
+            answer = await self._main.receive()
+        if isinstance(answer, wire.Refused):
+            raise PeerRefused(f"the destination refused: {wire.cut(answer.reason)}")
+        if not isinstance(answer, wire.Welcome):
+            raise WireError(f"the destination answered Hello with {type(answer).__name__}")
+        if answer.version != wire.VERSION or answer.session != self._session:
+            raise WireError(f"the destination speaks version {answer.version}, or another session")
+        if len(answer.endpoints) != hello.channels:
+            raise WireError(f"{hello.channels} channels wanted, {len(answer.endpoints)} offered")
+        return answer
+
+    async def listen(self, senders: SenderGroup) -> None:
+        """Take what the destination says, until the channel is closed.
+
+        :raise PeerRefused: it failed, and says why.
+        :raise ConnectionLost: the main channel is gone."""
+        while True:
+            message = await self._main.receive()
+            match message:
+                case wire.RoundReceived():
+                    senders.received(_checked(message, senders))
+                case wire.ChannelBroken():
+                    senders.broken(_checked(message, senders))
+                case wire.Reopened(index, incarnation, endpoint):
+                    self._answer(("reopened", index, incarnation), endpoint)
+                case wire.Armed():
+                    self._answer("armed", None)
+                case wire.Failed(reason):
+                    self._judge(Handover.REFUSED)
+                    raise PeerRefused(f"the destination failed: {wire.cut(reason)}")
+                case wire.TookOver():
+                    self._judge(Handover.TAKEN)
+                case _:
+                    raise WireError(f"unexpected {type(message).__name__} from the destination")
+
+    async def reopen(self, index: int, incarnation: int) -> str:
+        """Ask for a fresh endpoint of a channel.
+
+        :raise TimeoutError: no answer."""
+        endpoint = await self._ask(
+            ("reopened", index, incarnation), wire.Reopen(index, incarnation)
+        )
+        return self._address.reach(str(endpoint))
+
+    async def arm(self, state: bytes, round_number: int, runs: bool) -> None:
+        """Send the device state; wait until the destination keeps every promise.
+
+        :raise TimeoutError: no answer."""
+        await self._main.send(wire.DeviceState(state))
+        await self._ask("armed", wire.Arm(round_number, runs))
+
+    async def verdict(self, wait_s: float) -> Handover:
+        """What the destination's control process knows of the token; UNKNOWN if it does not say."""
+        await asyncio.wait({self._verdict}, timeout=wait_s)
+        return self._verdict.result() if self._verdict.done() else Handover.UNKNOWN
+
+    def _judge(self, verdict: Handover) -> None:
+        if not self._verdict.done():
+            self._verdict.set_result(verdict)
+
+    async def _ask(self, key: object, message: wire.Message) -> Any:
+        self._answers[key] = answer = asyncio.get_running_loop().create_future()
+        try:
+            await self._main.send(message)
+            return await asyncio.wait_for(answer, ANSWER_WAIT_S)
+        finally:
+            if self._answers.get(key) is answer:
+                del self._answers[key]
+
+    def _answer(self, key: object, value: object) -> None:
+        waiting = self._answers.get(key)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(value)
+
+    async def close(self, last_word: wire.Message | None) -> None:
+        """Say a last word if anybody is there to hear it, and close. Idempotent."""
+        if last_word is not None:
+            await self._main.say_last(last_word)
+        self._main.close()
+
+
+def _checked(message: Indexed, senders: SenderGroup) -> Indexed:
+    if not 0 <= message.index < senders.count:
+        raise WireError(f"the destination speaks of channel {message.index}")
+    return message

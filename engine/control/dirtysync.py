@@ -1,0 +1,103 @@
+"""Dirty bits, collected from all lanes: at the end of each round, and every second within a long
+one, so that the dirty rate is known and auto-converge acts before a round of minutes has ended
+(QEMU: migration_bitmap_sync, and cpu_throttle_dirty_sync_timer every 5 s).
+
+Within a round it also saves work: a page that was written before its turn came is sent once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+from engine.control import policy
+from engine.control.host import Host
+from engine.control.senders import SenderGroup
+from engine.control.statistics import MigrationNumbers
+from engine.guest.base import TrackerName
+from engine.memory.blocks import PAGE_SIZE
+from engine.multifd.progress import Count
+
+PERIOD_S: Final = 1.0
+#: Content hashes read all of RAM, soft-dirty bits stop the guest: only between rounds.
+CHEAP: Final = frozenset({TrackerName.UFFD, TrackerName.BITMAP})
+
+
+class DirtySync:
+    """One migration's collecting; one at a time, whoever asks."""
+
+    def __init__(
+        self, host: Host, senders: SenderGroup, numbers: MigrationNumbers, tracker: TrackerName
+    ) -> None:
+        self._host, self._senders, self._numbers, self._tracker = host, senders, numbers, tracker
+        self._throttle = policy.Throttle()
+        self._one_at_a_time = asyncio.Lock()
+        self._number = 0
+        self._sent_bytes = 0  #: on the wire at the last collection
+        self._collected_ns = time.monotonic_ns()
+
+    async def collect(self, *, throttles: bool = True) -> int:
+        """Collect on all lanes; return the bytes that are dirty now.
+
+        `throttles`: auto-converge may change the throttle by what was found.
+
+        :raise MigrationError: a worker or the guest did not answer."""
+        async with self._one_at_a_time:
+            self._number += 1
+            if self._tracker is TrackerName.SOFT_DIRTY and self._host.guest.is_running:
+                dirty_pages, found_pages = await self._harvest_standing()
+            else:
+                dirty_pages, found_pages = await self._harvest()
+            self._numbers.dirtied(found_pages)
+            self._collected_ns = time.monotonic_ns()
+            if throttles:
+                await self._converge(found_pages * PAGE_SIZE)
+            return dirty_pages * PAGE_SIZE
+
+    async def now_and_then(self, is_sending: Callable[[], bool]) -> None:
+        """Collect whenever a round has gone on for a period without; until cancelled."""
+        while self._tracker in CHEAP:
+            due_s = PERIOD_S - (time.monotonic_ns() - self._collected_ns) / 1e9
+            if due_s > 0:
+                await asyncio.sleep(due_s)
+            elif is_sending() and self._host.guest.is_running:
+                await self.collect()
+            else:
+                await asyncio.sleep(PERIOD_S)
+
+    async def _harvest(self) -> tuple[int, int]:
+        totals = await self._senders.harvest(self._number)
+        return totals.dirty_pages, totals.found_pages
+
+    async def _harvest_standing(self) -> tuple[int, int]:
+        """Soft-dirty bits are read and cleared in two steps, so the guest stands meanwhile."""
+        guest = self._host.guest
+        try:
+            await guest.pause(for_migration=True)
+            pages = await self._harvest()
+            await guest.clear_soft_dirty()
+        finally:
+            await guest.resume(for_migration=True)
+        return pages
+
+    async def _converge(self, dirty_bytes: int) -> None:
+        settings = self._host.parameters
+        sent_bytes = self._senders.total(Count.WIRE_BYTES)
+        percent = self._throttle.after_round(
+            dirty_bytes,
+            sent_bytes - self._sent_bytes,
+            policy.ThrottleSettings(
+                self._host.capability("auto-converge"),
+                settings.throttle_trigger_threshold,
+                settings.cpu_throttle_initial,
+                settings.cpu_throttle_increment,
+                settings.max_cpu_throttle,
+                settings.cpu_throttle_tailslow,
+            ),
+        )
+        self._sent_bytes = sent_bytes
+        if percent != self._numbers.throttle_percent:
+            self._numbers.throttle_percent = percent
+            await self._host.guest.throttle(percent)

@@ -1,0 +1,99 @@
+/* take_batch beside others who use the same words: an observer, and an owner of the other bits. */
+#include "batch.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "check.h"
+
+#define TAKEN UINT64_C(0x00000000ffffffff)  /* the slice: the lower half of the one word */
+#define OTHERS UINT64_C(0xffffffff00000000) /* bits that only the second thread changes */
+#define ROUNDS_MIN 60000
+#define ROUNDS_MAX 20000000 /* where threads never run at the same time */
+#define MOVES_SEEN 2000     /* how often the observer must have looked in the middle of a move */
+
+static bitmap_word dirty, in_flight;
+static _Atomic uint64_t round_number; /* odd while the round is being set up */
+static _Atomic uint64_t moves_seen;
+static atomic_bool is_over;
+
+static void take_all_once(void)
+{
+    static unsigned char unread, table[RUN_BYTES];
+    struct batch batch = {
+        .ram = &unread,
+        .dirty = &dirty,
+        .in_flight = &in_flight,
+        .slice = {32, 64, 0, 1},
+        .pages_max = 64,
+        .data = {table, 1, 0, 0, {0, 0}},
+    };
+
+    take_batch(&batch);
+    CHECK(batch.data.pages == 32 && batch.data.count == 1);
+    CHECK((dirty & TAKEN) == 0 && (in_flight & TAKEN) == TAKEN);
+}
+
+/* Every page is dirty or in flight at every instant: who dies in the middle loses none. */
+static void *observe(void *unused)
+{
+    (void)unused;
+    while (!is_over) {
+        uint64_t before = round_number;
+        uint64_t is_dirty = dirty & TAKEN; /* first: pages move from here ... */
+        uint64_t is_in_flight = in_flight & TAKEN; /* ... to here */
+
+        if (before % 2 != 0 || round_number != before)
+            continue;
+        CHECK((is_dirty | is_in_flight) == TAKEN);
+        moves_seen += (is_dirty & is_in_flight) != 0;
+    }
+    return NULL;
+}
+
+/* Set and clear bits of the same words; nobody else does, so each must be as this thread left it. */
+static void *use_the_other_bits(void *unused)
+{
+    uint64_t state = 5;
+
+    (void)unused;
+    while (!is_over) {
+        uint64_t bits = random_word(&state) & OTHERS;
+
+        atomic_fetch_or(&dirty, bits);
+        atomic_fetch_or(&in_flight, bits);
+        CHECK((dirty & OTHERS) == bits && (in_flight & OTHERS) == bits);
+        atomic_fetch_and(&dirty, ~bits);
+        atomic_fetch_and(&in_flight, ~bits);
+        CHECK((dirty & OTHERS) == 0 && (in_flight & OTHERS) == 0);
+        ++moves_seen;
+    }
+    return NULL;
+}
+
+static void rounds_beside(void *(*other)(void *))
+{
+    pthread_t thread;
+
+    moves_seen = 0;
+    is_over = false;
+    dirty = TAKEN;
+    in_flight = 0;
+    CHECK(pthread_create(&thread, NULL, other, NULL) == 0);
+    for (int i = 0; i < ROUNDS_MAX && (i < ROUNDS_MIN || moves_seen < MOVES_SEEN); ++i) {
+        ++round_number;
+        atomic_fetch_or(&dirty, TAKEN);
+        atomic_fetch_and(&in_flight, ~TAKEN);
+        ++round_number;
+        take_all_once();
+    }
+    is_over = true;
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
+int main(void)
+{
+    rounds_beside(observe);
+    rounds_beside(use_the_other_bits);
+    return 0;
+}

@@ -1,0 +1,401 @@
+"""The senders as one group, with workers that a test plays: nothing forgotten, nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from engine import _native, wire
+from engine.control import senders
+from engine.control.pool import Pool
+from engine.control.senders import HarvestTotals, Lane, SenderGroup
+from engine.errors import MigrationError, WireError, WorkerLost
+from engine.memory.blocks import PAGE_SIZE, RamBlock
+from engine.memory.tracking import TrackedBlock, TrackerName, Tracking
+from engine.multifd.progress import Count, Progress
+from tests.support import open_descriptors
+
+PAGES = 64
+
+
+@dataclass
+class PlayedWorker:
+    """A worker process that does what the test says."""
+
+    orders: list[wire.Message] = field(default_factory=list)
+    is_alive: bool = True
+    on_report: Callable[[Any], None] = lambda _report: None
+    on_lost: Callable[[WorkerLost], None] = lambda _lost: None
+
+    def listen(
+        self, on_report: Callable[[Any], None], on_lost: Callable[[WorkerLost], None]
+    ) -> None:
+        self.on_report, self.on_lost = on_report, on_lost
+
+    def order(self, message: wire.Message, fds: Sequence[int] = ()) -> None:
+        if not self.is_alive:
+            raise WorkerLost("sender", 0, "it is not running")
+        self.orders.append(message)
+
+    async def end(self) -> None:
+        self.is_alive = False
+
+    def die(self) -> None:
+        self.is_alive = False
+        self.on_lost(WorkerLost("sender", 0, "killed"))
+
+    def kinds(self) -> list[str]:
+        return [type(order).__name__ for order in self.orders]
+
+
+@dataclass
+class Played:
+    """A group of one lane over 64 pages with data, all delivered, and its workers."""
+
+    group: SenderGroup
+    workers: list[PlayedWorker]
+    heals: list[asyncio.Task[None]]
+
+    @property
+    def worker(self) -> PlayedWorker:
+        return self.workers[-1]
+
+    @property
+    def lane(self) -> Lane:
+        return self.group.lanes[0]
+
+    def finish_round(self, number: int, pages: int) -> None:
+        """Both ends have counted the same."""
+        self.group.dirty.move_to(self.group.in_flight)
+        counts = (number, 1, pages, 0, pages * PAGE_SIZE)
+        self.worker.on_report(wire.RoundSent(self.lane.incarnation, *counts))
+        self.group.received(wire.RoundReceived(0, self.lane.incarnation, *counts))
+
+    async def run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start something of the group, up to where it waits."""
+        task = asyncio.ensure_future(work)
+        await settle()
+        return task
+
+    async def break_channel(self) -> None:
+        """The destination gives the channel up; the heal is under way when this returns."""
+        self.group.broken(wire.ChannelBroken(0, self.lane.incarnation, "gap"))
+        await settle()
+
+
+async def settle() -> None:
+    """Let everything run that can run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def ram_block(name: str = "ram", pages: int = PAGES) -> RamBlock:
+    fd = os.memfd_create("test-ram", os.MFD_CLOEXEC)
+    os.ftruncate(fd, pages * PAGE_SIZE)
+    os.pwrite(fd, b"x" * pages * PAGE_SIZE, 0)
+    return RamBlock(name, pages * PAGE_SIZE, fd)
+
+
+@asynccontextmanager
+async def played() -> AsyncIterator[Played]:
+    block = ram_block()
+    workers: list[PlayedWorker] = []
+    heals: list[asyncio.Task[None]] = []
+
+    def take(_index: int) -> PlayedWorker:
+        workers.append(PlayedWorker())
+        return workers[-1]
+
+    async def reopen(_index: int, _incarnation: int) -> str:
+        return "tcp://127.0.0.1:1"
+
+    def on_lost(index: int, _reason: str) -> None:
+        heals.append(asyncio.ensure_future(group.heal(index, reopen)))
+
+    pool = cast(Pool[wire.SenderReport], SimpleNamespace(take=take))
+    group = SenderGroup([block], pool, b"s" * 16, ["tcp://127.0.0.1:1"], on_lost)
+    rig = Played(group, workers, heals)
+    tracking = Tracking(TrackerName.UFFD, (TrackedBlock(block.fd, PAGE_SIZE),), "a test")
+    try:
+        start = await rig.run(group.start(tracking, detect_zero=True))
+        rig.worker.on_report(wire.Opened(1))
+        await start
+        sent = await rig.run(group.send_round(1))
+        rig.finish_round(1, PAGES)
+        await sent
+        yield rig
+    finally:
+        for heal in heals:
+            heal.cancel()
+        await asyncio.gather(*heals, return_exceptions=True)
+        await group.end()
+        os.close(block.fd)
+
+
+def test_a_worker_that_lives_gets_no_harvest_twice() -> None:
+    async def scenario() -> list[str]:
+        async with played() as rig:
+            await rig.break_channel()
+            harvest = await rig.run(rig.group.harvest(1))
+            rig.worker.on_report(wire.Opened(2))
+            await settle()
+            rig.worker.on_report(wire.Harvested(1, 0, 0))
+            await harvest
+            return rig.worker.kinds()
+
+    orders = asyncio.run(scenario())
+    assert orders == ["PrepareSender", "SendRound", "OpenChannel", "Harvest"]
+
+
+def test_a_worker_that_dies_in_a_harvest_makes_its_slice_dirty_and_the_next_harvests_again() -> (
+    None
+):
+    async def scenario() -> tuple[HarvestTotals, list[str], int]:
+        async with played() as rig:
+            harvest = await rig.run(rig.group.harvest(1))
+            rig.worker.die()
+            await settle()
+            rig.worker.on_report(wire.Opened(2))
+            rig.worker.on_report(wire.Harvested(1, PAGES, 3))
+            return await harvest, rig.worker.kinds(), rig.group.dirty.count()
+
+    totals, orders, dirty = asyncio.run(scenario())
+    assert totals == HarvestTotals(PAGES, 3)
+    assert orders == ["PrepareSender", "Harvest"]
+    assert dirty == PAGES
+
+
+def test_a_harvest_that_control_no_longer_waits_for_still_counts_when_its_worker_dies() -> None:
+    async def scenario() -> int:
+        async with played() as rig:
+            forgotten = await rig.run(rig.group.harvest(1))
+            forgotten.cancel()
+            harvest = await rig.run(rig.group.harvest(2))
+            rig.worker.on_report(wire.Harvested(2, 0, 0))  # as if only the newer was answered
+            await harvest
+            rig.worker.die()
+            await settle()
+            return rig.group.dirty.count()
+
+    assert asyncio.run(scenario()) == PAGES
+
+
+def test_a_worker_that_dies_with_all_its_harvests_answered_costs_nothing() -> None:
+    async def scenario() -> int:
+        async with played() as rig:
+            harvest = await rig.run(rig.group.harvest(1))
+            rig.worker.on_report(wire.Harvested(1, 0, 0))
+            await harvest
+            rig.worker.die()
+            await settle()
+            rig.worker.on_report(wire.Opened(2))
+            return rig.group.dirty.count()
+
+    assert asyncio.run(scenario()) == 0
+
+
+def test_a_round_that_begins_in_the_instant_of_opening_is_ordered_once() -> None:
+    async def scenario() -> list[str]:
+        async with played() as rig:
+            await rig.break_channel()
+            rig.worker.on_report(wire.Opened(2))  # and the heal has not run on yet
+            await rig.run(rig.group.send_round(2))
+            return rig.worker.kinds()
+
+    orders = asyncio.run(scenario())
+    assert orders == ["PrepareSender", "SendRound", "OpenChannel", "SendRound"]
+
+
+def test_what_was_lost_is_dirty_before_the_round_is_ordered_again() -> None:
+    async def scenario() -> tuple[list[wire.Message], int, int]:
+        async with played() as rig:
+            rig.group.dirty.set_data()
+            await rig.run(rig.group.send_round(2))
+            _native.bitmap_set_range(rig.group.in_flight[0], 0, 10)
+            _native.bitmap_clear_slice(rig.group.dirty[0], (PAGES, 64, 0, 1))
+            await rig.break_channel()
+            rig.worker.on_report(wire.Opened(2))
+            return rig.worker.orders, rig.group.dirty.count(), rig.group.in_flight.count()
+
+    orders, dirty, in_flight = asyncio.run(scenario())
+    assert orders[2:] == [
+        wire.SendRound(2),
+        wire.OpenChannel("tcp://127.0.0.1:1", 2),
+        wire.SendRound(2),
+    ]
+    assert (dirty, in_flight) == (10, 0)
+
+
+def test_a_lane_that_is_lost_after_its_part_was_acknowledged_sends_nothing_again() -> None:
+    async def scenario() -> list[str]:
+        async with played() as rig:
+            await rig.break_channel()
+            rig.worker.on_report(wire.Opened(2))
+            await settle()
+            return rig.worker.kinds()
+
+    assert asyncio.run(scenario()) == ["PrepareSender", "SendRound", "OpenChannel"]
+
+
+def test_totals_of_another_round_are_not_believed() -> None:
+    async def scenario() -> bool:
+        async with played() as rig:
+            await rig.run(rig.group.send_round(2))
+            rig.worker.on_report(wire.RoundSent(1, 1, 1, 0, 0, 0))
+            rig.group.received(wire.RoundReceived(0, 1, 2, 1, 0, 0, 0))
+            return bool(rig.lane.round_due) and rig.lane.sent is None
+
+    assert asyncio.run(scenario())
+
+
+def test_a_harvest_during_a_round_and_a_heal_during_both_lose_nothing() -> None:
+    """Pages 0-9 are in flight, 10-19 dirty; 3 and 30 are found; then the channel is lost."""
+
+    async def scenario() -> tuple[HarvestTotals, list[str], int, int]:
+        async with played() as rig:
+            group = rig.group
+            _native.bitmap_set_range(group.dirty[0], 10, 10)
+            _native.bitmap_set_range(group.in_flight[0], 0, 10)
+            round_ = await rig.run(group.send_round(2))
+            harvest = await rig.run(group.harvest(1))
+            await rig.break_channel()
+            for page in (3, 30):
+                _native.bitmap_set_range(group.dirty[0], page, 1)
+            rig.worker.on_report(wire.Harvested(1, 12, 2))
+            totals = await harvest
+            orders = rig.worker.kinds()
+            rig.worker.on_report(wire.Opened(2))
+            dirty = group.dirty.count()
+            rig.finish_round(2, dirty)
+            await round_
+            orders += rig.worker.kinds()[len(orders) :]
+            return totals, orders, dirty, group.delivered.count()
+
+    totals, orders, dirty, delivered = asyncio.run(scenario())
+    assert totals == HarvestTotals(12 + 10, 2)  # in flight on a lost lane counts as dirty
+    assert orders == [
+        "PrepareSender", "SendRound", "SendRound", "Harvest", "OpenChannel", "SendRound",
+    ]  # fmt: skip
+    assert dirty == 21
+    assert delivered == PAGES
+
+
+def test_pages_that_come_back_after_the_lanes_answer_are_counted() -> None:
+    async def scenario() -> HarvestTotals:
+        async with played() as rig:
+            _native.bitmap_set_range(rig.group.in_flight[0], 0, 10)
+            harvest = await rig.run(rig.group.harvest(1))
+            await rig.break_channel()
+            rig.worker.on_report(wire.Harvested(1, 0, 0))
+            rig.worker.on_report(wire.Opened(2))
+            totals: HarvestTotals = await harvest
+            return totals
+
+    assert asyncio.run(scenario()) == HarvestTotals(10, 0)
+
+
+@pytest.mark.parametrize("where", ["dirty", "in_flight"])
+def test_a_page_left_after_the_last_round_is_an_error_that_counts(where: str) -> None:
+    async def scenario() -> None:
+        async with played() as rig:
+            rig.group.check_all_delivered()
+            _native.bitmap_set_range(getattr(rig.group, where)[0], 7, 2)
+            rig.group.check_all_delivered()
+
+    counts = "2 pages are dirty and 0" if where == "dirty" else "0 pages are dirty and 2"
+    with pytest.raises(MigrationError, match=counts):
+        asyncio.run(scenario())
+
+
+class Clock:
+    """Time that passes when the group waits for news, with something happening at each wait."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, rig: Played, each_wait: Callable[[int], None]
+    ) -> None:
+        self.now_ns, self._waits, self._each_wait = 0, 0, each_wait
+        monkeypatch.setattr(senders, "time", SimpleNamespace(monotonic_ns=lambda: self.now_ns))
+        monkeypatch.setattr(rig.group, "_news", self._news)
+
+    async def _news(self) -> None:
+        await asyncio.sleep(0)
+        self.now_ns += 15_000_000_000
+        self._waits += 1
+        self._each_wait(self._waits)
+
+
+def test_a_harvest_may_take_as_long_as_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> HarvestTotals:
+        async with played() as rig:
+
+            def get_on(waits: int) -> None:
+                rig.lane.progress.add(Count.HARVEST_PAGES, 1)
+                if waits == 100:
+                    rig.worker.on_report(wire.Harvested(1, 5, 5))
+
+            Clock(monkeypatch, rig, get_on)
+            return await rig.group.harvest(1)
+
+    assert asyncio.run(scenario()) == HarvestTotals(5, 5)
+
+
+def test_a_harvest_that_does_not_get_on_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with played() as rig:
+            Clock(monkeypatch, rig, lambda _waits: None)
+            await rig.group.harvest(1)
+
+    with pytest.raises(WorkerLost, match="no answer while collecting dirty pages"):
+        asyncio.run(scenario())
+
+
+def test_short_harvests_do_not_hide_that_no_byte_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with played() as rig:
+            rig.group.dirty.set_data()
+            Clock(monkeypatch, rig, lambda _: rig.lane.progress.add(Count.HARVEST_PAGES, PAGES))
+            await rig.group.send_round(2)
+
+    with pytest.raises(MigrationError, match="no byte moved"):
+        asyncio.run(scenario())
+
+
+def test_a_group_that_cannot_be_made_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    create = Progress.create
+
+    def fail_at_the_third() -> Progress:
+        nonlocal made
+        made += 1
+        if made == 3:
+            raise OSError(24, "Too many open files")
+        return create()
+
+    monkeypatch.setattr(Progress, "create", fail_at_the_third)
+    block = ram_block()
+    before = open_descriptors()
+    pool = cast(Pool[wire.SenderReport], None)
+
+    with pytest.raises(OSError, match="Too many"):
+        SenderGroup([block], pool, b"s" * 16, ["a", "b", "c"], lambda _index, _reason: None)
+
+    assert open_descriptors() == before
+    os.close(block.fd)
+
+
+def test_more_blocks_than_one_order_can_carry_are_refused_in_one_line() -> None:
+    block = ram_block()
+    blocks = [RamBlock(f"ram{i}", block.size, block.fd) for i in range(wire.BLOCKS_MAX + 1)]
+    pool = cast(Pool[wire.SenderReport], None)
+
+    with pytest.raises(WireError, match=r"^a guest of 124 RAM blocks; 1 to 123 can be migrated$"):
+        SenderGroup(blocks, pool, b"s" * 16, ["a"], lambda _index, _reason: None)
+
+    os.close(block.fd)
