@@ -22,7 +22,8 @@ from engine.errors import MigrationError
 
 START_WAIT_S: Final = 30.0
 RUN_WAIT_S: Final = 300.0
-IDLE_S: Final = 0.3  #: processes that used no tick of processor time for so long have started
+IDLE_S: Final = 0.3
+IDLE_USED_S: Final = 0.003  #: who used less in that time has nothing to do
 QEMU: Final = "qemu-system-x86_64"
 
 
@@ -32,15 +33,17 @@ class Run:
 
     :ivar total_time_ms: as the engine itself says.
     :ivar wall_time_ms: from `migrate` to the later of both sides' `completed` events.
-    :ivar cpu_before_migrate_s: of both sides, to start.
-    :ivar cpu_s: of all processes of both sides, from `migrate` until all have ended, so that it
-        does not matter whether RAM is unmapped at the end of the migration or of the process.
+    :ivar cpu_before_migrate_s: of all processes of both sides, to start.
+    :ivar cpu_s: of the same, from `migrate` until both sides are idle again: the ends of
+        ramferry's workers, which unmap RAM, count; QEMU unmaps it when it ends.
+    :ivar cpu_to_exit_s: of the same, from `migrate` until all have ended.
     """
 
     total_time_ms: int
     wall_time_ms: float
     cpu_before_migrate_s: float
     cpu_s: float
+    cpu_to_exit_s: float
     normal_pages: int
     zero_pages: int
     different_pages: int
@@ -70,11 +73,9 @@ class Side:
         with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self.process.pid)
             times = own.cpu_times()
-            total = times.user + times.system + times.children_user + times.children_system
-            for child in own.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    total += sum(child.cpu_times()[:2])
-            return float(total)
+            living = [own.pid, *(child.pid for child in own.children(recursive=True))]
+            ended: float = times.children_user + times.children_system
+            return ended + sum(map(_process_clock_s, living))
         return 0.0
 
     async def end_of_migration(self) -> str:
@@ -135,14 +136,14 @@ async def migrate_once(engine: str, image: Path, size: int, channels: int) -> Ru
         ):
             run = await _migrate(source, destination, image, ram, channels)
         used_s = _ended_children_cpu_s() - ended_s
-        return replace(run, cpu_s=used_s - run.cpu_before_migrate_s)
+        return replace(run, cpu_to_exit_s=used_s - run.cpu_before_migrate_s)
     finally:
         ram.unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)
 
 
 async def _migrate(source: Side, destination: Side, image: Path, ram: Path, channels: int) -> Run:
-    """All but `cpu_s`, which is known when both sides have ended."""
+    """All but `cpu_to_exit_s`, which is known when both sides have ended."""
     capabilities = [{"capability": name, "state": True} for name in ("multifd", "events")]
     for one in (source, destination):
         parameters = {"max-bandwidth": 0, "multifd-channels": channels}
@@ -160,11 +161,13 @@ async def _migrate(source: Side, destination: Side, image: Path, ram: Path, chan
     wall_time_ms = (time.monotonic() - began) * 1000
     if statuses != ["completed", "completed"]:
         raise MigrationError(f"a benchmark's migration ended as {statuses}")
+    cpu_s = await _settled_cpu_s(source, destination) - before_s
     answer: Any = await source.client.execute("query-migrate")
     return Run(
         answer["total-time"],
         wall_time_ms,
         before_s,
+        cpu_s,
         0.0,
         answer["ram"]["normal"],
         answer["ram"]["duplicate"],
@@ -173,13 +176,22 @@ async def _migrate(source: Side, destination: Side, image: Path, ram: Path, chan
 
 
 async def _settled_cpu_s(*sides: Side) -> float:
-    """Wait until both sides have finished starting; return what they have used."""
+    """Wait until both sides have nothing to do; return what they have used so far."""
     deadline = time.monotonic() + START_WAIT_S
-    used = -1.0
-    while used != (now := sum(side.cpu_s() for side in sides)) and time.monotonic() < deadline:
-        used = now
+    used, now = -1.0, sum(side.cpu_s() for side in sides)
+    while now - used > IDLE_USED_S and time.monotonic() < deadline:
         await asyncio.sleep(IDLE_S)
+        used, now = now, sum(side.cpu_s() for side in sides)
     return now
+
+
+def _process_clock_s(pid: int) -> float:
+    """Processor time of another process, threads that ended included (clock_getcpuclockid(3));
+    /proc counts in ticks of 10 ms, cut off for each process."""
+    try:
+        return time.clock_gettime_ns((~pid << 3) | 2) / 1e9
+    except OSError:  # it has ended
+        return 0.0
 
 
 def _ended_children_cpu_s() -> float:

@@ -78,7 +78,7 @@ def check_pair(pair: Pair) -> None:
 def report(pairs: Sequence[Pair], *, as_json: bool, **context: object) -> None:
     """Medians of the pairs' ratios; above 1 ramferry needs less."""
     figures: dict[str, list[float]] = {}
-    for name in ("total_time_ms", "wall_time_ms", "cpu_s", "cpu_before_migrate_s"):
+    for name in ("total_time_ms", "wall_time_ms", "cpu_s", "cpu_to_exit_s", "cpu_before_migrate_s"):
         qemu = [float(getattr(pair.qemu, name)) for pair in pairs]
         ours = [float(getattr(pair.ours, name)) for pair in pairs]
         figures |= {f"qemu_{name}": qemu, f"ramferry_{name}": ours}

@@ -134,10 +134,9 @@ class IncomingMigration:
             if failure is not None and is_void:
                 await self._fail(main, failure)
             elif not is_void:
+                self._set_status(Status.COMPLETED)
                 await self._last_word(main, wire.TookOver())
             await self._give_back(main, is_void)
-            if not is_void:
-                self._set_status(Status.COMPLETED)
         finally:
             self.ended.set()
 

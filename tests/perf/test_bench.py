@@ -81,7 +81,7 @@ def test_spread_names_the_median() -> None:
 
 
 def run(**changes: int) -> Run:
-    return replace(Run(100, 110.0, 0.5, 0.2, 1000, 500, 0), **changes)
+    return replace(Run(100, 110.0, 0.5, 0.2, 0.3, 1000, 500, 0), **changes)
 
 
 @pytest.mark.parametrize(
