@@ -257,6 +257,7 @@ class OutgoingMigration:
         self._need_senders().budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
         await self._host.guest.resume(for_migration=True)
         self._is_held = False
+        self.numbers.pause_undone(time.monotonic_ns() - self._pause_began_ns)
         self._show_run_state()
         self._pass()
         await self._send_round()

@@ -59,6 +59,8 @@ class MigrationNumbers:
     expected_downtime_ns: int = 0
     downtime_ns: int | None = None
     phases: DowntimePhases = field(default_factory=DowntimePhases)
+    undone_pauses: int = 0
+    longest_undone_pause_ns: int = 0
     throttle_percent: int = 0
     channels: list[ChannelSample] = field(default_factory=list)
     tracker: str = ""
@@ -69,6 +71,11 @@ class MigrationNumbers:
     _sampled_pages: int = 0
     _dirty_since_ns: int = 0
     _dirty_pages: int = 0
+
+    def pause_undone(self, stood_ns: int) -> None:
+        """The guest was stopped, too much was left to send, and it runs again."""
+        self.undone_pauses += 1
+        self.longest_undone_pause_ns = max(self.longest_undone_pause_ns, stood_ns)
 
     def dirtied(self, pages: int) -> None:
         """`pages` became dirty since the last sync."""

@@ -105,6 +105,10 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
             "acknowledge": phases.acknowledge,
             "resume": phases.resume,
         },
+        "x-undone-pauses": {
+            "count": numbers.undone_pauses,
+            "longest": numbers.longest_undone_pause_ns,
+        },
         "x-channels": [
             {
                 "index": index,
