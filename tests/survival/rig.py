@@ -179,3 +179,17 @@ async def adopted(socket: str) -> AsyncIterator[engine.Control]:
     """A new control process for an orphaned guest; the guest ends with it."""
     async with engine.Control.start(f"workload:socket={socket}") as control:
         yield control
+
+
+async def gave_up(destination: engine.Control) -> bool:
+    """Wait until it has ended with its failed migration (True), or know that it still waits for a
+    source, since none ever said who it is (False)."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            try:
+                status = (await destination.execute("query-migrate"))["status"]
+            except engine.MigrationError:
+                return await destination.wait() == 1
+            if status == "setup":
+                return False
+            await asyncio.sleep(0.02)

@@ -24,6 +24,7 @@ from tests.survival.rig import (
     Pair,
     begin,
     ended,
+    gave_up,
     is_right,
     is_running,
     let_end,
@@ -66,7 +67,7 @@ def test_a_cancelled_migration_leaves_the_guest_and_the_next_one_succeeds(
             await reached(migration, part)
             await migration.cancel()
             status = await end_of(both.source, both.destination)
-            assert await both.destination.wait() == 1
+            assert await gave_up(both.destination) or not part
             async with engine.Control.start(GUEST, "tcp:127.0.0.1:0") as second:
                 await let_end(both.source)
                 await (await both.source.migrate(second, max_bandwidth=0)).result()
