@@ -29,6 +29,7 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._holds: list[Hold] = []
         self._connected = asyncio.Condition()
+        self._dead: set[int] = set()
 
     async def listen(self, ports: Iterable[int]) -> None:
         for port in ports:
@@ -38,6 +39,9 @@ class Proxy:
     async def _forward(
         self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        if port in self._dead:
+            writer.close()
+            return
         try:
             far_reader, far_writer = await asyncio.open_connection(TARGET, port)
         except OSError:
@@ -74,9 +78,12 @@ class Proxy:
         async with self._connected:
             await self._connected.wait_for(lambda: all(self._writers.get(port) for port in ports))
 
-    def cut(self, ports: Iterable[int]) -> int:
-        """Reset every connection of these ports, with whatever is on its way; return how many."""
+    def cut(self, ports: Collection[int], *, for_good: bool = False) -> int:
+        """Reset every connection of these ports, with whatever is on its way; return how many.
+        `for_good`: whoever connects again reaches nobody."""
         count = 0
+        if for_good:
+            self._dead.update(ports)
         for port in ports:
             writers = self._writers.pop(port, set())
             count += sum(not writer.is_closing() for writer in writers) // 2

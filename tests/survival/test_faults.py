@@ -233,7 +233,7 @@ def test_a_source_cut_off_with_the_token_on_its_way_runs_nothing_until_its_opera
 
     async def scenario() -> None:
         async with in_the_switchover(tmp_path, 1, TAKE) as (both, between, base, hold, migration):
-            assert between.cut(range(base, base + 4)) == 4
+            assert between.cut(range(base, base + 4), for_good=True) == 4
             assert await both.destination.wait() == 1
             hold.released.set()
             with pytest.raises(engine.OutcomeUnknown):
