@@ -27,7 +27,7 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from engine.errors import WireError
-from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE
+from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE, RamBlock
 
 VERSION: Final = 1
 SESSION_BYTES: Final = 16
@@ -225,6 +225,10 @@ class BlockShape(Message, frozen=True):
     name: str
     size: int
     backing_page_size: int
+
+    @classmethod
+    def of(cls, block: RamBlock) -> BlockShape:
+        return cls(block.name, block.size, block.backing_page_size)
 
     def check(self) -> None:
         """:raise WireError: a size that no block can have."""

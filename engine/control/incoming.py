@@ -104,17 +104,11 @@ class IncomingMigration:
             return
         if self._is_serving:
             self._task.cancel()
-        if not await self._has_ended_within(CLOSE_WAIT_S):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), CLOSE_WAIT_S)
+        if not self.ended.is_set():
             await self._host.guest.quit()  # it does not say whether it took over; now it says no
         await self.ended.wait()
-
-    async def _has_ended_within(self, wait_s: float) -> bool:
-        try:
-            async with asyncio.timeout(wait_s):
-                await self.ended.wait()
-        except TimeoutError:
-            return False
-        return True
 
     def _set_status(self, status: Status) -> None:
         self.status = status
@@ -315,7 +309,7 @@ class IncomingMigration:
                     self._session,
                     self._address.channel_endpoint(lane.index, base),
                     lane.incarnation,
-                    [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in blocks],
+                    [wire.BlockShape.of(block) for block in blocks],
                 ),
                 [self._placed.fd, lane.progress.fd, *(block.fd for block in blocks)],
             )

@@ -16,6 +16,7 @@ from typing import Any, Final
 from engine import unixsocket, wire
 from engine.control.framestream import ConnectionLost, FrameStream
 from engine.control.uri import Address
+from engine.dialing import dial, listen_tcp
 from engine.errors import PeerRefused, WireError
 
 __all__ = ["ConnectionLost", "DestinationEnd", "SourceEnd"]
@@ -93,17 +94,10 @@ async def _connect(address: Address) -> socket.socket:
         addresses = [(family, where) for family, _, _, _, where in found]
     failure = OSError("the name has no address")
     for family, where in addresses:
-        connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            await loop.sock_connect(connection, where)
+            return await dial(family, where)
         except OSError as exc:
-            connection.close()
             failure = exc
-        except BaseException:
-            connection.close()
-            raise
-        else:
-            return connection
     raise failure
 
 
@@ -115,18 +109,14 @@ def _reason(exc: OSError) -> str:
 
 
 def _listener(address: Address) -> socket.socket:
-    """One listener, so that one port says it all; an empty host means every address."""
+    """An empty host means every address."""
     if address.path:
         return unixsocket.bind(address.path)
     if not address.host:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", address.port), family=socket.AF_INET6, dualstack_ipv6=True
-            )
-        return socket.create_server(("", address.port))
+        return listen_tcp(address.port, None)
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     family, _, _, _, where = found[0]
-    return socket.create_server(where[:2], family=socket.AddressFamily(family))
+    return listen_tcp(address.port, (family, where))
 
 
 class DestinationEnd:

@@ -178,7 +178,7 @@ class OutgoingMigration:
 
     def _hello(self) -> wire.Hello:
         guest = self._host.guest
-        shapes = [wire.BlockShape(b.name, b.size, b.backing_page_size) for b in guest.blocks]
+        shapes = [wire.BlockShape.of(block) for block in guest.blocks]
         wire.check_blocks(shapes)
         return wire.Hello(
             wire.VERSION,

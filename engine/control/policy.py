@@ -17,8 +17,6 @@ RATE_BYTES_MIN: Final = 4 * 1024 * 1024
 HANDOVER_NS_DEFAULT: Final = 3_000_000
 #: A pause is entered only when its prediction leaves this part of the limit free.
 MARGIN: Final = 0.8
-#: QEMU's CPU throttle period: it is looked at once a round here, at most every so often.
-THROTTLE_DELAY_NS: Final = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class SenderGroup:
         endpoints: Sequence[str],
         on_lost: Callable[[int, str], None],
     ) -> None:
-        wire.check_blocks([shape_of(block) for block in blocks])
+        wire.check_blocks([wire.BlockShape.of(block) for block in blocks])
         self._blocks, self._pool, self._session = tuple(blocks), pool, session
         self._on_lost = on_lost
         self._waiters: set[asyncio.Future[None]] = set()
@@ -185,7 +185,7 @@ class SenderGroup:
         fds += [block.fd for block in self._blocks]
         fds += [block.pagemap_fd for block in blocks if block.pagemap_fd >= 0]
         fds += [block.bitmap_fd for block in blocks if block.bitmap_fd >= 0]
-        shapes = [shape_of(block) for block in self._blocks]
+        shapes = [wire.BlockShape.of(block) for block in self._blocks]
         self._order(
             lane,
             wire.PrepareSender(
@@ -440,8 +440,3 @@ class SenderGroup:
         lane.unanswered = 0
         self.delivered.set_data()
         self.delivered.move_to(self.dirty, lane.index, self.count)
-
-
-def shape_of(block: RamBlock) -> wire.BlockShape:
-    """What a peer or a worker is told of a block."""
-    return wire.BlockShape(block.name, block.size, block.backing_page_size)

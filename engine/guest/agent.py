@@ -21,7 +21,6 @@ import enum
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 import traceback
@@ -38,9 +37,10 @@ from engine.errors import (
     WireError,
 )
 from engine.guest import messages
+from engine.guest.adoption import Adoption
 from engine.guest.base import Handover, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
-from engine.guest.rundir import open_rundir, remove_file
+from engine.guest.rundir import remove_file
 from engine.guest.vcpus import Ended, Machine
 from engine.memory.tracking import TrackerName
 from engine.wire import cut
@@ -74,8 +74,8 @@ class Agent:
         self.role = Role.NEW
         self._control: socket.socket | None = None
         self._first = control
-        self._listener: socket.socket | None = None
-        self._listener_path = self._created_path = self._rundir = ""
+        self._adoption: Adoption | None = None
+        self._created_path = self._rundir = ""
         self._backing_page_size = 0
         self._machine: Machine | None = None
         self._standing = Standing(by_user=True)
@@ -109,7 +109,8 @@ class Agent:
         await self._destination.end()
         if self._source is not None:
             self._source.close()
-        self._stop_listening()
+        if self._adoption is not None:
+            self._adoption.close()
         self._hang_up()
         if self._machine is not None:
             if self._created_path:
@@ -230,34 +231,13 @@ class Agent:
             state += ", for nobody has said whether it runs at the destination"
         text = f"ramferry guest[{os.getpid()}]: its control process is gone; it {state}"
         try:
-            self._listener, self._listener_path = open_rundir(self._rundir)
-            asyncio.get_running_loop().add_reader(self._listener, self._adopt)
-            text += f"; adopt it with --guest workload:socket={self._listener_path}"
+            self._adoption = Adoption(self._rundir, self._serve)
+            text += f"; adopt it with --guest workload:socket={self._adoption.path}"
         except OSError as exc:
             text += f"; nobody can adopt it: {exc.strerror}"
         text += f"; end it with: kill {os.getpid()}\n"
         with contextlib.suppress(OSError):  # stderr may have gone with control
             os.write(sys.stderr.fileno(), text.encode())
-
-    def _stop_listening(self) -> None:
-        if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
-            remove_file(self._listener_path)
-            self._listener.close()
-            self._listener = None
-
-    def _adopt(self) -> None:
-        assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        if struct.unpack("3i", credentials)[1] not in (0, os.getuid()):
-            connection.close()
-            return
-        self._stop_listening()
-        self._serve(connection)
 
     # -- requests: each returns the answer and the descriptors beside it -------------------------
 

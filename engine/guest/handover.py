@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine import unixsocket
+from engine.dialing import dial, listen_tcp
 from engine.errors import ChannelError, GuestError, UsageError, WireError
 from engine.guest.base import Handover
 from engine.guest.token import MESSAGE, DestinationToken, Kind, SourceToken, decode, encode
@@ -74,15 +75,9 @@ class NobodyListens(Exception):
 
 
 async def _bind_tcp(endpoint: Endpoint) -> socket.socket:
-    """Bind one address, so that one port says it all; an empty host means every address."""
-    if not endpoint.host:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", endpoint.port), family=socket.AF_INET6, dualstack_ipv6=True
-            )
-        return socket.create_server(("", endpoint.port))
-    family, address = (await _addresses(endpoint))[0]
-    return socket.create_server(address[:2], family=socket.AddressFamily(family))
+    """An empty host means every address."""
+    only = (await _addresses(endpoint))[0] if endpoint.host else None
+    return listen_tcp(endpoint.port, only)
 
 
 async def _addresses(endpoint: Endpoint) -> list[tuple[int, Any]]:
@@ -100,18 +95,12 @@ async def _connect_any(addresses: list[tuple[int, Any]]) -> socket.socket:
     A missing socket file is no refusal: anybody may have removed it."""
     failure: OSError | None = None
     for family, address in addresses:
-        connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            await asyncio.get_running_loop().sock_connect(connection, address)
+            return await dial(family, address)
+        except ConnectionRefusedError:
+            continue
         except OSError as exc:
-            connection.close()
-            if not isinstance(exc, ConnectionRefusedError):
-                failure = exc
-        except BaseException:
-            connection.close()
-            raise
-        else:
-            return connection
+            failure = exc
     if failure is not None:
         raise failure
     raise NobodyListens(all(_is_this_host(family, address) for family, address in addresses))

@@ -188,7 +188,9 @@ class AgentLink:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 messages.send(self._socket, messages.Quit(self.next_id()))
-        if not await self._ended_within(END_WAIT_S):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._dead.wait(), END_WAIT_S)
+        if self.is_alive:
             log.warning("guest (pid %d) does not end, killing it", self.pid)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -204,14 +206,6 @@ class AgentLink:
         self._fail_waiting()
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-
-    async def _ended_within(self, wait_s: float) -> bool:
-        try:
-            async with asyncio.timeout(wait_s):
-                await self._dead.wait()
-        except TimeoutError:
-            return False
-        return True
 
 
 def _signal_name(number: int) -> str:

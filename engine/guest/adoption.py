@@ -1,0 +1,43 @@
+"""Where a guest whose control process died waits for the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+from engine.guest.rundir import open_rundir, remove_file
+
+
+class Adoption:
+    """A listener in the run directory for one control process of this user, or root's; owns both
+    the listener and its file until somebody came or `close`."""
+
+    def __init__(self, rundir: str, on_adopted: Callable[[socket.socket], None]) -> None:
+        """`on_adopted` takes the connection over; the listener is gone then.
+
+        :raise OSError: the directory cannot be used."""
+        self._on_adopted = on_adopted
+        self._listener, self.path = open_rundir(rundir)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("3i", credentials)[1] not in (0, os.getuid()):
+            connection.close()
+            return
+        self.close()
+        self._on_adopted(connection)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            remove_file(self.path)
+            self._listener.close()
