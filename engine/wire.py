@@ -76,6 +76,10 @@ class CodecId(enum.IntEnum):
     RAW = 1
 
 
+_KINDS: Final = frozenset(PacketKind)
+_CODECS: Final = frozenset(CodecId)
+
+
 @dataclass(frozen=True, slots=True)
 class Packet:
     """One packet's header frame.
@@ -166,7 +170,7 @@ def decode_packet(frame: bytes | memoryview) -> Packet:
         raise WireError(f"packet magic {bytes(magic)!r} expected {MAGIC!r}")
     if version != VERSION:
         raise WireError(f"packet version {version} expected {VERSION}")
-    if kind not in PacketKind.__members__.values() or codec not in CodecId.__members__.values():
+    if kind not in _KINDS or codec not in _CODECS:
         raise WireError(f"packet kind {kind} with codec {codec}; neither 0 nor unknown is allowed")
     if 0 in (channel_id, block_id, incarnation, sequence, round_number) or reserved:
         raise WireError("packet with a zero id, incarnation, sequence or round, or a reserved bit")

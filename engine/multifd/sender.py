@@ -62,33 +62,41 @@ class Sender:
         self._round: RoundTotals | None = None
         self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
+        self._watch(None)
 
     # -- orders ----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serve until control closes the inbox (ParentGone) or an expected failure was reported."""
-        poller = zmq.Poller()
-        poller.register(self._inbox, zmq.POLLIN)
         try:
             while True:
-                if self._round is None or self._channel is None or not self._channel.is_open:
-                    self._wait(poller)
-                self._take_orders()
-                self._follow_channel()
                 if self._round and self._channel and self._channel.is_open:
                     self._send_batch(self._round)
+                else:
+                    self._wait(self._news)
         except (MigrationError, OSError, zmq.ZMQError) as exc:
             self._inbox.report(wire.WorkerFailed(wire.cut(str(exc))))
 
+    def _watch(self, channel: Channel | None) -> None:
+        """Make `channel` the one that is used. `_news` wakes on orders and on what happens to the
+        connection, `_room` also when a packet can be queued."""
+        self._channel = channel
+        self._news, self._room = zmq.Poller(), zmq.Poller()
+        for poller in (self._news, self._room):
+            poller.register(self._inbox, zmq.POLLIN)
+            if channel is not None:
+                poller.register(channel.monitor, zmq.POLLIN)
+        if channel is not None:
+            self._room.register(channel.socket, zmq.POLLOUT)
+
     def _wait(self, poller: zmq.Poller) -> None:
-        """Sleep until an order or news of the connection."""
-        if self._channel is None:
-            poller.poll()
-            return
-        monitor = self._channel.monitor
-        poller.register(monitor, zmq.POLLIN)
-        poller.poll()
-        poller.unregister(monitor)
+        """Sleep until `poller` wakes; take orders, follow the connection."""
+        channel = self._channel
+        ready = dict(poller.poll())
+        if self._inbox.fileno() in ready:
+            self._take_orders()
+        if channel is not None and channel is self._channel and channel.monitor in ready:
+            self._follow_channel(channel)
 
     def _take_orders(self) -> None:
         while (taken := self._inbox.take()) is not None:
@@ -156,22 +164,17 @@ class Sender:
 
     def _open(self, order: wire.OpenChannel) -> None:
         """Drop what was being sent and make the channel anew; control repeats the round's order."""
-        self._round = None
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = None
+        self._drop_channel()
         try:
-            self._channel = Channel(self._context, order)
+            self._watch(Channel(self._context, order))
         except zmq.ZMQError as exc:
             self._report_broken(order.incarnation, str(exc))
 
-    def _follow_channel(self) -> None:
-        if self._channel is None:
-            return
+    def _follow_channel(self, channel: Channel) -> None:
         try:
-            if self._channel.check():
+            if channel.check():
                 self._send(self._packet(wire.PacketKind.OPEN), [])
-                self._inbox.report(wire.Opened(self._channel.incarnation))
+                self._inbox.report(wire.Opened(channel.incarnation))
         except Superseded:
             return
         except (ConnectionError, ChannelError) as exc:
@@ -180,10 +183,15 @@ class Sender:
     def _lose_channel(self, reason: str) -> None:
         assert self._channel is not None
         incarnation = self._channel.incarnation
-        self._channel.close()
-        self._channel = None
-        self._round = None
+        self._drop_channel()
         self._report_broken(incarnation, reason)
+
+    def _drop_channel(self) -> None:
+        """Give the channel up, and the round that went over it. Idempotent."""
+        self._round = None
+        if self._channel is not None:
+            self._channel.close()
+        self._watch(None)
 
     def _report_broken(self, incarnation: int, reason: str) -> None:
         self._inbox.report(wire.ChannelBroken(self._order.index, incarnation, wire.cut(reason)))
@@ -305,30 +313,24 @@ class Sender:
         wire_bytes = len(header) + packet.payload_bytes * (packet.kind is wire.PacketKind.PAGES)
         if packet.kind is wire.PacketKind.PAGES:  # the others are few and short
             self._pace(channel, wire_bytes)
-        began_ns = 0
         parts: list[bytes | memoryview] = [header, *frames]
         while True:
+            self._wait_for_room(channel)
             try:
                 channel.socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
                 break
             except zmq.Again:
-                began_ns = began_ns or time.monotonic_ns()
-                self._wait_for_room(channel)
+                continue
             except zmq.ZMQError as exc:
                 raise ChannelError(self._order.index, "sending") from exc
-        if began_ns:
-            self._progress.add(Count.STALLED_NS, time.monotonic_ns() - began_ns)
         self._progress.add(Count.PACKETS, 1)
         self._progress.add(Count.WIRE_BYTES, wire_bytes)
 
     def _wait_for_room(self, channel: Channel) -> None:
-        poller = zmq.Poller()
-        poller.register(channel.socket, zmq.POLLOUT)
-        poller.register(channel.monitor, zmq.POLLIN)
-        poller.register(self._inbox, zmq.POLLIN)
-        poller.poll()
-        channel.check()
-        self._take_orders()
+        """The one look at orders and connection between two packets."""
+        began_ns = time.monotonic_ns()
+        self._wait(self._room)
+        self._progress.add(Count.STALLED_NS, time.monotonic_ns() - began_ns)
         if self._channel is not channel:
             raise Superseded
 

@@ -33,8 +33,7 @@ QUEUE_PACKETS_MAX: Final = 2
 HEARTBEAT_INTERVAL_MS: Final = 1_000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000
 #: Private memory of a worker. libzmq bounds neither the parts of one message nor its connections,
-#: so a
-#: hostile peer is bounded here: the worker dies and is replaced, the host is not harmed.
+#: so a hostile peer is bounded here: the worker dies and is replaced, the host is not harmed.
 PRIVATE_MEMORY_MAX_BYTES: Final = 512 * 1024 * 1024
 
 COMPLAINT_INTERVAL_NS: Final = 5_000_000_000
