@@ -38,14 +38,17 @@ _WORDS: Final = {str: "string", bool: "boolean", int: "integer", float: "number"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command; `oob` ones may overtake others with exec-oob.
+    """One command.
 
-    :ivar arguments: None: the handler gets the object as it came, and checks it."""
+    :ivar arguments: None: the handler gets the object as it came, and checks it.
+    :ivar oob: it may overtake others with exec-oob.
+    :ivar is_asynchronous: the client's next command does not wait for the end of this one."""
 
     name: str
     arguments: type[Arguments] | None
     handler: Handler
     oob: bool = False
+    is_asynchronous: bool = False
 
 
 class CommandRegistry:
@@ -61,9 +64,10 @@ class CommandRegistry:
         arguments: type[Arguments] | None = NoArguments,
         *,
         oob: bool = False,
+        is_asynchronous: bool = False,
     ) -> None:
         assert name not in self._commands, name
-        self._commands[name] = Command(name, arguments, handler, oob)
+        self._commands[name] = Command(name, arguments, handler, oob, is_asynchronous)
 
     def names(self) -> list[str]:
         return list(self._commands)
@@ -76,6 +80,15 @@ class CommandRegistry:
             raise QmpError(
                 f"The command {shown(name)} has not been found", "CommandNotFound"
             ) from None
+
+    async def call(self, name: str, given: Mapping[str, Any]) -> object:
+        """Run a command as a client of QMP would; an asynchronous one is waited for.
+
+        :raise QmpError: not found, or wrong arguments.
+        :raise MigrationError: what the command itself says."""
+        command = self.find(name)
+        answer = await command.handler(parse_arguments(command.arguments, given))
+        return {} if answer is None else answer
 
 
 def parse_arguments(type_: type[Arguments] | None, given: Mapping[str, Any]) -> Any:

@@ -1,0 +1,42 @@
+"""What belongs to one client beside its connection: the descriptors that it sent."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from contextvars import ContextVar
+from typing import Final
+
+#: Received and not named yet; more are closed at once.
+RECEIVED_MAX: Final = 16
+NAMED_MAX: Final = 128
+
+
+class Monitor:
+    """One client's descriptors; owns them until they are taken or the client leaves.
+
+    :ivar received: came by SCM_RIGHTS and have no name yet, oldest first.
+    :ivar named: `getfd` gave them a name.
+    """
+
+    def __init__(self) -> None:
+        self.received: deque[int] = deque()
+        self.named: dict[str, int] = {}
+
+    def receive(self, fd: int) -> None:
+        """Keep a descriptor that came; close it when too many wait."""
+        if len(self.received) >= RECEIVED_MAX:
+            os.close(fd)
+        else:
+            self.received.append(fd)
+
+    def close(self) -> None:
+        """Give all back. Idempotent."""
+        for fd in (*self.received, *self.named.values()):
+            os.close(fd)
+        self.received.clear()
+        self.named.clear()
+
+
+#: Whose command is being executed; None where it is nobody's (library, tests).
+current_monitor: ContextVar[Monitor | None] = ContextVar("current_monitor", default=None)

@@ -1,0 +1,1 @@
+"""The same requests to a real QEMU and to ramferry; answers compared."""

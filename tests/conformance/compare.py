@@ -1,0 +1,81 @@
+"""Comparing answers: every difference is explained in a list, or is a defect."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.conformance.peers import Client
+
+EXTENSIONS: Final = Path(__file__).parents[2] / "docs" / "extensions.md"
+ABSENT: Final = "<absent>"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An answer that may differ.
+
+    :ivar request: regular expression that the request's JSON text must match somewhere.
+    :ivar member: regular expression that the whole path in the answer must match, such as
+        `return.qemu.micro`, `error.desc`, `return[3].name`; `` is the whole answer.
+    :ivar reason: why; docs/extensions.md must say the same words.
+    """
+
+    request: str
+    member: str
+    reason: str
+
+
+def compare(
+    requests: Iterable[object],
+    qemu: Client,
+    ours: Client,
+    differences: Sequence[Difference] = (),
+) -> None:
+    """Send each request to both, in order, and compare the answers.
+
+    :raise AssertionError: with a line for every difference that nobody explains."""
+    unexplained = []
+    for request in requests:
+        theirs, own = qemu.ask(request), ours.ask(request)
+        text = (
+            request.decode(errors="replace")
+            if isinstance(request, bytes)
+            else (json.dumps(request))
+        )
+        for path, one, other in unlike(theirs, own):
+            if not _is_explained(text, path, differences):
+                unexplained.append(f"{text[:200]}\n  {path}: QEMU {one!r}\n  ours {other!r}")
+    assert not unexplained, "\n".join(unexplained)
+
+
+def unlike(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Paths at which two JSON values differ, with both values there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in sorted({*one, *other}):
+            member = f"{path}.{name}" if path else name
+            yield from unlike(one.get(name, ABSENT), other.get(name, ABSENT), member)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            yield from unlike(left, right, f"{path}[{index}]")
+    elif type(one) is not type(other) or one != other:
+        yield path, one, other
+
+
+def _is_explained(text: str, path: str, differences: Sequence[Difference]) -> bool:
+    return any(
+        re.search(known.request, text) and re.fullmatch(known.member, path) for known in differences
+    )
+
+
+def check_documented(differences: Sequence[Difference]) -> None:
+    """Users must find every difference.
+
+    :raise AssertionError: a reason is not in docs/extensions.md."""
+    said = " ".join(EXTENSIONS.read_text().split())
+    missing = [known.reason for known in differences if known.reason not in said]
+    assert not missing, missing
