@@ -238,6 +238,16 @@ def workload_throttle(workload: Workload, percent: int) -> None:
 def workload_writes(workload: Workload) -> list[int]:
     """Page writes since the beginning, one count per vCPU (part of the state)."""
 
+def workload_count_dirty(workload: Workload, is_counting: bool) -> None:
+    """Count the pages that each vCPU dirties, each once in a second, from now on or no more."""
+
+def workload_limit_dirty(workload: Workload, vcpu: int, bytes_per_s: int) -> None:
+    """Let a vCPU dirty no more than so many bytes a second (0: no limit); it sleeps instead of
+    writing. ValueError: there is no such vCPU."""
+
+def workload_dirtied(workload: Workload) -> list[tuple[int, int]]:
+    """For each vCPU: pages dirtied while that was counted, and ns slept for its limit."""
+
 def workload_save(workload: Workload) -> bytes:
     """Device state of all vCPUs; only while paused."""
 

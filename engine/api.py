@@ -155,8 +155,16 @@ class Control:
     are gone, whatever happened inside.
     """
 
-    def __init__(self, guest: str, incoming: str | None, settings: Iterable[str]) -> None:
+    def __init__(
+        self,
+        guest: str,
+        incoming: str | None,
+        settings: Iterable[str],
+        uuid: str,
+        state_dir: str | os.PathLike[str],
+    ) -> None:
         self._guest, self._incoming, self._settings = guest, incoming, tuple(settings)
+        self._uuid, self._state_dir = uuid, os.fspath(state_dir)
         self._directory = ""
         self._process: asyncio.subprocess.Process | None = None
         self._client = QMPClient("ramferry")
@@ -166,14 +174,22 @@ class Control:
 
     @classmethod
     def start(
-        cls, guest: str, incoming: str | None = None, settings: Iterable[str] = ()
+        cls,
+        guest: str,
+        incoming: str | None = None,
+        settings: Iterable[str] = (),
+        uuid: str = "",
+        state_dir: str | os.PathLike[str] = "",
     ) -> Control:
         """Describe a control process; entering the context starts it.
 
         :param guest: a SPEC, like `workload:size=256M,rate=100M`.
         :param incoming: `tcp:HOST:0`, `unix:PATH` or `defer` for a destination.
-        :param settings: `name=value` of migration parameters."""
-        return cls(guest, incoming, settings)
+        :param settings: `name=value` of migration parameters.
+        :param uuid: the machine's, for `validate-uuid`; empty: it has none.
+        :param state_dir: where it keeps a journal; started again there after it was killed, it
+            takes its guest over. Empty: nowhere."""
+        return cls(guest, incoming, settings, uuid, state_dir)
 
     async def __aenter__(self) -> Control:
         """:raise UsageError: the guest, URI or a setting is wrong.
@@ -202,6 +218,10 @@ class Control:
             command += ["--incoming", self._incoming]
         for setting in self._settings:
             command += ["--set", setting]
+        if self._uuid:
+            command += ["--uuid", self._uuid]
+        if self._state_dir:
+            command += ["--state-dir", self._state_dir]
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -279,7 +299,7 @@ class Control:
     async def wait(self) -> int:
         """Wait until the process has ended; return its exit code, negative for a signal."""
         assert self._process is not None, "start it first"
-        return await self._process.wait()
+        return await _ended(self._process)
 
     async def close(self) -> None:
         """End the process and its guest. Idempotent, never raises for what the process did."""
@@ -303,7 +323,7 @@ class Control:
             if number is not None and process.returncode is None:
                 process.send_signal(number)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), END_WAIT_S)
+                await asyncio.wait_for(_ended(process), END_WAIT_S)
                 return
 
     async def _end_guest(self) -> None:
@@ -384,6 +404,14 @@ class Control:
         """Judge every page of a workload guest by itself."""
         answer: dict[str, Any] = await self.execute("x-judge")
         return answer
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    """The exit code, once it is there. `Process.wait` would also wait for the end of its pipes,
+    which a guest that outlives its control process keeps open."""
+    while process.returncode is None:
+        await asyncio.sleep(POLL_S / 5)
+    return process.returncode
 
 
 async def _is_readable(fd: int, wait_s: float) -> bool:

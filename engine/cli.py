@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import importlib
 import io
 import os
@@ -43,24 +44,33 @@ def cli() -> None:
 @cli.command()
 @click.option("--guest", required=True, metavar="SPEC", help="ram:size=2G | workload:size=2G,...")
 @click.option("--qmp", multiple=True, metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT")
+@click.option("--hmp", multiple=True, metavar="ADDRESS", help="the same, for people (HMP)")
 @click.option("--incoming", metavar="URI", help="tcp:HOST:PORT | unix:PATH | defer")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a parameter")
+@click.option("--state-dir", metavar="DIR", default="", help="a journal for the next start")
+@click.option("--uuid", type=click.UUID, help="the machine's, for validate-uuid")
+@click.option("--only-migratable", is_flag=True, help="refuse whatever would block a migration")
 @click.option("--end-with", type=int, metavar="PID", help="end when this parent process ends")
 def serve(
     guest: str,
     qmp: tuple[str, ...],
+    hmp: tuple[str, ...],
     incoming: str | None,
     settings: tuple[str, ...],
+    uuid: object,
+    state_dir: str,
     end_with: int | None,
+    only_migratable: bool,
 ) -> int:
     """Run one control process with one guest, as source or (with --incoming) destination."""
     from engine.control.serve import ServeOptions, run
 
     if end_with is not None:
         _end_with_parent(end_with)
-    if not qmp and incoming in (None, "defer"):
+    if not (qmp or hmp) and incoming in (None, "defer"):
         raise UsageError("nobody could tell this process what to do; give it --qmp unix:PATH")
-    return run(ServeOptions(guest, qmp, incoming, settings))
+    options = ServeOptions(guest, qmp, incoming, settings, hmp, str(uuid or ""), state_dir)
+    return run(dataclasses.replace(options, only_migratable=only_migratable))
 
 
 def _end_with_parent(pid: int) -> None:
@@ -131,6 +141,19 @@ def bench(arguments: tuple[str, ...]) -> int:
             f"'ramferry bench' needs {exc.name}; install it with: pip install 'ramferry[perf]'"
         ) from exc
     return int(suite.main(list(arguments), "ramferry bench", standalone_mode=False) or 0)
+
+
+@cli.command()
+@click.argument("where", metavar="PATH")
+@click.option("-c", "commands", multiple=True, metavar="LINE", help="run this and print its output")
+def monitor(where: str, commands: tuple[str, ...]) -> int:
+    """Talk to the human monitor (--hmp) at PATH, unix:PATH or tcp:HOST:PORT.
+
+    With -c the exit code is 1 if the monitor refuses the line; Ctrl-C while a migration is waited
+    for leaves it alone, Ctrl-D ends."""
+    from engine.monitor import run_commands, run_interactive
+
+    return run_commands(where, commands) if commands else run_interactive(where)
 
 
 def _say(text: object) -> None:

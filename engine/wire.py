@@ -265,6 +265,7 @@ class Hello(Message, frozen=True):
     channels: int
     guest_kind: str
     runs: bool  #: the guest was running: start it after the handover
+    uuid: str = ""  #: the source's, with the capability `validate-uuid`
 
 
 class Reopen(Message, frozen=True):

@@ -1105,6 +1105,54 @@ static PyObject *native_workload_writes(PyObject *module, PyObject *args)
     return list;
 }
 
+static PyObject *native_workload_count_dirty(PyObject *module, PyObject *args)
+{
+    struct held_workload *held;
+    int is_counting;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&p:workload_count_dirty", to_workload, &held, &is_counting))
+        return NULL;
+    workload_count_dirty(held->workload, is_counting);
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_workload_limit_dirty(PyObject *module, PyObject *args)
+{
+    struct held_workload *held;
+    int vcpu;
+    uint64_t bytes_per_s;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&:workload_limit_dirty", to_workload, &held, to_int, &vcpu,
+                          to_u64, &bytes_per_s))
+        return NULL;
+    if (vcpu < 0 || workload_limit_dirty(held->workload, (uint32_t)vcpu, bytes_per_s) < 0)
+        return PyErr_Format(PyExc_ValueError, "there is no vCPU %d", vcpu);
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_workload_dirtied(PyObject *module, PyObject *args)
+{
+    struct held_workload *held;
+    uint64_t pages[WORKLOAD_VCPUS_MAX], slept_ns[WORKLOAD_VCPUS_MAX];
+    PyObject *list;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&:workload_dirtied", to_workload, &held))
+        return NULL;
+    workload_dirtied(held->workload, pages, slept_ns);
+    list = PyList_New(0);
+    for (uint32_t i = 0; list && i < workload_vcpus(held->workload); ++i) {
+        PyObject *pair = Py_BuildValue("(KK)", pages[i], slept_ns[i]);
+
+        if (!pair || PyList_Append(list, pair) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(pair);
+    }
+    return list;
+}
+
 static PyObject *native_workload_save(PyObject *module, PyObject *args)
 {
     struct held_workload *held;
@@ -1186,6 +1234,9 @@ static PyMethodDef METHODS[] = {
     {"workload_resume", native_workload_resume, METH_VARARGS, NULL},
     {"workload_throttle", native_workload_throttle, METH_VARARGS, NULL},
     {"workload_writes", native_workload_writes, METH_VARARGS, NULL},
+    {"workload_count_dirty", native_workload_count_dirty, METH_VARARGS, NULL},
+    {"workload_limit_dirty", native_workload_limit_dirty, METH_VARARGS, NULL},
+    {"workload_dirtied", native_workload_dirtied, METH_VARARGS, NULL},
     {"workload_save", native_workload_save, METH_VARARGS, NULL},
     {"workload_load", native_workload_load, METH_VARARGS, NULL},
     {"workload_stop", native_workload_stop, METH_VARARGS, NULL},

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "workload.h"
 
+#include "dirty_ring.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -264,6 +266,7 @@ struct vcpu {
     _Atomic uint64_t writes;
     uint64_t epoch_ns, epoch_writes; /* the rate's schedule: writes since the epoch are due by time */
     uint64_t slice_began_ns;         /* of the throttle */
+    struct dirty_ring ring;
 };
 
 struct workload {
@@ -271,6 +274,7 @@ struct workload {
     uint64_t vcpu_rate; /* bytes per second of one vCPU */
     _Atomic int order;  /* changed under `lock`, followed by a broadcast of `wake` */
     _Atomic unsigned throttle_percent;
+    _Atomic bool is_counting; /* what the vCPUs dirty */
     pthread_mutex_t control; /* one caller of pause, resume, save, ... at a time */
     pthread_mutex_t lock;
     pthread_cond_t wake;   /* order or throttle changed (CLOCK_MONOTONIC) */
@@ -305,6 +309,7 @@ static void restart_clock(struct vcpu *vcpu)
 {
     vcpu->epoch_ns = vcpu->slice_began_ns = now_ns();
     vcpu->epoch_writes = 0;
+    dirty_ring_restart(&vcpu->ring, vcpu->epoch_ns);
 }
 
 /* Stand until there is something to do; false: to end. */
@@ -357,6 +362,19 @@ static bool early(struct vcpu *vcpu, uint64_t now, uint64_t rate)
     return true;
 }
 
+/* The dirty limit's sleep. True: slept, look for orders first. */
+static bool limited(struct vcpu *vcpu, uint64_t now)
+{
+    struct dirty_ring *ring = &vcpu->ring;
+    dirty_ring_tick(ring, now);
+    uint64_t due = dirty_ring_due(ring, now);
+    if (due == 0)
+        return false;
+    sleep_until(vcpu->workload, due > now + BURST_NS ? due : now + BURST_NS);
+    atomic_fetch_add_explicit(&ring->slept_ns, now_ns() - now, memory_order_relaxed);
+    return true;
+}
+
 static uint64_t choose_page(struct vcpu *vcpu, enum workload_pattern pattern)
 {
     uint64_t count = vcpu->page_count;
@@ -387,6 +405,7 @@ static void write_next(struct vcpu *vcpu, const struct workload_options *options
     uint64_t writes = atomic_load_explicit(&vcpu->writes, memory_order_relaxed);
     atomic_store_explicit(&vcpu->writes, writes + 1, memory_order_relaxed);
     vcpu->epoch_writes++;
+    dirty_ring_note(&vcpu->ring, index - vcpu->first_page);
 }
 
 /* The kernel's struct sched_attr, first version (linux/sched/types.h). */
@@ -419,13 +438,21 @@ static void *run_vcpu(void *argument)
     restart_clock(vcpu);
     while (atomic_load(&workload->order) == RUN || park(vcpu)) {
         unsigned percent = atomic_load_explicit(&workload->throttle_percent, memory_order_relaxed);
-        if (workload->vcpu_rate != 0 || (percent != 0 && vcpu->epoch_writes % CLOCK_WRITES == 0)) {
+        bool has_limit = atomic_load_explicit(&vcpu->ring.limit_bytes_per_s, memory_order_relaxed) != 0;
+        bool is_counting =
+            has_limit || atomic_load_explicit(&workload->is_counting, memory_order_relaxed);
+        bool is_clocked = workload->vcpu_rate != 0 || has_limit;
+        if (is_clocked || ((percent != 0 || is_counting) && vcpu->epoch_writes % CLOCK_WRITES == 0)) {
             uint64_t now = now_ns();
             if (throttled(vcpu, now, percent))
                 continue;
             if (workload->vcpu_rate != 0 && early(vcpu, now, workload->vcpu_rate))
                 continue;
+            if (is_counting && limited(vcpu, now))
+                continue;
         }
+        if (!is_counting)
+            dirty_ring_rest(&vcpu->ring);
         write_next(vcpu, &workload->options);
     }
     return NULL;
@@ -478,6 +505,32 @@ int workload_throttle(struct workload *workload, unsigned percent)
     return 0;
 }
 
+void workload_count_dirty(struct workload *workload, bool is_counting)
+{
+    atomic_store(&workload->is_counting, is_counting);
+}
+
+int workload_limit_dirty(struct workload *workload, uint32_t vcpu, uint64_t bytes_per_s)
+{
+    if (vcpu >= workload->options.vcpus)
+        return -EINVAL;
+    pthread_mutex_lock(&workload->lock);
+    atomic_store(&workload->vcpu[vcpu].ring.limit_bytes_per_s, bytes_per_s);
+    workload->wake_count++;
+    pthread_cond_broadcast(&workload->wake);
+    pthread_mutex_unlock(&workload->lock);
+    return 0;
+}
+
+void workload_dirtied(const struct workload *workload, uint64_t *pages, uint64_t *slept_ns)
+{
+    for (uint32_t i = 0; i < workload->options.vcpus; i++) {
+        const struct dirty_ring *ring = &workload->vcpu[i].ring;
+        pages[i] = atomic_load_explicit(&ring->dirty_pages, memory_order_relaxed);
+        slept_ns[i] = atomic_load_explicit(&ring->slept_ns, memory_order_relaxed);
+    }
+}
+
 void workload_set_bitmap(struct workload *workload, uint64_t *written_bitmap)
 {
     pthread_mutex_lock(&workload->control);
@@ -524,10 +577,13 @@ void workload_free(struct workload *workload)
     pthread_cond_destroy(&workload->wake);
     pthread_mutex_destroy(&workload->lock);
     pthread_mutex_destroy(&workload->control);
+    for (uint32_t i = 0; i < workload->options.vcpus; i++)
+        dirty_ring_free(&workload->vcpu[i].ring);
     free(workload);
 }
 
-static void deal_shares(struct workload *workload)
+/* -ENOMEM. */
+static int deal_shares(struct workload *workload)
 {
     const struct workload_options *options = &workload->options;
     uint64_t share = options->page_count / options->vcpus, rest = options->page_count % options->vcpus;
@@ -541,7 +597,10 @@ static void deal_shares(struct workload *workload)
         if (options->pattern == WORKLOAD_SWEEP)
             vcpu->cursor = next_random(&vcpu->random) % vcpu->page_count;
         first_page += vcpu->page_count;
+        if (dirty_ring_init(&vcpu->ring, vcpu->page_count) != 0)
+            return -ENOMEM;
     }
+    return 0;
 }
 
 static int start_threads(struct workload *workload)
@@ -582,8 +641,9 @@ int workload_start(struct workload **workload, const struct workload_options *op
     pthread_cond_init(&made->wake, &monotonic);
     pthread_cond_init(&made->parked, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    deal_shares(made);
-    int rc = start_threads(made);
+    int rc = deal_shares(made);
+    if (rc == 0)
+        rc = start_threads(made);
     if (rc != 0) {
         workload_free(made);
         return rc;

@@ -20,6 +20,7 @@
 #ifndef RAMFERRY_WORKLOAD_H
 #define RAMFERRY_WORKLOAD_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -100,6 +101,18 @@ void workload_resume(struct workload *workload);
 /* Sleep `percent` (0..99) of the time: 10 ms of work, then percent / (100 - percent) as long asleep. The
  * clock of a rate stands still meanwhile. -EINVAL: out of range. */
 int workload_throttle(struct workload *workload, unsigned percent);
+
+/* Count the pages that each vCPU dirties (see dirty_ring.h), from now on or no more. A vCPU with a limit
+ * counts in any case. */
+void workload_count_dirty(struct workload *workload, bool is_counting);
+
+/* Let a vCPU dirty no more than so many bytes a second; 0: as many as it likes. It sleeps instead of
+ * writing; a pause cuts that short. -EINVAL: there is no such vCPU. Not part of the state. */
+int workload_limit_dirty(struct workload *workload, uint32_t vcpu, uint64_t bytes_per_s);
+
+/* For each vCPU: pages that it has dirtied while that was counted, and the time for which its limit made it
+ * sleep. */
+void workload_dirtied(const struct workload *workload, uint64_t *pages, uint64_t *slept_ns);
 
 /* Take this written-bitmap from now on; on return the old one is used no more. Pauses for a moment. */
 void workload_set_bitmap(struct workload *workload, uint64_t *written_bitmap);

@@ -13,6 +13,7 @@ import click
 
 from engine.errors import UsageError
 from engine.sizes import parse_size
+from perf import clients as crowd
 from perf import live, peer
 from perf.image import KINDS
 from perf.pair import QEMU
@@ -64,6 +65,22 @@ def bench_peer(
         peer.report(results[kind], as_json=as_json, **context)
     if plot is not None:
         peer.plot(plot, results)
+
+
+@bench.command("clients")
+@click.option("--size", default="2G", show_default=True)
+@click.option("--max-bandwidth", "bandwidth", default="0", show_default=True, help="0: all")
+@click.option("--clients", default=50, show_default=True, type=click.IntRange(1, 60))
+@click.option("--rate", default=100.0, show_default=True, help="queries a second of each")
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
+@as_json
+def bench_clients(
+    size: str, bandwidth: str, clients: int, rate: float, runs: int, as_json: bool
+) -> None:
+    """What monitors that poll query-migrate cost a migration, and how long they wait."""
+    figures = _repeat(lambda: crowd.clients_once(size, bandwidth, clients, rate), runs)
+    context = {"size": size, "max_bandwidth": bandwidth, "clients": clients, "rate_hz": rate}
+    publish("clients", figures, as_json=as_json, **context)
 
 
 @bench.command("downtime")

@@ -34,7 +34,7 @@ def ramferry(*arguments: str | bytes, timeout: float = 60.0) -> subprocess.Compl
         (["serve", "--guest", "ram:size=1M", "--qmp", "nowhere"], "unix:PATH or tcp:HOST:PORT"),
         (["serve", "--guest", "ram:size=1M", "--qmp", "unix:/no/such/x"], "cannot listen"),
         (["serve", "--guest", "ram:size=1M", "--incoming", "smoke:x"], "unknown migration"),
-        (["serve", "--guest", "ram:size=1M", "--incoming", "tcp:127.0.0.1"], "tcp:HOST:PORT"),
+        (["serve", "--guest", "ram:size=1M", "--incoming", "tcp:127.0.0.1"], "error parsing"),
         (["serve", "--guest", "ram:size=1M", "--incoming", "tcp:h:1", "--set", "x"], "name=value"),
         (
             ["serve", "--guest", "ram:size=1M", "--incoming", "defer", "--qmp", "unix:/tmp/x",
@@ -47,6 +47,12 @@ def ramferry(*arguments: str | bytes, timeout: float = 60.0) -> subprocess.Compl
             "no parameter or capability 'speed'",
         ),
         (["serve", "--guest", "ram:size=1M", "--qmp", "tcp:a..b:4444"], "error parsing host"),
+        (["serve", "--guest", "ram:size=1M", "--hmp", "nowhere"], "unix:PATH or tcp:HOST:PORT"),
+        (["serve", "--guest", "ram:size=1M", "--hmp", "unix:/no/such/x"], "cannot listen"),
+        (["monitor"], "PATH"),
+        (["monitor", "/no/such/x"], "there is no socket at"),
+        (["monitor", "/no/such/x", "-c", "info status"], "there is no socket at"),
+        (["monitor", b"/tmp/\xff"], "is not UTF-8"),
         (
             ["serve", "--guest", "ram:size=1M", "--incoming", "tcp:127.0.0.1:" + "9" * 5000],
             "0 to 65535 are allowed",

@@ -33,6 +33,7 @@ class DirtySync:
     ) -> None:
         self._host, self._senders, self._numbers, self._tracker = host, senders, numbers, tracker
         self._throttle = policy.Throttle()
+        self.throttles_always = False  #: also without the capability `auto-converge`
         self._one_at_a_time = asyncio.Lock()
         self._number = 0
         self._sent_bytes = 0  #: on the wire at the last collection
@@ -89,7 +90,7 @@ class DirtySync:
             dirty_bytes,
             sent_bytes - self._sent_bytes,
             policy.ThrottleSettings(
-                self._host.capability("auto-converge"),
+                self.throttles_always or self._host.capability("auto-converge"),
                 settings.throttle_trigger_threshold,
                 settings.cpu_throttle_initial,
                 settings.cpu_throttle_increment,

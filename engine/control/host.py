@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine import wire
+from engine.control.notifiers import Notifiers, Side
 from engine.control.parameters import Parameters
 from engine.control.pool import Pool
 from engine.control.status import RunState
@@ -24,6 +25,19 @@ class Host(Protocol):
     def senders(self) -> Pool[wire.SenderReport]: ...
     @property
     def receivers(self) -> Pool[wire.ReceiverReport]: ...
+
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def notifiers(self) -> Notifiers: ...
+
+    def promise(self, side: Side) -> None:
+        """From here on the right to run may move: on record, should we be killed."""
+        ...
+
+    def settle(self, side: Side) -> None:
+        """It is known again who has it."""
+        ...
 
     def capability(self, name: str) -> bool:
         """Whether the migration capability is on."""

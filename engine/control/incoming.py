@@ -16,8 +16,9 @@ from typing import Any, Final
 from engine import wire
 from engine.control.host import Host
 from engine.control.mainchannel import ConnectionLost, DestinationEnd
+from engine.control.notifiers import Change, Moment, Side
 from engine.control.pool import REPORT_WAIT_S, Worker
-from engine.control.status import RunState, Status
+from engine.control.status import RunState, Status, check_incoming
 from engine.control.uri import Address
 from engine.errors import (
     GuestError,
@@ -111,8 +112,11 @@ class IncomingMigration:
         await self.ended.wait()
 
     def _set_status(self, status: Status) -> None:
-        self.status = status
+        check_incoming(self.status, status)
+        before, self.status = self.status, status
+        self._host.notifiers.tell(Change(Side.DESTINATION, before, status, Moment.BEFORE))
         self._host.emit("MIGRATION", {"status": status.value})
+        self._host.notifiers.tell(Change(Side.DESTINATION, before, status, Moment.AFTER))
 
     async def _run(self, main: DestinationEnd) -> None:
         failure: Exception | None = None
@@ -125,6 +129,7 @@ class IncomingMigration:
         self._is_serving = False
         try:
             is_void = await self._void()
+            self._host.settle(Side.DESTINATION)
             if failure is not None and is_void:
                 await self._fail(main, failure)
             elif not is_void:
@@ -219,6 +224,15 @@ class IncomingMigration:
         if not self._failure.done():
             self._failure.set_exception(exc)
 
+    def yank(self) -> None:
+        """Fail as if the connections had broken, if there are any."""
+        if self.status is Status.ACTIVE:
+            self._break_off(MigrationError("'yank' has cut the migration's connections"))
+
+    def worker_pids(self) -> dict[int, int]:
+        """Process ids of the receivers at work, by channel."""
+        return {lane.index: lane.worker.pid for lane in self._lanes if lane.worker is not None}
+
     async def _watch_guest(self) -> None:
         reason = await self._host.guest.died()
         raise GuestError(f"the guest died: {reason}")
@@ -275,6 +289,7 @@ class IncomingMigration:
             raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
         if hello.guest_kind != guest.kind:
             raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
+        self._check_uuid(wire.cut(hello.uuid))
         wire.check_blocks(hello.blocks)
         if len(hello.blocks) != len(guest.blocks):
             raise PeerRefused(f"{len(hello.blocks)} RAM blocks and local are {len(guest.blocks)}")
@@ -290,6 +305,16 @@ class IncomingMigration:
                     f"Mismatched RAM page size {shape.name} (local) {block.backing_page_size} "
                     f"!= {shape.backing_page_size}"
                 )
+
+    def _check_uuid(self, theirs: str) -> None:
+        """As QEMU's `validate-uuid`: both must have one to differ (vmstate_uuid, savevm.c)."""
+        own = self._host.uuid
+        if not theirs:
+            return
+        if not own:
+            log.warning("UUID is received %s, but local uuid isn't set", theirs)
+        elif theirs != own:
+            raise PeerRefused(f"UUID received is {theirs} and local is {own}")
 
     # -- receivers -------------------------------------------------------------------------------
 
@@ -411,6 +436,7 @@ class IncomingMigration:
         if not self._has_state:
             raise WireError("the device state has not come")
         runs = runs and self._host.runs_on_arrival
+        self._host.promise(Side.DESTINATION)
         await self._host.guest.arm(self._session, runs, self._take_over)
         await main.send(wire.Armed())
 

@@ -28,6 +28,7 @@ class Phase(enum.Enum):
     SENDING = "sending"  #: a round is on its way
     HARVESTING = "harvesting"  #: dirty bits are collected, the guest runs
     PAUSING = "pausing"  #: the guest stops, the last dirty bits are collected
+    WAITING = "waiting"  #: pause-before-switchover: the guest stands until migrate-continue
     FINISHING = "finishing"  #: the last round, guest stopped
     ARMING = "arming"  #: device state is sent, the destination promises
     HANDING_OVER = "handing-over"  #: the token is on its way; nothing else decides now
@@ -75,6 +76,11 @@ class PausedAndHarvested:
 
 
 @dataclass(frozen=True, slots=True)
+class Continue:
+    """`migrate-continue` in `pre-switchover`."""
+
+
+@dataclass(frozen=True, slots=True)
 class DestinationArmed:
     """The destination keeps every promise and waits for the token."""
 
@@ -117,6 +123,7 @@ Event = (
     | RoundAcknowledged
     | Harvested
     | PausedAndHarvested
+    | Continue
     | DestinationArmed
     | HandedOver
     | ChannelLost
@@ -136,6 +143,7 @@ class Effect(enum.Enum):
     HARVEST = "harvest"  #: Harvested
     PAUSE_AND_HARVEST = "pause-and-harvest"  #: PausedAndHarvested
     RESUME_AND_SEND_ROUND = "resume-and-send-round"  #: RoundAcknowledged
+    HARVEST_AND_SEND_ROUND = "harvest-and-send-round"  #: RoundAcknowledged; the guest stands
     ARM_DESTINATION = "arm-destination"  #: DestinationArmed
     HAND_OVER = "hand-over"  #: HandedOver
     ABANDON = "abandon"  #: Abandoned; the guest runs again if we had stopped it
@@ -158,10 +166,12 @@ class Outgoing:
     """One migration, seen from its source.
 
     :ivar heal_limit: how many channels may be made anew before the migration fails.
+    :ivar pauses_before_switchover: the capability `pause-before-switchover`.
     :ivar error: why it failed or was cancelled, one line.
     """
 
     heal_limit: int = 8
+    pauses_before_switchover: bool = False
     phase: Phase = Phase.IDLE
     status: Status = Status.NONE
     heals: int = 0
@@ -204,9 +214,14 @@ class Outgoing:
         return Phase.SENDING, Status.ACTIVE, (Effect.SEND_ROUND,)
 
     def _last_round_or_resume(self, event: PausedAndHarvested) -> Step:
-        if event.fits:
-            return Phase.FINISHING, Status.DEVICE, (Effect.SEND_ROUND,)
-        return Phase.SENDING, Status.ACTIVE, (Effect.RESUME_AND_SEND_ROUND,)
+        if not event.fits:
+            return Phase.SENDING, Status.ACTIVE, (Effect.RESUME_AND_SEND_ROUND,)
+        if self.pauses_before_switchover:
+            return Phase.WAITING, Status.PRE_SWITCHOVER, ()
+        return Phase.FINISHING, Status.DEVICE, (Effect.SEND_ROUND,)
+
+    def _go_on(self, _: Continue) -> Step:
+        return Phase.FINISHING, Status.DEVICE, (Effect.HARVEST_AND_SEND_ROUND,)
 
     def _arm(self, _: RoundAcknowledged) -> Step:
         return Phase.ARMING, Status.DEVICE, (Effect.ARM_DESTINATION,)
@@ -270,7 +285,7 @@ def _same(
     return {(phase, event): handler for phase in phases}
 
 
-_LIVE = (Phase.SENDING, Phase.HARVESTING, Phase.PAUSING, Phase.FINISHING)
+_LIVE = (Phase.SENDING, Phase.HARVESTING, Phase.PAUSING, Phase.WAITING, Phase.FINISHING)
 _STOPPABLE = (Phase.CONNECTING, *_LIVE, Phase.ARMING)
 _LEAVING = (Phase.FAILING, Phase.CANCELLING)
 #: What may still arrive while a migration is being given up; it decides nothing any more.
@@ -283,6 +298,7 @@ TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
     (Phase.SENDING, RoundAcknowledged): Outgoing._harvest,
     (Phase.HARVESTING, Harvested): Outgoing._next_round_or_pause,
     (Phase.PAUSING, PausedAndHarvested): Outgoing._last_round_or_resume,
+    (Phase.WAITING, Continue): Outgoing._go_on,
     (Phase.FINISHING, RoundAcknowledged): Outgoing._arm,
     (Phase.ARMING, DestinationArmed): Outgoing._hand_over,
     (Phase.HANDING_OVER, HandedOver): Outgoing._conclude,

@@ -19,7 +19,9 @@ from engine.control.conversation import Conversation
 from engine.control.dirtysync import DirtySync
 from engine.control.host import Host
 from engine.control.machine import Effect, Heal, Outgoing, Phase
+from engine.control.notifiers import Change, Moment, Side
 from engine.control.senders import SenderGroup
+from engine.control.stall import OnStall, StallDetector
 from engine.control.statistics import SAMPLE_S, DowntimePhases, MigrationNumbers
 from engine.control.status import RunState, Status
 from engine.control.uri import Address
@@ -33,7 +35,13 @@ log = logging.getLogger("ramferry.source")
 HANDOVER_WAIT_NS: Final = 10_000_000_000
 #: For the word of the destination's control process when its guest gave none.
 VERDICT_WAIT_S: Final = 3.0
-SWITCHING: Final = (Phase.PAUSING, Phase.FINISHING, Phase.ARMING, Phase.HANDING_OVER)
+SWITCHING: Final = (
+    Phase.PAUSING,
+    Phase.WAITING,
+    Phase.FINISHING,
+    Phase.ARMING,
+    Phase.HANDING_OVER,
+)
 
 
 class OutgoingMigration:
@@ -44,7 +52,10 @@ class OutgoingMigration:
 
     def __init__(self, host: Host, address: Address) -> None:
         self._host, self._address = host, address
-        self.machine = Outgoing(heal_limit=host.parameters.x_heal_limit)
+        self.machine = Outgoing(
+            heal_limit=host.parameters.x_heal_limit,
+            pauses_before_switchover=host.capability("pause-before-switchover"),
+        )
         self.numbers = MigrationNumbers()
         self._session = os.urandom(wire.SESSION_BYTES)
         self._conversation: Conversation | None = None
@@ -54,10 +65,12 @@ class OutgoingMigration:
         self._background: set[asyncio.Task[None]] = set()
         self._heals: dict[int, asyncio.Task[None]] = {}
         self._model = policy.PauseModel()
+        self._stall = StallDetector()
+        self._is_forced = False  #: a stall ends with the switchover, however long it takes
         self._ran_before = False  #: the guest ran when the engine stopped it
         self._is_held = False  #: the engine has stopped the guest, or tried to
         self.is_outcome_unknown = False  #: nobody has said who has the right to run
-        self._pause_began_ns = self._stood_ns = 0
+        self._pause_began_ns = self._stood_ns = self._refreshed_ns = 0
         self._round_number = 0
         self._last_round = policy.Round(0, 1, 0)
         self.ended = asyncio.Event()
@@ -73,6 +86,7 @@ class OutgoingMigration:
             log.error("%s; story: %s", exc, " | ".join(exc.story))
             effects = self.machine.handle(machine.Failure(str(exc)))
         self.numbers.heals = self.machine.heals
+        veto = self._tell(before, Moment.BEFORE)
         if self.machine.status is not before and self.machine.phase is not Phase.ENDED:
             self._announce()
         for effect in effects:
@@ -81,6 +95,16 @@ class OutgoingMigration:
             self._end()
         if self.machine.phase is Phase.ENDED and not effects:
             self.ended.set()
+        self._tell(before, Moment.AFTER)
+        if veto is not None:
+            self.handle(machine.Failure(veto))
+
+    def _tell(self, before: Status, moment: Moment) -> str | None:
+        """Notify of a change, if there was one; a veto is returned."""
+        if self.machine.status is before:
+            return None
+        change = Change(Side.SOURCE, before, self.machine.status, moment)
+        return self._host.notifiers.tell(change)
 
     def _announce(self) -> None:
         self._host.emit("MIGRATION", {"status": self.machine.status.value})
@@ -99,6 +123,7 @@ class OutgoingMigration:
             Effect.HARVEST: self._harvest,
             Effect.PAUSE_AND_HARVEST: self._pause_and_harvest,
             Effect.RESUME_AND_SEND_ROUND: self._resume_and_send_round,
+            Effect.HARVEST_AND_SEND_ROUND: self._harvest_and_send_round,
             Effect.ARM_DESTINATION: self._arm_destination,
             Effect.HAND_OVER: self._hand_over,
             Effect.ABANDON: self._abandon,
@@ -188,6 +213,7 @@ class OutgoingMigration:
             self._host.parameters.multifd_channels,
             guest.kind,
             guest.is_running,
+            self._host.uuid if self._host.capability("validate-uuid") else "",
         )
 
     # -- rounds ----------------------------------------------------------------------------------
@@ -221,7 +247,32 @@ class OutgoingMigration:
             is_running=self._host.guest.is_running,
             dirty_bytes=dirty_bytes,
         )
-        self.handle(machine.Harvested(dirty_bytes, fits))
+        if not fits and self._stall.after_round(dirty_bytes, time.monotonic_ns()):
+            fits = self._act_on_stall(dirty_bytes)
+        if self.machine.phase is Phase.HARVESTING:
+            self.handle(machine.Harvested(dirty_bytes, fits))
+
+    def _act_on_stall(self, dirty_bytes: int) -> bool:
+        """Say so, and do what `x-on-stall` wants; True to stop the guest now."""
+        action = OnStall(self._host.parameters.x_on_stall)
+        expected_ms = self.numbers.expected_downtime_ns // 1_000_000
+        log.warning("the rounds do not shrink any more; x-on-stall: %s", action.value)
+        self._host.emit(
+            "X_MIGRATION_STALLED",
+            {
+                "action": action.value,
+                "dirty-bytes": dirty_bytes,
+                "expected-downtime": expected_ms,
+                "pass": self.numbers.rounds,
+            },
+        )
+        if action is OnStall.THROTTLE:
+            self._need_sync().throttles_always = True
+        if action is OnStall.CANCEL:
+            self.machine.error = "the rounds did not shrink any more, and x-on-stall is cancel"
+            self.handle(machine.Cancel())
+        self._is_forced = action is OnStall.SWITCHOVER
+        return self._is_forced
 
     def _pass(self) -> None:
         self.numbers.rounds += 1
@@ -244,7 +295,7 @@ class OutgoingMigration:
         phases.pause = self._stood_ns - self._pause_began_ns
         phases.harvest = now_ns - self._stood_ns
         left_ns = self._model.send_ns(dirty_bytes, settings.avail_switchover_bandwidth)
-        fits = policy.may_finish(
+        fits = self._is_forced or policy.may_finish(
             now_ns - self._pause_began_ns,
             left_ns + policy.HANDOVER_NS_DEFAULT,
             settings.downtime_limit * 1_000_000,
@@ -262,6 +313,15 @@ class OutgoingMigration:
         self._pass()
         await self._send_round()
 
+    async def _harvest_and_send_round(self) -> None:
+        """After `pre-switchover`: who else writes this RAM may have done so meanwhile."""
+        began_ns, phases = time.monotonic_ns(), self.numbers.phases
+        phases.wait = began_ns - self._pause_began_ns - phases.total
+        await self._host.guest.check_handover()
+        await self._need_sync().collect(throttles=False)
+        phases.harvest += time.monotonic_ns() - began_ns
+        await self._send_round()
+
     async def _arm_destination(self) -> None:
         began_ns = time.monotonic_ns()
         self._need_senders().check_all_delivered()
@@ -273,6 +333,7 @@ class OutgoingMigration:
 
     async def _hand_over(self) -> None:
         """Pass the token; from here on nothing interrupts until its outcome is known."""
+        self._host.promise(Side.SOURCE)
         try:
             outcome = await self._host.guest.hand_over(HANDOVER_WAIT_NS)
         except NotHandedOver as exc:
@@ -287,6 +348,8 @@ class OutgoingMigration:
         phases = self.numbers.phases
         phases.resume = now_ns - self._pause_began_ns - phases.total
         self.numbers.downtime_ns = phases.total
+        if outcome is not Handover.UNKNOWN:
+            self._host.settle(Side.SOURCE)
         if outcome is Handover.TAKEN:
             self._host.set_run_state(RunState.POSTMIGRATE)
         self.handle(machine.HandedOver(outcome))
@@ -298,6 +361,8 @@ class OutgoingMigration:
         was_held = self._is_held
         if was_held:
             await self._release()
+        if was_held and self.machine.phase is Phase.CANCELLING:
+            self._show_run_state()  # as in QEMU: RESUME before `cancelled`, but after `failed`
         await self._give_back(wire.Abort(wire.cut(self.machine.error or "cancelled")))
         self.handle(machine.Abandoned())
         if was_held:
@@ -381,8 +446,14 @@ class OutgoingMigration:
             self.numbers.take_rates()
             await asyncio.sleep(SAMPLE_S)
 
-    def refresh(self) -> None:
-        """Bring the totals in `numbers` up to this moment; from the handover on they stay."""
+    def refresh(self, *, age_ns: int = 0) -> None:
+        """Bring the totals in `numbers` up to this moment; from the handover on they stay.
+
+        :param age_ns: totals that are not older will do."""
+        now_ns = time.monotonic_ns()
+        if now_ns - self._refreshed_ns < age_ns:
+            return
+        self._refreshed_ns = now_ns
         if self._conversation is not None:
             self.numbers.main_bytes = self._conversation.sent_bytes
         is_over = self.machine.phase in (Phase.HANDING_OVER, Phase.ENDED)
@@ -393,6 +464,11 @@ class OutgoingMigration:
         """`max-bandwidth` was set: it holds from now on, except during the switchover."""
         if self._senders is not None and not self.is_switching_over:
             self._senders.budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
+
+    def worker_pids(self) -> dict[int, int]:
+        """Process ids of the senders at work, by channel."""
+        lanes = self._senders.lanes if self._senders is not None else []
+        return {lane.index: lane.worker.pid for lane in lanes if lane.worker is not None}
 
     @property
     def status(self) -> Status:

@@ -13,15 +13,28 @@ from typing import Final
 
 from engine import wire
 from engine.control import machine
-from engine.control.capabilities import CapabilityStore, is_capability
+from engine.control.blockers import Blockers
+from engine.control.capabilities import (
+    CapabilityStore,
+    check_name,
+    is_capability,
+    no_dirty_limit,
+)
+from engine.control.dirtylimit import DirtyLimit
+from engine.control.dirtyrate import DirtyRate
+from engine.control.fdsets import FdSets
 from engine.control.incoming import IncomingMigration
+from engine.control.jobs import Jobs
+from engine.control.journal import Journal
+from engine.control.notifiers import Notifiers, Side
+from engine.control.objects import Objects
 from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import Parameters, ParameterStore, parse_switch, parse_value
 from engine.control.pool import Pool, receiver_pool, sender_pool
 from engine.control.status import ENDED, RunState, Status
 from engine.control.uri import Address
 from engine.errors import UsageError, shown
-from engine.guest.base import Guest
+from engine.guest.base import DirtyMeter, Guest
 from engine.guest.judgement import Judgement
 from engine.guest.workload import WorkloadGuest
 
@@ -42,13 +55,42 @@ def _unheard(event: str, data: dict[str, object] | None) -> None:
 class ControlProcess:
     """Owns the guest, the worker pools and the migrations."""
 
-    def __init__(self, guest: Guest, *, incoming: bool) -> None:
-        self.guest = guest
-        self.store = ParameterStore()
-        self.capabilities = CapabilityStore()
+    def __init__(
+        self,
+        guest: Guest,
+        *,
+        incoming: bool,
+        uuid: str = "",
+        journal: Journal | None = None,
+        is_unknown: bool = False,
+    ) -> None:
+        """
+        :param uuid: the machine's, in lower case with dashes; empty: it has none.
+        :param journal: begun; stays the caller's.
+        :param is_unknown: the process before this one was killed while the right to run was on
+            its way, and nobody has said who has it."""
+        self.guest, self.uuid = guest, uuid
+        self.notifiers = Notifiers()
+        self._journal, self.inherits_unknown = journal, is_unknown
+        if journal is not None:
+            self.notifiers.add(journal.moved)
+        self.store = ParameterStore(self.capability)
+        self.capabilities = CapabilityStore(
+            self.store,
+            lambda name: None if isinstance(self.guest, DirtyMeter) else no_dirty_limit(name),
+            is_listening=lambda: self.incoming is not None and not self.incoming.ended.is_set(),
+        )
         self.run_state = self._initial_state(incoming)
         self.waits_for_incoming = incoming
         self.outgoing: OutgoingMigration | None = None
+        self.blockers = Blockers(lambda: self.is_migrating)
+        self.fdsets = FdSets()
+        self.objects = Objects()
+        self.jobs = Jobs(self.emit)
+        self.dirty_rate = DirtyRate(lambda: self.guest, lambda: self.is_migrating)
+        self.dirty_limit = DirtyLimit(
+            lambda: self.guest, lambda: self.is_migrating and self.capability("dirty-limit")
+        )
         self.incoming: IncomingMigration | None = None
         self.exit_on_error = True
         self.runs_on_arrival = True  #: QEMU's autostart: `stop` before the arrival clears it
@@ -74,12 +116,20 @@ class ControlProcess:
     def parameters(self) -> Parameters:
         return self.store.values
 
+    def promise(self, side: Side) -> None:
+        if self._journal is not None:
+            self._journal.promised(side)
+
+    def settle(self, side: Side) -> None:
+        if self._journal is not None:
+            self._journal.settled(side)
+
     def capability(self, name: str) -> bool:
         return self.capabilities.is_on(name)
 
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
         """MIGRATION events go out only with the capability `events`, as in QEMU."""
-        if not event.startswith("MIGRATION") or self.capability("events"):
+        if "MIGRATION" not in event or self.capability("events"):
             self.send_event(event, data)
 
     def set_run_state(self, state: RunState) -> None:
@@ -104,6 +154,11 @@ class ControlProcess:
         log.error("the guest died: %s", reason)
         self.set_run_state(RunState.INTERNAL_ERROR)
 
+    @property
+    def is_migrating(self) -> bool:
+        """An outgoing migration has begun and not ended (QEMU: not migration_is_idle)."""
+        return self.outgoing is not None and self.outgoing.status not in ENDED
+
     # -- settings --------------------------------------------------------------------------------
 
     def set(self, setting: str) -> None:
@@ -119,10 +174,19 @@ class ControlProcess:
             self.store.set({name: parse_value(name, text)})
 
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
-        """:raise UsageError: a migration runs, or QEMU's text for what is wrong."""
-        if self.outgoing is not None and self.outgoing.status not in ENDED:
+        """:raise UsageError: an unknown name, a migration that runs (one that arrives does not
+        count), or QEMU's text for what is wrong; nothing was changed."""
+        for name in changes:
+            check_name(name)
+        if self.is_migrating:
             raise UsageError("There's a migration process in progress")
         self.capabilities.set(changes)
+
+    @property
+    def is_outcome_unknown(self) -> bool:
+        """Nobody has said whether the guest runs at the destination of its last migration."""
+        own = self.outgoing is not None and self.outgoing.is_outcome_unknown
+        return own or self.inherits_unknown
 
     @property
     def tracker(self) -> tuple[str, str]:
@@ -181,6 +245,9 @@ class ControlProcess:
                 "wait for the migration or cancel it first"
             )
         await self.guest.resume(for_migration=False)
+        if self.is_outcome_unknown:
+            self.settle(Side.SOURCE)
+        self.inherits_unknown = False
         if self.outgoing is not None:
             self.outgoing.is_outcome_unknown = False
             if self.outgoing.is_switching_over:
@@ -193,7 +260,7 @@ class ControlProcess:
             raise UsageError("Cannot resume if there is no paused migration")
         if self.outgoing is not None and self.outgoing.status not in ENDED:
             raise UsageError("There's a migration process in progress")
-        if self.outgoing is not None and self.outgoing.is_outcome_unknown:
+        if self.is_outcome_unknown:
             raise UsageError(
                 "nobody has said whether the guest runs at the destination of its last migration; "
                 "look there, then 'cont' it here or quit"
@@ -204,6 +271,7 @@ class ControlProcess:
             raise UsageError("Can't migrate the vm that was paused due to previous migration")
         if self.run_state is RunState.INTERNAL_ERROR:
             raise UsageError("Can't migrate a guest that is dead")
+        self.blockers.check()
         self.outgoing = OutgoingMigration(self, address)
         self.outgoing.handle(machine.Start())
 
@@ -212,10 +280,7 @@ class ControlProcess:
 
         :raise UsageError: not started with -incoming, or already done.
         :raise UsageError: cannot listen there."""
-        if not self.waits_for_incoming:
-            raise UsageError("'-incoming' was not specified on the command line")
-        if self.incoming is not None:
-            raise UsageError("The incoming migration has already been started")
+        self.check_incoming()
         self.exit_on_error = exit_on_error
         incoming = IncomingMigration(self, address)
         try:
@@ -224,6 +289,13 @@ class ControlProcess:
             raise UsageError(incoming.error or str(exc)) from exc
         self.incoming = incoming
         self._follower = asyncio.get_running_loop().create_task(self._follow(incoming))
+
+    def check_incoming(self) -> None:
+        """:raise UsageError: `migrate-incoming` has no place here, or not any more."""
+        if not self.waits_for_incoming:
+            raise UsageError("'-incoming' was not specified on the command line")
+        if self.incoming is not None:
+            raise UsageError("The incoming migration has already been started")
 
     async def _follow(self, incoming: IncomingMigration) -> None:
         """The end of an incoming migration: the guest is ours, or the process has no use."""
@@ -235,10 +307,68 @@ class ControlProcess:
             await self.receivers.close()
             self._warmer = asyncio.get_running_loop().call_later(WARM_AFTER_ARRIVAL_S, self._warm)
 
+    async def migrate_continue(self, expected: Status) -> None:
+        """QMP `migrate-continue`: goes on from `pre-switchover`; in other statuses a no-op.
+
+        :raise UsageError: the source's status is not `expected`."""
+        status = self.outgoing.status if self.outgoing is not None else Status.NONE
+        if status is not expected:
+            raise UsageError(f"Migration not in expected state: {status.value}")
+        if self.outgoing is not None and status is Status.PRE_SWITCHOVER:
+            self.outgoing.handle(machine.Continue())
+
+    def start_postcopy(self) -> None:
+        """QMP `migrate-start-postcopy`.
+
+        :raise UsageError: the capability is off, or no migration has begun."""
+        if not self.capability("postcopy-ram"):
+            raise UsageError(
+                "Enable postcopy with migrate_set_capability before the start of migration"
+            )
+        if self.outgoing is None:
+            raise UsageError("Postcopy must be started after migration has been started")
+
+    def pause_postcopy(self) -> None:
+        """QMP `migrate-pause`.
+
+        :raise UsageError: neither side is in postcopy."""
+        raise UsageError(
+            "migrate-pause is currently only supported during postcopy-active or "
+            "postcopy-recover state"
+        )
+
+    def recover_postcopy(self) -> None:
+        """QMP `migrate-recover`.
+
+        :raise UsageError: no postcopy is paused here."""
+        raise UsageError("Migrate recover can only be run when postcopy is paused.")
+
     async def cancel(self) -> None:
         """QMP `migrate_cancel`: no-op where nothing runs."""
         if self.outgoing is not None:
             self.outgoing.handle(machine.Cancel())
+
+    @property
+    def can_be_yanked(self) -> bool:
+        """A migration in either direction has begun and not ended."""
+        return self.is_migrating or (self.incoming is not None and not self.incoming.ended.is_set())
+
+    def yank(self) -> None:
+        """QMP `yank`: the migration fails as if its connections had broken; the guest goes on
+        where it would after that. One that still waits for its source goes on waiting."""
+        if self.outgoing is not None and self.is_migrating:
+            self.outgoing.handle(machine.Failure("'yank' has cut the migration's connections"))
+        if self.incoming is not None:
+            self.incoming.yank()
+
+    def migration_workers(self) -> list[tuple[str, int]]:
+        """Name and process id of each worker of the migration that runs, by QEMU's names."""
+        senders = self.outgoing.worker_pids() if self.outgoing is not None else {}
+        receivers = self.incoming.worker_pids() if self.incoming is not None else {}
+        return [
+            *((f"multifdsend_{index}", pid) for index, pid in senders.items()),
+            *((f"multifdrecv_{index}", pid) for index, pid in receivers.items()),
+        ]
 
     def quit(self, exit_code: int = 0) -> None:
         """QMP `quit`, or a signal."""
@@ -256,6 +386,9 @@ class ControlProcess:
         if self.incoming is not None:
             await self.incoming.close()
             await self._follower
+        await self.dirty_rate.close()
+        await self.dirty_limit.close()
+        self.fdsets.close()
         if self._warmer is not None:
             self._warmer.cancel()
         self._watcher.cancel()

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from engine.control.process import ControlProcess
+from engine.control import hmp
+from engine.control.journal import Began, Journal, start_time
+from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
+from engine.control.restart import plan
 from engine.control.uri import Address, parse_listen_address, parse_uri
-from engine.guest.spec import open_guest, parse_guest_spec
+from engine.guest.base import Guest
+from engine.guest.rundir import default_rundir
+from engine.guest.spec import GuestSpec, WorkloadSpec, open_guest, parse_guest_spec
+from engine.guest.workload import WorkloadGuest
 from engine.memory.blocks import check_page_size
 
 log = logging.getLogger("ramferry")
@@ -29,14 +36,22 @@ class ServeOptions:
 
     :ivar guest: a SPEC.
     :ivar qmp: where monitors listen, `unix:PATH` or `tcp:HOST:PORT`.
+    :ivar hmp: where human monitors listen, in the same form.
     :ivar incoming: a URI, `defer`, or None for a source.
     :ivar settings: `name=value` of migration parameters and capabilities.
+    :ivar uuid: the machine's, or empty.
+    :ivar state_dir: where a journal is kept; empty: nowhere.
+    :ivar only_migratable: nothing may block a migration.
     """
 
     guest: str
     qmp: tuple[str, ...]
     incoming: str | None = None
     settings: tuple[str, ...] = ()
+    hmp: tuple[str, ...] = ()
+    uuid: str = ""
+    state_dir: str = ""
+    only_migratable: bool = False
 
 
 def run(options: ServeOptions) -> int:
@@ -55,26 +70,68 @@ async def _serve(options: ServeOptions) -> int:
     check_page_size()
     spec = parse_guest_spec(options.guest)
     monitors = [parse_listen_address(text) for text in options.qmp]
+    human_monitors = [parse_listen_address(text) for text in options.hmp]
     is_incoming = options.incoming is not None
     address: Address | None = None
     if options.incoming not in (None, "defer"):
         address = parse_uri(str(options.incoming))
     async with AsyncExitStack() as stack:
-        guest = await open_guest(spec, incoming=is_incoming)
+        journal = Journal(options.state_dir) if options.state_dir else None
+        if journal is not None:
+            stack.callback(journal.close, in_order=False)
+        start = await plan(journal.found if journal else None, spec, incoming=is_incoming)
+        if start.text:
+            log.warning("%s", start.text)
+        guest = await open_guest(start.spec, incoming=start.incoming, run=start.runs)
+        if journal is not None:
+            stack.callback(journal.close, in_order=True)
+            journal.begin(_record(guest, spec, incoming=start.incoming))
         stack.push_async_callback(guest.quit)
-        process = ControlProcess(guest, incoming=is_incoming)
+        process = ControlProcess(
+            guest,
+            incoming=start.incoming,
+            uuid=options.uuid,
+            journal=journal,
+            is_unknown=start.is_unknown,
+        )
+        process.blockers.only_migratable = options.only_migratable
         stack.push_async_callback(process.close)
         for setting in options.settings:
             process.set(setting)
-        server = QmpServer(build_registry(process))
-        process.send_event = server.emit
+        registry = build_registry(process)
+        human_monitor = hmp.register(registry, process)
+        server, human_server = QmpServer(registry), hmp.HmpServer(human_monitor)
+        process.send_event = _to_all(server.emit, human_monitor.held.notify)
         stack.push_async_callback(server.close)
         for monitor in monitors:
             await server.listen(monitor)
-        if address is not None:
+        stack.push_async_callback(human_server.close)
+        for monitor in human_monitors:
+            await human_server.listen(monitor)
+        if address is not None and start.incoming:
             await process.migrate_incoming(address, True)
         _stop_on_signals(process)
         return await process.over
+
+
+def _record(guest: Guest, spec: GuestSpec, *, incoming: bool) -> Began:
+    """What another process must know to find this guest again."""
+    pid, rundir = None, ""
+    if isinstance(guest, WorkloadGuest):
+        pid = guest.pid
+        rundir = (isinstance(spec, WorkloadSpec) and spec.rundir) or default_rundir()
+    started = start_time(pid) if pid is not None else None
+    return Began(os.getpid(), guest.kind, pid, started, rundir, incoming)
+
+
+def _to_all(*listeners: Emit) -> Emit:
+    """Every event to each of them."""
+
+    def emit(event: str, data: dict[str, object] | None = None) -> None:
+        for listener in listeners:
+            listener(event, data)
+
+    return emit
 
 
 def _give_up_on_signals(loop: asyncio.AbstractEventLoop, starting: asyncio.Task[int]) -> None:

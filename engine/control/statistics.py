@@ -17,13 +17,14 @@ class DowntimePhases:
 
     pause: int = 0  #: from the order to stop until every vCPU stood
     harvest: int = 0  #: collecting the last dirty bits
+    wait: int = 0  #: in `pre-switchover`, until `migrate-continue`
     send: int = 0  #: until the last byte was handed to the channels
     acknowledge: int = 0  #: until every page was placed and the destination was armed
     resume: int = 0  #: until the guest ran at the destination
 
     @property
     def total(self) -> int:
-        return self.pause + self.harvest + self.send + self.acknowledge + self.resume
+        return self.pause + self.harvest + self.wait + self.send + self.acknowledge + self.resume
 
 
 @dataclass(slots=True)

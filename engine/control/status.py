@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from typing import Final
+
+from engine.errors import StateError
 
 
 class Status(enum.Enum):
@@ -35,6 +39,20 @@ class RunState(enum.Enum):
     FINISH_MIGRATE = "finish-migrate"
     POSTMIGRATE = "postmigrate"
     INTERNAL_ERROR = "internal-error"  #: the guest died
+
+
+#: A destination's statuses; a pair that is absent is illegal (QEMU: migration_incoming_*).
+_INCOMING: Final[Mapping[Status, frozenset[Status]]] = {
+    Status.NONE: frozenset({Status.SETUP}),
+    Status.SETUP: frozenset({Status.ACTIVE, Status.FAILED}),
+    Status.ACTIVE: frozenset({Status.COMPLETED, Status.FAILED}),
+}
+
+
+def check_incoming(before: Status, after: Status) -> None:
+    """:raise StateError: a destination never goes from `before` to `after`."""
+    if after not in _INCOMING.get(before, frozenset()):
+        raise StateError(before.value, after.value, ())
 
 
 #: A migration in one of these ended and left nothing behind; a new one may start.

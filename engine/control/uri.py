@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from engine import unixsocket
 from engine.errors import UsageError, WireError, shown
 
-KNOWN_LATER: Final = ("file", "exec", "fd", "vsock", "rdma")
 UNIX_PATH_BYTES_MAX: Final = 90  #: sun_path holds 108; `.channel-254` and a NUL must fit behind
 
 
@@ -95,11 +96,38 @@ def parse_uri(text: str) -> Address:
     if scheme == "tcp" and separator:
         host, colon, port = rest.rpartition(":")
         if not colon:
-            raise UsageError(f"error parsing address '{shown(rest)}'; write tcp:HOST:PORT")
+            raise UsageError(f"error parsing address '{shown(rest)}'")
         return _tcp(host.removeprefix("[").removesuffix("]"), port, rest)
-    if scheme in KNOWN_LATER:
-        raise UsageError(f"migration over '{scheme}:' is not in this build; use tcp: or unix:")
+    if scheme in _REFUSALS and separator:
+        raise UsageError(_REFUSALS[scheme](rest))
     raise UsageError(f"unknown migration protocol: {shown(text)}")
+
+
+def _no_stream(rest: str) -> str:
+    return "a single stream (fd:, exec:, file:) is not in this build; use tcp: or unix:"
+
+
+def _no_file(rest: str) -> str:
+    _, comma, offset = rest.rpartition(",offset=")
+    if comma and not _FILE_OFFSET.fullmatch(offset):
+        return f"file URI has bad offset {shown(offset)}: Invalid argument"
+    return _no_stream(rest)
+
+
+def _no_vsock(rest: str) -> str:
+    return "ZeroMQ here has no vsock transport; use tcp: or unix:"
+
+
+def _no_rdma(rest: str) -> str:
+    """What is missing for it, beside our own part."""
+    hardware = "" if Path("/sys/class/infiniband").is_dir() else "no RDMA device on this host, "
+    return f"rdma: {hardware}and no RDMA channel in this build; use tcp: or unix:"
+
+
+_FILE_OFFSET: Final = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+[bBkKmMgGtTpPeE]?")
+_REFUSALS: Final[Mapping[str, Callable[[str], str]]] = {
+    "fd": _no_stream, "exec": _no_stream, "file": _no_file, "vsock": _no_vsock, "rdma": _no_rdma,
+}  # fmt: skip
 
 
 def _tcp(host: str, port: str, rest: str) -> Address:
@@ -184,14 +212,12 @@ def parse_destination(uri: str | None, channels: Sequence[Mapping[str, Any]] | N
 
 
 def _from_channel(addr: object) -> Address:
-    if not isinstance(addr, Mapping) or addr.get("transport") != "socket":
-        transport = addr.get("transport") if isinstance(addr, Mapping) else addr
-        raise UsageError(
-            f"migration over transport '{shown(transport)}' is not in this build; use socket"
-        )
-    match addr.get("type"), addr.get("host"), addr.get("port"), addr.get("path"):
-        case "unix", _, _, str(path):
-            return _unix(path)
-        case "inet", str(host), str(port), _:
-            return _tcp(host, port, f"{host}:{port}")
-    raise UsageError("Parameter 'addr' needs type inet with host and port, or unix with path")
+    """Of QAPI's MigrationAddress, which the monitor has checked already."""
+    assert isinstance(addr, Mapping)
+    kind = addr["transport"] if addr["transport"] != "socket" else addr["type"]
+    match kind:
+        case "inet":
+            return _tcp(addr["host"], addr["port"], f"{addr['host']}:{addr['port']}")
+        case "unix":
+            return _unix(addr["path"])
+    raise UsageError(_REFUSALS[kind](""))

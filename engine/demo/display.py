@@ -26,7 +26,7 @@ CHANNELS_SHOWN_MAX: Final = 8
 PLAIN_PERIOD_NS: Final = 1_000_000_000
 PLAIN_WIDTH: Final = 120
 WIDE: Final = 60  #: columns; narrower terminals get one fact a line and no bars a channel
-PHASES: Final = ("pause", "harvest", "send", "acknowledge", "resume")
+PHASES: Final = ("pause", "harvest", "wait", "send", "acknowledge", "resume")
 
 
 def bytes_text(count: float) -> str:

@@ -36,7 +36,7 @@ from engine.errors import (
     NotHandedOver,
     WireError,
 )
-from engine.guest import messages
+from engine.guest import dirtying, messages
 from engine.guest.adoption import Adoption
 from engine.guest.base import Handover, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
@@ -212,8 +212,7 @@ class Agent:
             self._end.set()
             return
         if self.role is Role.OWNER:
-            machine.stop_tracking()
-            machine.throttle(0)
+            machine.go_free()
             self._standing.by_engine = False
             self._apply()
             self._forget_source()
@@ -340,6 +339,13 @@ class Agent:
             self._need_machine().clear_soft_dirty()
             return Reply(messages.Done(request.id))
 
+    async def _dirtying(self, request: messages.Dirtying, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            machine = self._need_machine()
+            if isinstance(request, dirtying.LONG):
+                return Reply(await self._in_thread(lambda: dirtying.answer(machine, request)))
+            return Reply(dirtying.answer(machine, request))
+
     async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
             return Reply(messages.State(request.id, self._need_machine().save()))
@@ -451,6 +457,7 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
     messages.StartTracking: Agent._start_tracking,
     messages.StopTracking: Agent._stop_tracking,
     messages.ClearSoftDirty: Agent._clear_soft_dirty,
+    **dict.fromkeys(dirtying.REQUESTS, Agent._dirtying),
     messages.SaveState: Agent._save,
     messages.LoadState: Agent._load,
     messages.Judge: Agent._judge,

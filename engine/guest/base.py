@@ -10,12 +10,21 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine.memory.blocks import RamBlock
 from engine.memory.tracking import TrackedBlock, TrackerName, Tracking
 
-__all__ = ["Guest", "Handover", "Standing", "TrackedBlock", "TrackerName", "Tracking"]
+__all__ = [
+    "DirtyMeter",
+    "Guest",
+    "Handover",
+    "Standing",
+    "TrackedBlock",
+    "TrackerName",
+    "Tracking",
+    "VcpuDirtied",
+]
 
 
 class Handover(enum.Enum):
@@ -46,6 +55,48 @@ class Standing:
             self.by_engine = stands
         else:
             self.by_user = stands
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuDirtied:
+    """One vCPU since its beginning.
+
+    :ivar pages: dirtied while that was counted; each page once in a second.
+    :ivar slept_ns: for its dirty limit."""
+
+    pages: int
+    slept_ns: int
+
+
+@runtime_checkable
+class DirtyMeter(Protocol):
+    """A guest that tells what it dirties, beside a migration, and can be limited in it.
+
+    All coroutines raise GuestError when the guest died or does not answer in time."""
+
+    async def start_counting(self) -> None:
+        """Call every page clean, to count those written from now on; a migration may end that.
+
+        :raise MemoryRefused: a migration tracks the guest, or nothing tells what is written."""
+        ...
+
+    async def count_written(self) -> int:
+        """End the counting; return the pages written since its start.
+
+        :raise MemoryRefused: a migration has ended it."""
+        ...
+
+    async def count_dirty(self, is_counting: bool) -> None:
+        """Have each vCPU count the pages it dirties, or not."""
+        ...
+
+    async def limit_dirty(self, vcpu: int | None, bytes_per_s: int) -> None:
+        """Limit what a vCPU (None: each) dirties; 0 takes the limit back."""
+        ...
+
+    async def dirtied(self) -> list[VcpuDirtied]:
+        """What each vCPU has dirtied, by index."""
+        ...
 
 
 class Guest(Protocol):

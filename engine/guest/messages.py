@@ -102,6 +102,35 @@ class ClearSoftDirty(Request, frozen=True):
     """Answer: Done."""
 
 
+class Dirtying(Request, frozen=True):
+    """Root of what is asked about the pages that the vCPUs dirty, beside a migration."""
+
+
+class StartCounting(Dirtying, frozen=True):
+    """Answer: Done. Every page counts as clean from now on; the next StartTracking ends that."""
+
+
+class CountWritten(Dirtying, frozen=True):
+    """Answer: Count, the pages written since StartCounting, which ends."""
+
+
+class CountDirty(Dirtying, frozen=True):
+    """Answer: Done. Each vCPU counts what it dirties, or does no more."""
+
+    on: bool
+
+
+class LimitDirty(Dirtying, frozen=True):
+    """Answer: Done. Without `vcpu` it is for all; 0 is no limit."""
+
+    vcpu: Natural | None
+    bytes_per_s: Natural
+
+
+class ReadDirtied(Dirtying, frozen=True):
+    """Answer: Dirtied."""
+
+
 class SaveState(Request, frozen=True):
     """Answer: State."""
 
@@ -189,6 +218,13 @@ class Count(Answer, frozen=True):
     value: int
 
 
+class Dirtied(Answer, frozen=True):
+    """For each vCPU: pages dirtied while it counted, and ns that it slept for its limit."""
+
+    pages: list[int]
+    slept_ns: list[int]
+
+
 class Attached(Answer, frozen=True):
     """Who the agent is; beside it the RAM's descriptor. `unknown`: nobody has said whether the
     guest runs at the destination of its last migration."""
@@ -253,6 +289,11 @@ AnyRequest = (
     | StartTracking
     | StopTracking
     | ClearSoftDirty
+    | StartCounting
+    | CountWritten
+    | CountDirty
+    | LimitDirty
+    | ReadDirtied
     | SaveState
     | LoadState
     | Judge
@@ -270,6 +311,7 @@ AnyAnswer = (
     | Failed
     | At
     | Count
+    | Dirtied
     | Attached
     | Tracked
     | State

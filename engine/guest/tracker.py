@@ -53,6 +53,17 @@ class OpenTracker:
         self.release.close()
 
 
+def count_written(tracker: OpenTracker, page_count: int) -> int:
+    """How many pages the tracker found written since it was opened, or re-armed."""
+    whole = (page_count, STRIPE_SIZE // PAGE_SIZE, 0, 1)
+    if tracker.bitmap is not None:
+        return _native.bitmap_count(tracker.bitmap, whole)
+    scratch = bytearray(-(-page_count // 64) * 8)
+    if tracker.name is TrackerName.UFFD:
+        return _native.pagemap_scan(tracker.fd, tracker.address, scratch, whole)
+    return _native.soft_dirty_scan(tracker.fd, tracker.address, scratch, whole)
+
+
 def open_tracker(wanted: TrackerName | None, ram: mmap.mmap, page_count: int) -> OpenTracker:
     """Begin to track; every page is clean from now.
 

@@ -21,7 +21,7 @@ from engine import _native
 from engine.errors import GuestError, MemoryRefused
 from engine.guest import messages
 from engine.guest.judgement import WRONG, Judgement
-from engine.guest.tracker import OpenTracker, open_tracker
+from engine.guest.tracker import OpenTracker, count_written, open_tracker
 from engine.memory.blocks import PAGE_SIZE
 from engine.memory.tracking import TrackerName
 
@@ -54,6 +54,9 @@ class Machine:
         self.is_running = False
         self._ended = threading.Event()
         self._tracker: OpenTracker | None = None
+        self._counter: OpenTracker | None = None  #: for a measurement; never beside `_tracker`
+        self._is_counting_dirty = False
+        self._limits: dict[int, int] = {}  #: bytes per second by vCPU
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, ram_fd)
             try:
@@ -128,12 +131,14 @@ class Machine:
             raise GuestError(str(exc)) from exc
         _native.workload_stop(self._vcpus)
         self._vcpus, self.options = vcpus, saved.options
+        self._apply_dirtying()
 
     # -- tracking --------------------------------------------------------------------------------
 
     def start_tracking(self, wanted: TrackerName | None) -> OpenTracker:
         """:raise MemoryRefused: the wanted tracker does not work here."""
         self.stop_tracking()
+        self.stop_counting()
         self._tracker = open_tracker(wanted, self._ram, self.page_count)
         if self._tracker.bitmap is not None:
             _native.workload_set_bitmap(self._vcpus, self._tracker.bitmap)
@@ -150,6 +155,74 @@ class Machine:
             _native.workload_set_bitmap(self._vcpus, None)
             self._tracker.close()
             self._tracker = None
+
+    # -- what the vCPUs dirty, beside a migration ------------------------------------------------
+
+    def start_counting(self) -> None:
+        """Call every page clean, to count what is written from now on.
+
+        :raise MemoryRefused: a migration tracks the guest, or nothing cheap enough works here."""
+        if self._tracker is not None:
+            raise MemoryRefused("the guest's writes are tracked for a migration")
+        self.stop_counting()
+        counter = open_tracker(None, self._ram, self.page_count)
+        if counter.name is TrackerName.HASH:
+            counter.close()
+            raise MemoryRefused(f"nothing tells which pages are written: {counter.reason}")
+        if counter.bitmap is not None:
+            _native.workload_set_bitmap(self._vcpus, counter.bitmap)
+        counter.arm()
+        self._counter = counter
+
+    def count_written(self) -> int:
+        """End the counting; return the pages that were written meanwhile.
+
+        :raise MemoryRefused: a migration has ended it before."""
+        if self._counter is None:
+            raise MemoryRefused("a migration has begun to track the guest's writes")
+        try:
+            return count_written(self._counter, self.page_count)
+        finally:
+            self.stop_counting()
+
+    def stop_counting(self) -> None:
+        if self._counter is not None:
+            _native.workload_set_bitmap(self._vcpus, None)
+            self._counter.close()
+            self._counter = None
+
+    def count_dirty(self, is_counting: bool) -> None:
+        """Have each vCPU count what it dirties, or not."""
+        self._is_counting_dirty = is_counting
+        self._apply_dirtying()
+
+    def limit_dirty(self, vcpu: int | None, bytes_per_s: int) -> None:
+        """Limit what a vCPU, or each, dirties; 0 is no limit.
+
+        :raise GuestError: there is no such vCPU."""
+        if vcpu is not None and vcpu >= self.options.vcpus:
+            raise GuestError(f"there is no vCPU {vcpu}; the guest has {self.options.vcpus}")
+        for index in range(self.options.vcpus) if vcpu is None else (vcpu,):
+            self._limits[index] = bytes_per_s
+        self._apply_dirtying()
+
+    def dirtied(self) -> list[tuple[int, int]]:
+        """For each vCPU: pages dirtied while that was counted, and ns slept for its limit."""
+        return _native.workload_dirtied(self._vcpus)
+
+    def _apply_dirtying(self) -> None:
+        _native.workload_count_dirty(self._vcpus, self._is_counting_dirty)
+        for index, bytes_per_s in self._limits.items():
+            if index < self.options.vcpus:
+                _native.workload_limit_dirty(self._vcpus, index, bytes_per_s)
+
+    def go_free(self) -> None:
+        """Take back whatever a control process has put upon the vCPUs."""
+        self.stop_tracking()
+        self.stop_counting()
+        self.throttle(0)
+        self.count_dirty(False)
+        self.limit_dirty(None, 0)
 
     # -- contents --------------------------------------------------------------------------------
 
@@ -239,6 +312,7 @@ class Machine:
         """Stop the vCPUs and give RAM back; nothing may run in another thread any more."""
         self.end()
         self.stop_tracking()
+        self.stop_counting()
         _native.workload_stop(self._vcpus)
         del self._vcpus  # holds the mapping
         with contextlib.suppress(BufferError):

@@ -13,7 +13,7 @@ from typing import Final
 from engine.errors import GuestError, MigrationError, UsageError
 from engine.guest import messages
 from engine.guest.backing import BLOCK_NAME, OwnedRam
-from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
+from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking, VcpuDirtied
 from engine.guest.judgement import Judgement
 from engine.guest.link import ANSWER_WAIT_S, AgentLink, start_agent
 from engine.memory.blocks import RamBlock
@@ -123,6 +123,27 @@ class WorkloadGuest:
 
         :raise MemoryRefused: another tracker is in use."""
         await self._do(messages.ClearSoftDirty(self._link.next_id()))
+
+    # -- what the vCPUs dirty, beside a migration ------------------------------------------------
+
+    async def start_counting(self) -> None:
+        await self._do(messages.StartCounting(self._link.next_id()))
+
+    async def count_written(self) -> int:
+        request = messages.CountWritten(self._link.next_id())
+        count, _ = await self._link.ask(request, messages.Count)
+        return count.value
+
+    async def count_dirty(self, is_counting: bool) -> None:
+        await self._do(messages.CountDirty(self._link.next_id(), is_counting))
+
+    async def limit_dirty(self, vcpu: int | None, bytes_per_s: int) -> None:
+        await self._do(messages.LimitDirty(self._link.next_id(), vcpu, bytes_per_s))
+
+    async def dirtied(self) -> list[VcpuDirtied]:
+        request = messages.ReadDirtied(self._link.next_id())
+        read, _ = await self._link.ask(request, messages.Dirtied)
+        return [VcpuDirtied(*pair) for pair in zip(read.pages, read.slept_ns, strict=True)]
 
     # -- device state and contents ---------------------------------------------------------------
 

@@ -176,6 +176,39 @@ static void pauses_cut_every_wait_short(void)
     munmap(ram, PAGES * 4096u);
 }
 
+static void a_limit_holds_its_vcpu_and_no_other(void)
+{
+    uint64_t pages[2], slept_ns[2], took_ns;
+    void *ram = new_ram();
+    struct workload *workload = start(ram, WORKLOAD_SWEEP, 2, 8, 0);
+    workload_resume(workload);
+    wait_for_writes(workload, 3 * PAGES);
+    workload_dirtied(workload, pages, slept_ns);
+    CHECK(pages[0] == 0 && pages[1] == 0); /* nobody asked for it */
+    CHECK(workload_limit_dirty(workload, 2, 1) == -EINVAL);
+    CHECK(workload_limit_dirty(workload, 0, 50 * 4096u) == 0);
+    workload_count_dirty(workload, true);
+    do {
+        nap_ms(1);
+        workload_dirtied(workload, pages, slept_ns);
+    } while (slept_ns[0] < UINT64_C(300000000)); /* as long as 15 pages take */
+    CHECK(pages[0] >= 15 && pages[0] <= 30);
+    CHECK(pages[1] >= PAGES / 2 && slept_ns[1] == 0); /* its whole share, at least once */
+    CHECK(workload_limit_dirty(workload, 0, 1) == 0);
+    nap_ms(30); /* now it sleeps for an hour */
+    workload_pause(workload, &took_ns);
+    CHECK(took_ns < UINT64_C(900000000));
+    CHECK(workload_limit_dirty(workload, 0, 0) == 0);
+    workload_resume(workload);
+    uint64_t before = pages[0];
+    do {
+        nap_ms(1);
+        workload_dirtied(workload, pages, slept_ns);
+    } while (pages[0] < before + PAGES / 2);
+    workload_free(workload);
+    munmap(ram, PAGES * 4096u);
+}
+
 static void a_bitmap_can_be_exchanged_while_it_runs(void)
 {
     uint64_t *own = calloc(PAGES / 64 + 1, 8);
@@ -292,6 +325,7 @@ int main(void)
     }
     damage_stays_visible_however_often_the_page_is_written();
     pauses_cut_every_wait_short();
+    a_limit_holds_its_vcpu_and_no_other();
     a_bitmap_can_be_exchanged_while_it_runs();
     a_state_goes_on_elsewhere_and_a_damaged_one_changes_nothing();
     a_bit_is_set_after_its_page_was_written();

@@ -53,6 +53,24 @@ def compare(
     assert not unexplained, "\n".join(unexplained)
 
 
+def compare_streams(
+    streams: Iterable[bytes],
+    qemu: Client,
+    ours: Client,
+    differences: Sequence[Difference] = (),
+) -> None:
+    """Send each stream to both, and compare all that comes back: `[2].error.desc` is a member.
+
+    :raise AssertionError: with a line for every difference that nobody explains."""
+    unexplained = []
+    for stream in streams:
+        text = stream.decode(errors="backslashreplace")
+        for path, one, other in unlike(qemu.converse(stream), ours.converse(stream)):
+            if not _is_explained(text, path, differences):
+                unexplained.append(f"{stream[:200]!r}\n  {path}: QEMU {one!r}\n  ours {other!r}")
+    assert not unexplained, "\n".join(unexplained)
+
+
 def unlike(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Paths at which two JSON values differ, with both values there."""
     if isinstance(one, dict) and isinstance(other, dict):

@@ -92,8 +92,27 @@ class Client:
             assert "event" in message, f"an answer that nobody waits for: {message}"
             self.events.append(message)
 
+    def converse(self, stream: bytes) -> list[Any]:
+        """Everything that a stream of bytes is answered with, whatever is wrong with it.
+
+        Two commands that nobody has follow it: one is read if the stream leaves nothing open, the
+        other in any case, and its answer is the last one."""
+        unknown = b'\n{"execute": "no-such-command", "id": "%s"}\n'
+        self.send(stream + unknown % b"first" + b"\xff" + unknown % b"last")
+        messages: list[Any] = []
+        while not messages or not _is_last(messages[-1]):
+            try:
+                messages.append(self.read())
+            except json.JSONDecodeError as exc:
+                messages.append(exc.doc)
+        return messages
+
     def close(self) -> None:
         self.socket.close()
+
+
+def _is_last(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("id") == "last"
 
 
 class Peer:
@@ -108,6 +127,13 @@ class Peer:
     def connect(self, **options: bool) -> Client:
         """Another client, or one that has not negotiated; the caller closes it."""
         return Client(self.path, **options)
+
+    @contextlib.contextmanager
+    def fresh(self, **options: bool) -> Iterator[Client]:
+        """A client in place of the first one; QEMU has room for one at a time."""
+        self.client.close()
+        with contextlib.closing(self.connect(**options)) as client:
+            yield client
 
     def close(self) -> None:
         self.client.close()

@@ -10,6 +10,7 @@ import pytest
 
 from engine.control.host import Host
 from engine.control.incoming import IncomingMigration
+from engine.control.notifiers import Notifiers
 from engine.control.status import Status
 from engine.control.uri import Address
 from engine.errors import UsageError
@@ -20,6 +21,7 @@ class SilentHost:
 
     def __init__(self) -> None:
         self.events: list[Any] = []
+        self.notifiers = Notifiers()
 
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
         self.events.append(data)

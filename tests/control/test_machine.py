@@ -23,6 +23,7 @@ EXAMPLES: dict[type, list[machine.Event]] = {
         machine.PausedAndHarvested(4096, False),
         machine.PausedAndHarvested(0, True),
     ],
+    machine.Continue: [machine.Continue()],
     machine.DestinationArmed: [machine.DestinationArmed()],
     machine.HandedOver: [machine.HandedOver(outcome) for outcome in Handover],
     machine.ChannelLost: [machine.ChannelLost(0, "cut")],
@@ -79,6 +80,16 @@ def test_a_migration_that_converges_goes_through_qemus_statuses() -> None:
     ]  # fmt: skip
 
 
+def test_pause_before_switchover_waits_for_the_word_and_collects_again() -> None:
+    outgoing = Outgoing(pauses_before_switchover=True, phase=Phase.PAUSING, status=Status.ACTIVE)
+
+    assert outgoing.handle(machine.PausedAndHarvested(4096, fits=True)) == ()
+    assert outgoing.status is Status.PRE_SWITCHOVER
+
+    assert outgoing.handle(machine.Continue()) == (Effect.HARVEST_AND_SEND_ROUND,)
+    assert (outgoing.phase, outgoing.status) == (Phase.FINISHING, Status.DEVICE)
+
+
 def test_a_pause_that_would_be_too_long_is_undone() -> None:
     outgoing = at(Phase.PAUSING)
 
@@ -89,8 +100,8 @@ def test_a_pause_that_would_be_too_long_is_undone() -> None:
 
 
 @pytest.mark.parametrize(
-    "phase", [Phase.CONNECTING, Phase.SENDING, Phase.HARVESTING, Phase.PAUSING, Phase.FINISHING,
-              Phase.ARMING],
+    "phase", [Phase.CONNECTING, Phase.SENDING, Phase.HARVESTING, Phase.PAUSING, Phase.WAITING,
+              Phase.FINISHING, Phase.ARMING],
 )  # fmt: skip
 @pytest.mark.parametrize(
     ("event", "end"),

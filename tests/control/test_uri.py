@@ -41,7 +41,7 @@ def test_uris_mean_endpoints(text: str, address: Address, channel: str) -> None:
     [
         ("foo:bar", "unknown migration protocol: foo:bar"),
         ("", "unknown migration protocol: "),
-        ("tcp:host", "write tcp:HOST:PORT"),
+        ("tcp:host", "error parsing address 'host'"),
         ("tcp:host:70000", "0 to 65535 are allowed"),
         ("tcp:host:-1", "0 to 65535 are allowed"),
         ("tcp:*:5", "error parsing host"),
@@ -58,8 +58,12 @@ def test_uris_mean_endpoints(text: str, address: Address, channel: str) -> None:
         ("unix:*", "is no file (a wildcard or an abstract name); write './*'"),
         ("unix:@x", "is no file (a wildcard or an abstract name); write './@x'"),
         ("smoke\n:" + "x" * 5000, "unknown migration protocol: smoke\\n:xxx"),
-        ("exec:cat", "migration over 'exec:' is not in this build"),
-        ("fd:3", "migration over 'fd:' is not in this build"),
+        ("exec:cat", "a single stream (fd:, exec:, file:) is not in this build; use tcp: or unix:"),
+        ("fd:3", "is not in this build; use tcp: or unix:"),
+        ("file:/x", "is not in this build; use tcp: or unix:"),
+        ("file:/x,offset=0x20M", "file URI has bad offset 0x20M: Invalid argument"),
+        ("vsock:2:5", "ZeroMQ here has no vsock transport; use tcp: or unix:"),
+        ("rdma:h:5", "no RDMA channel in this build; use tcp: or unix:"),
     ],
 )
 def test_what_is_no_uri_is_refused_in_one_line(text: str, says: str) -> None:
@@ -136,9 +140,8 @@ def test_the_channels_form_means_the_same() -> None:
         ("tcp:h:1", [channel(type="unix", path="/p")], "need either 'uri' or 'channels' argument"),
         (None, [channel(), channel()], "Channel list has more than one main entry"),
         (None, [channel("cpr")], "Channel list has no main entry"),
-        (None, [channel(transport="exec")], "use socket"),
-        (None, [channel(type="inet", host="h", port=5)], "needs type inet with host and port"),
-        (None, [{"channel-type": "main", "addr": 5}], "use socket"),
+        (None, [channel(transport="exec", args=["cat"])], "use tcp: or unix:"),
+        (None, [channel(type="vsock", cid="2", port="5")], "no vsock transport"),
     ],
 )
 def test_wrong_targets_are_refused(uri: str | None, channels: Any, says: str) -> None:

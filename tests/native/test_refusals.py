@@ -227,6 +227,12 @@ def test_a_throttle_out_of_range_is_refused(percent: int) -> None:
         _native.workload_throttle(guest, percent)
 
 
+@pytest.mark.parametrize("vcpu", [-1, 64, 2**31 - 1])
+def test_a_limit_for_a_vcpu_that_is_not_there_is_refused(vcpu: int) -> None:
+    with workload() as guest, pytest.raises(ValueError, match=f"there is no vCPU {vcpu}"):
+        _native.workload_limit_dirty(guest, vcpu, 1)
+
+
 def sealed(state: bytes) -> bytes:
     """A state with the right checksum (FNV-1a of all before it), whatever it says."""
     value = 0xCBF29CE484222325

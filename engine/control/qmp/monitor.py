@@ -30,12 +30,16 @@ class Monitor:
         else:
             self.received.append(fd)
 
+    def close_received(self) -> None:
+        """Give those back that nobody took, as when others come."""
+        while self.received:
+            os.close(self.received.popleft())
+
     def close(self) -> None:
         """Give all back. Idempotent."""
-        for fd in (*self.received, *self.named.values()):
-            os.close(fd)
-        self.received.clear()
-        self.named.clear()
+        self.close_received()
+        while self.named:
+            os.close(self.named.popitem()[1])
 
 
 #: Whose command is being executed; None where it is nobody's (library, tests).

@@ -1,39 +1,17 @@
-"""Commands: name, arguments, handler. Arguments are checked here, with QEMU's texts."""
+"""Commands: name, arguments, handler."""
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-import msgspec
+from engine.control.qmp.visitor import Arguments, NoArguments, QmpError, Union, parse_arguments
+from engine.errors import shown
 
-from engine.errors import MigrationError, shown
-
-
-class QmpError(MigrationError):
-    """An answer of the shape {"error": {"class", "desc"}}."""
-
-    def __init__(self, description: str, class_: str = "GenericError") -> None:
-        super().__init__(description, class_)
-        self.class_ = class_
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class Arguments(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", "-")):
-    """Base of a command's arguments: fields without default are required, others may be absent."""
-
-
-class NoArguments(Arguments, frozen=True):
-    """For commands that take none."""
-
+__all__ = ["Arguments", "Command", "CommandRegistry", "NoArguments", "QmpError", "parse_arguments"]
 
 Handler = Callable[[Any], Awaitable[object]]
-_WORDS: Final = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +20,22 @@ class Command:
 
     :ivar arguments: None: the handler gets the object as it came, and checks it.
     :ivar oob: it may overtake others with exec-oob.
-    :ivar is_asynchronous: the client's next command does not wait for the end of this one."""
+    :ivar is_immediate: its handler never waits: it is run where it was read, without a task.
+    :ivar is_asynchronous: the client's next command does not wait for the end of this one.
+    :ivar is_cancellable: an asynchronous one whose handler is cancelled (CancelledError where it
+        awaits) when its client leaves: nobody would hear what it has to say.
+    :ivar returns: what it answers, for introspection: a type as arguments have them, or None.
+    :ivar features: `deprecated` or `unstable`, for introspection."""
 
     name: str
-    arguments: type[Arguments] | None
+    arguments: type[Arguments] | Union | None
     handler: Handler
     oob: bool = False
+    is_immediate: bool = False
     is_asynchronous: bool = False
+    is_cancellable: bool = False
+    returns: Any = None
+    features: tuple[str, ...] = ()
 
 
 class CommandRegistry:
@@ -61,16 +48,35 @@ class CommandRegistry:
         self,
         name: str,
         handler: Handler,
-        arguments: type[Arguments] | None = NoArguments,
+        arguments: type[Arguments] | Union | None = NoArguments,
         *,
         oob: bool = False,
+        is_immediate: bool = False,
         is_asynchronous: bool = False,
+        is_cancellable: bool = False,
+        returns: Any = None,
+        features: tuple[str, ...] = (),
     ) -> None:
         assert name not in self._commands, name
-        self._commands[name] = Command(name, arguments, handler, oob, is_asynchronous)
+        assert is_asynchronous or not is_cancellable, name
+        assert not (is_immediate and is_asynchronous), name
+        self._commands[name] = Command(
+            name,
+            arguments,
+            handler,
+            oob,
+            is_immediate,
+            is_asynchronous,
+            is_cancellable,
+            returns,
+            features,
+        )
 
     def names(self) -> list[str]:
         return list(self._commands)
+
+    def __iter__(self) -> Iterator[Command]:
+        return iter(self._commands.values())
 
     def find(self, name: str) -> Command:
         """:raise QmpError: CommandNotFound."""
@@ -89,35 +95,3 @@ class CommandRegistry:
         command = self.find(name)
         answer = await command.handler(parse_arguments(command.arguments, given))
         return {} if answer is None else answer
-
-
-def parse_arguments(type_: type[Arguments] | None, given: Mapping[str, Any]) -> Any:
-    """Check and convert.
-
-    :raise QmpError: missing, unexpected, or of a wrong type, with QEMU's text."""
-    if type_ is None:
-        return given
-    values: dict[str, Any] = {}
-    fields = {field.encode_name: field for field in msgspec.structs.fields(type_)}
-    for name, field in fields.items():
-        if name not in given:
-            if field.required:
-                raise QmpError(f"Parameter '{name}' is missing")
-            continue
-        try:
-            values[field.name] = msgspec.convert(given[name], field.type)
-        except msgspec.ValidationError as exc:
-            raise QmpError(
-                f"Invalid parameter type for '{name}', expected: {_word(field.type)}"
-            ) from exc
-    for name in given:
-        if name not in fields:
-            raise QmpError(f"Parameter '{shown(name)}' is unexpected")
-    return type_(**values)
-
-
-def _word(type_: Any) -> str:
-    """QAPI's word for a JSON type."""
-    if isinstance(type_, types.UnionType):
-        type_ = next(part for part in typing.get_args(type_) if part is not type(None))
-    return _WORDS.get(typing.get_origin(type_) or type_, "object")

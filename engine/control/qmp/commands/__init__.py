@@ -6,10 +6,32 @@ A module has `register(registry, process)`: it adds its commands, and nothing el
 from __future__ import annotations
 
 from engine.control.process import ControlProcess
-from engine.control.qmp.commands import extensions, general, migration, settings
+from engine.control.qmp.commands import (
+    absent,
+    connections,
+    descriptors,
+    dirtying,
+    extensions,
+    general,
+    jobs,
+    migration,
+    objects,
+    settings,
+)
 from engine.control.qmp.registry import CommandRegistry
 
-SUBJECTS = (general, migration, settings, extensions)
+SUBJECTS = (
+    general,
+    migration,
+    settings,
+    dirtying,
+    connections,
+    descriptors,
+    objects,
+    jobs,
+    absent,
+    extensions,
+)
 
 
 def build_registry(process: ControlProcess) -> CommandRegistry:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.control.process import ControlProcess
-from engine.control.qmp.registry import CommandRegistry, QmpError
+from engine.control.qmp.registry import Arguments, CommandRegistry, QmpError
 from engine.guest.workload import WorkloadGuest
+
+
+class AddBlocker(Arguments, frozen=True):
+    """Why the guest must not be migrated."""
+
+    reason: str
+
+
+class BlockerId(Arguments, frozen=True):
+    """What `x-add-migration-blocker` answers."""
+
+    id: str
 
 
 class Extensions:
@@ -47,9 +61,17 @@ class Extensions:
             "counters-path": self._process.path_of(judgement.counters_fd),
         }
 
+    async def add_blocker(self, asked: AddBlocker) -> object:
+        return {"id": self._process.blockers.add(asked.reason)}
+
+    async def remove_blocker(self, asked: BlockerId) -> None:
+        self._process.blockers.remove(asked.id)
+
 
 def register(registry: CommandRegistry, process: ControlProcess) -> None:
     """Add this subject's commands."""
     commands = Extensions(process)
     registry.add("x-query-guest", commands.query_guest)
-    registry.add("x-judge", commands.judge)
+    registry.add("x-judge", commands.judge, returns=Any)
+    registry.add("x-add-migration-blocker", commands.add_blocker, AddBlocker, returns=BlockerId)
+    registry.add("x-remove-migration-blocker", commands.remove_blocker, BlockerId)

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Final
 
 from engine.control.process import ControlProcess
+from engine.control.qmp.answers import (
+    EVENTS,
+    NamedInfo,
+    NameInfo,
+    StatusInfo,
+    UuidInfo,
+    VersionInfo,
+)
 from engine.control.qmp.registry import CommandRegistry
+from engine.control.qmp.schema import build_schema
 from engine.control.qmp.server import VERSION
 from engine.control.status import RunState
 
-EVENTS: Final = ("MIGRATION", "MIGRATION_PASS", "RESUME", "STOP")
+NO_UUID: Final = "00000000-0000-0000-0000-000000000000"  #: QEMU's without -uuid
 
 
 class General:
@@ -26,6 +35,16 @@ class General:
 
     async def query_events(self, _: object) -> object:
         return [{"name": name} for name in EVENTS]
+
+    async def query_qmp_schema(self, _: object) -> object:
+        return build_schema(self._registry)
+
+    async def query_name(self, _: object) -> object:
+        """A guest here has no name, as a QEMU without -name has none."""
+        return {}
+
+    async def query_uuid(self, _: object) -> object:
+        return {"UUID": self._process.uuid or NO_UUID}
 
     async def query_status(self, _: object) -> object:
         state = self._process.run_state
@@ -44,10 +63,15 @@ class General:
 def register(registry: CommandRegistry, process: ControlProcess) -> None:
     """Add this subject's commands."""
     commands = General(process, registry)
-    registry.add("query-version", commands.query_version)
-    registry.add("query-commands", commands.query_commands)
-    registry.add("query-events", commands.query_events)
-    registry.add("query-status", commands.query_status)
+    registry.add("query-version", commands.query_version, is_immediate=True, returns=VersionInfo)
+    registry.add(
+        "query-commands", commands.query_commands, is_immediate=True, returns=list[NamedInfo]
+    )
+    registry.add("query-events", commands.query_events, is_immediate=True, returns=list[NamedInfo])
+    registry.add("query-qmp-schema", commands.query_qmp_schema)
+    registry.add("query-name", commands.query_name, is_immediate=True, returns=NameInfo)
+    registry.add("query-uuid", commands.query_uuid, is_immediate=True, returns=UuidInfo)
+    registry.add("query-status", commands.query_status, is_immediate=True, returns=StatusInfo)
     registry.add("stop", commands.stop)
     registry.add("cont", commands.cont)
     registry.add("quit", commands.quit)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from engine.control import views
 from engine.control.process import ControlProcess
+from engine.control.qmp.commands.channels import Channel, as_objects
+from engine.control.qmp.monitor import current_monitor
 from engine.control.qmp.registry import Arguments, CommandRegistry, QmpError
+from engine.control.status import Status
 from engine.control.uri import parse_destination, parse_migrate_target
+from engine.errors import shown
 
 
 class Migrate(Arguments, frozen=True):
     """`detach` is accepted and ignored, as in QEMU 10.0."""
 
     uri: str | None = None
-    channels: list[dict[str, Any]] | None = None
+    channels: list[Channel] | None = None
     resume: bool = False
     detach: bool = False
 
@@ -23,8 +25,20 @@ class MigrateIncoming(Arguments, frozen=True):
     """`exit-on-error`: the process ends with status 1 when the migration fails."""
 
     uri: str | None = None
-    channels: list[dict[str, Any]] | None = None
+    channels: list[Channel] | None = None
     exit_on_error: bool = True
+
+
+class MigrateRecover(Arguments, frozen=True):
+    """Where the destination listens for the source that comes back."""
+
+    uri: str
+
+
+class MigrateContinue(Arguments, frozen=True):
+    """The status that the client believes the migration is in."""
+
+    state: Status
 
 
 class Migration:
@@ -34,20 +48,47 @@ class Migration:
         self._process = process
 
     async def migrate(self, arguments: Migrate) -> None:
-        address = parse_destination(arguments.uri, arguments.channels)
+        _check_descriptor(arguments.uri)
+        address = parse_destination(arguments.uri, as_objects(arguments.channels))
         await self._process.migrate(address, arguments.resume)
 
     async def migrate_incoming(self, arguments: MigrateIncoming) -> None:
+        self._process.check_incoming()
         if arguments.channels is not None and len(arguments.channels) > 1:
             raise QmpError("Channel list must have only one entry, for type 'main'")
-        address = parse_migrate_target(arguments.uri, arguments.channels)
+        _check_descriptor(arguments.uri)
+        address = parse_migrate_target(arguments.uri, as_objects(arguments.channels))
         await self._process.migrate_incoming(address, arguments.exit_on_error)
+
+    async def migrate_continue(self, arguments: MigrateContinue) -> None:
+        await self._process.migrate_continue(arguments.state)
 
     async def migrate_cancel(self, _: object) -> None:
         await self._process.cancel()
 
+    async def migrate_start_postcopy(self, _: object) -> None:
+        self._process.start_postcopy()
+
+    async def migrate_pause(self, _: object) -> None:
+        self._process.pause_postcopy()
+
+    async def migrate_recover(self, _: MigrateRecover) -> None:
+        self._process.recover_postcopy()
+
     async def query_migrate(self, _: object) -> object:
-        return views.migration_info(self._process.outgoing, self._process.incoming)
+        process = self._process
+        reasons = process.blockers.reasons()
+        info = views.migration_info(process.outgoing, process.incoming, reasons)
+        return info | ({"x-handover": "unknown"} if process.inherits_unknown else {})
+
+
+def _check_descriptor(uri: str | None) -> None:
+    """:raise QmpError: `fd:NAME`, and this client gave no descriptor that name."""
+    if uri is None or not uri.startswith("fd:"):
+        return
+    name, monitor = uri.removeprefix("fd:"), current_monitor.get()
+    if not name.isdigit() and (monitor is None or name not in monitor.named):
+        raise QmpError(f"File descriptor named '{shown(name)}' has not been found")
 
 
 def register(registry: CommandRegistry, process: ControlProcess) -> None:
@@ -56,4 +97,8 @@ def register(registry: CommandRegistry, process: ControlProcess) -> None:
     registry.add("migrate", commands.migrate, Migrate)
     registry.add("migrate-incoming", commands.migrate_incoming, MigrateIncoming)
     registry.add("migrate_cancel", commands.migrate_cancel)
-    registry.add("query-migrate", commands.query_migrate)
+    registry.add("migrate-continue", commands.migrate_continue, MigrateContinue)
+    registry.add("migrate-start-postcopy", commands.migrate_start_postcopy)
+    registry.add("migrate-pause", commands.migrate_pause, oob=True)
+    registry.add("migrate-recover", commands.migrate_recover, MigrateRecover, oob=True)
+    registry.add("query-migrate", commands.query_migrate, is_immediate=True)

@@ -1,0 +1,265 @@
+"""`--state-dir`: what a control process was doing when it was killed, for the one that comes next.
+
+Lines of JSON, appended before the thing is done. They survive the process (kill -9), which is all
+that matters: with the host, the guest's memory is gone too, so nothing waits for a disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from engine.control.notifiers import Change, Moment, Side
+from engine.control.status import Status
+from engine.errors import UsageError, shown
+
+log = logging.getLogger("ramferry.control")
+
+JOURNAL_BYTES_MAX: Final = 4 * 1024 * 1024
+COMPACT_RECORDS: Final = 1000
+
+
+class Record(msgspec.Struct, frozen=True, tag_field="record", rename="kebab"):
+    """Root of everything in the file; unknown members are another version's, and ignored."""
+
+
+class Began(Record, frozen=True, tag="began"):
+    """A control process has its guest.
+
+    :ivar guest_started: clock ticks since boot, with which a pid is never another process's."""
+
+    pid: int
+    guest_kind: str
+    guest_pid: int | None
+    guest_started: int | None
+    rundir: str
+    incoming: bool
+
+
+class Moved(Record, frozen=True, tag="moved"):
+    """A status is about to be entered."""
+
+    side: Side
+    status: Status
+
+
+class Promised(Record, frozen=True, tag="promised"):
+    """From here on the other side may have the right to run (source), or this one (destination)."""
+
+    side: Side
+
+
+class Settled(Record, frozen=True, tag="settled"):
+    """The right to run is this process's again, or the other side's for ever, whatever was
+    promised; `completed` says the same."""
+
+    side: Side
+
+
+class Closed(Record, frozen=True, tag="closed"):
+    """It ended in order, and its guest with it."""
+
+
+_DECODER: Final = msgspec.json.Decoder(Began | Moved | Promised | Settled | Closed)
+
+
+@dataclass(slots=True)
+class Found:
+    """What the last control process left: how far each side had come, and its guest."""
+
+    began: Began
+    source: Status = Status.NONE
+    destination: Status = Status.NONE
+    promised: Side | None = None
+
+    @property
+    def is_at_destination(self) -> bool:
+        """The guest was given away, and that was confirmed."""
+        return self.source is Status.COMPLETED
+
+    @property
+    def is_unknown(self) -> bool:
+        """It was killed while the right to run was on its way to or from it."""
+        return self.promised is not None
+
+    @property
+    def story(self) -> str:
+        """For people: what it was doing."""
+        doing = "no migration was going on"
+        if self.source not in (Status.NONE, Status.FAILED, Status.CANCELLED):
+            doing = f"as source it was in '{self.source.value}'"
+        elif self.destination not in (Status.NONE, Status.FAILED, Status.COMPLETED):
+            doing = f"as destination it was in '{self.destination.value}'"
+        return f"the control process before this one (pid {self.began.pid}) was killed; {doing}"
+
+
+class Journal:
+    """One directory's; owns its lock and its file until `close`."""
+
+    def __init__(self, directory: str) -> None:
+        """Take the directory, which is made if it is missing.
+
+        :raise UsageError: it cannot be used, is not this user's alone, or another process has
+            it; nothing was changed."""
+        self._path = Path(directory) / "journal"
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise UsageError(
+                f"state directory '{shown(directory)}' cannot be used: {exc.strerror}"
+            ) from exc
+        self._fd = -1
+        self._records: list[Record] = []  #: of this life, as far as they still matter
+        try:
+            self._lock(directory)
+            self.found = self._read()
+        except UsageError:
+            os.close(self._directory)
+            raise
+
+    def _lock(self, directory: str) -> None:
+        if os.fstat(self._directory).st_uid != os.getuid():
+            raise UsageError(f"state directory '{shown(directory)}' is not this user's")
+        try:
+            fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"state directory '{shown(directory)}' belongs to another control process that "
+                "lives; give each its own"
+            ) from None
+
+    def _read(self) -> Found | None:
+        """What the last `Began` and the records after it say; None where it was closed in order.
+
+        A last line that was cut by the death of its writer was not said."""
+        try:
+            with self._path.open("rb") as file:
+                data = file.read(JOURNAL_BYTES_MAX + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise UsageError(f"'{self._path}' cannot be read: {exc.strerror}") from exc
+        if len(data) > JOURNAL_BYTES_MAX:
+            raise UsageError(f"'{self._path}' is no journal: longer than {JOURNAL_BYTES_MAX} bytes")
+        found: Found | None = None
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):
+            try:
+                found = _after(found, _DECODER.decode(line))
+            except msgspec.MsgspecError as exc:
+                raise UsageError(f"'{self._path}' line {number} is no record: {exc}") from exc
+        return found
+
+    def begin(self, record: Began) -> None:
+        """From now on the records are this process's; what was found is forgotten.
+
+        :raise UsageError: the journal cannot be written."""
+        self._records = [record]
+        try:
+            self._rewrite()
+        except OSError as exc:
+            raise UsageError(f"'{self._path}' cannot be written: {exc.strerror}") from exc
+
+    def _rewrite(self) -> None:
+        """Begin the file anew with what still matters; whoever reads sees the old or the new.
+
+        :raise OSError: it cannot be written; the old one is still there."""
+        fresh = self._path.with_suffix(".new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        fd = os.open(fresh, flags, 0o600)
+        try:
+            os.write(fd, b"".join(map(_line, self._records)))
+            os.replace(fresh, self._path)
+        except OSError:
+            os.close(fd)
+            raise
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._written = fd, 0
+
+    def moved(self, change: Change) -> None:
+        """A notifier: every change is on record before it is told."""
+        if change.moment is Moment.BEFORE:
+            self._write(Moved(change.side, change.status))
+
+    def promised(self, side: Side) -> None:
+        """The right to run may move from now on."""
+        self._write(Promised(side))
+
+    def settled(self, side: Side) -> None:
+        """It is known who has the right to run."""
+        self._write(Settled(side))
+
+    def _write(self, record: Record) -> None:
+        """A disk that is full is logged: the migration goes on without a journal."""
+        if isinstance(record, Moved):
+            self._records = [r for r in self._records if not _is_superseded(r, record)]
+        self._records.append(record)
+        try:
+            if self._written > COMPACT_RECORDS:
+                self._rewrite()
+                return
+            self._written += 1
+            os.write(self._fd, _line(record))
+        except OSError as exc:
+            log.error("the journal '%s' cannot be written: %s", self._path, exc.strerror)
+
+    def close(self, *, in_order: bool) -> None:
+        """Give the directory back. Idempotent.
+
+        :param in_order: the guest has ended with its control process, nothing is to be found."""
+        if self._fd >= 0:
+            if in_order:
+                self._write(Closed())
+            os.close(self._fd)
+            self._fd = -1
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+def _line(record: Record) -> bytes:
+    return msgspec.json.encode(record) + b"\n"
+
+
+def _is_superseded(old: Record, new: Moved) -> bool:
+    """A new migration forgets the one before it, on the same side."""
+    if isinstance(old, Moved):
+        return old.side is new.side
+    is_settled = isinstance(old, Promised | Settled) and old.side is new.side
+    return is_settled and new.status is Status.SETUP
+
+
+def _after(found: Found | None, record: Record) -> Found | None:
+    match record:
+        case Began():
+            return Found(record)
+        case Closed():
+            return None
+        case Moved(side, status) if found is not None:
+            if side is Side.SOURCE:
+                found.source = status
+            else:
+                found.destination = status
+            if status in (Status.SETUP, Status.COMPLETED):
+                found.promised = None
+        case Promised(side) if found is not None:
+            found.promised = side
+        case Settled() if found is not None:
+            found.promised = None
+    return found
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot (proc_pid_stat(5)); None: it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])

@@ -1,0 +1,371 @@
+"""The rows of QEMU's own migration tests that need neither TLS, file, postcopy nor hardware.
+
+Each is named after its path there. QEMU's guest adds one to a byte of every page; ours checks more:
+a workload guest's pages carry index, generation and checksum over all their bytes, and the page
+counters of both sides are compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import pytest
+
+import engine
+from engine.control.status import Status
+from engine.errors import UsageError
+
+pytestmark = pytest.mark.process
+
+GUEST: Final = "workload:size=32M,contents=random"
+WRITING: Final = f"{GUEST},rate=15M,pattern=sweep"
+#: The catalogue's: it cannot converge, and it does at once.
+SLOW: Final = {"max_bandwidth": 3_000_000, "downtime_limit": 1}
+FAST: Final = {"max_bandwidth": 1_000_000_000, "downtime_limit": 30_000}
+WAIT_S: Final = 60.0
+UUIDS: Final = (
+    "11111111-1111-1111-1111-111111111111",
+    "22222222-2222-2222-2222-222222222222",
+)
+
+
+@contextlib.asynccontextmanager
+async def couple(
+    *capabilities: str,
+    uri: str = "tcp:127.0.0.1:0",
+    uuids: tuple[str, str] = ("", ""),
+    **parameters: Any,
+) -> AsyncIterator[tuple[engine.Control, engine.Control]]:
+    """Both sides with `events`, the capabilities, and parameters that are read back."""
+    source = engine.Control.start(WRITING, uuid=uuids[0])
+    destination = engine.Control.start(GUEST, "defer", uuid=uuids[1])
+    async with source, destination:
+        wanted = [{"capability": name, "state": True} for name in ("events", *capabilities)]
+        for one in (source, destination):
+            await one.execute("migrate-set-capabilities", capabilities=wanted)
+            await set_and_read(one, parameters)
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        yield source, destination
+
+
+async def set_and_read(control: engine.Control, parameters: dict[str, Any]) -> None:
+    await control.execute("migrate-set-parameters", **parameters)
+    values = await control.execute("query-migrate-parameters")
+    for name, value in parameters.items():
+        assert values[name.replace("_", "-")] == value
+
+
+async def status_of(control: engine.Control) -> str:
+    info = await control.execute("query-migrate")
+    return str(info.get("status", "none"))
+
+
+async def until(fact: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not await fact():
+            await asyncio.sleep(0.02)
+
+
+async def until_status(control: engine.Control, status: str) -> None:
+    """:raise AssertionError: it ended otherwise."""
+
+    async def has_it() -> bool:
+        now = await status_of(control)
+        assert now == status or now not in ("failed", "cancelled", "completed"), now
+        return now == status
+
+    await until(has_it)
+
+
+async def until_marker(destination: engine.Control) -> None:
+    """Data arrives at the destination while the source goes on writing."""
+
+    async def has_data() -> bool:
+        return bool((await destination.query_guest())["blocks"][0]["allocated"])
+
+    await until(has_data)
+
+
+async def check_success(source: engine.Control, destination: engine.Control) -> None:
+    """Completed on both sides, every page right, the guest lives there and can be stopped."""
+    await until_status(destination, "completed")
+    assert await status_of(source) == "completed"
+    assert (await source.execute("query-status"))["status"] == "postmigrate"
+    await check_lives(destination)
+    await destination.execute("stop")
+    stood = (await destination.query_guest())["writes"]
+    verdict = await engine.verify(source, destination)
+    assert verdict.is_right
+    assert (await destination.query_guest())["writes"] == stood
+
+
+async def check_lives(control: engine.Control) -> None:
+    before = (await control.query_guest())["writes"]
+
+    async def writes() -> bool:
+        return bool((await control.query_guest())["writes"] > before)
+
+    await until(writes)
+
+
+async def live(*capabilities: str, uri: str = "tcp:127.0.0.1:0", **parameters: Any) -> None:
+    """Slow until data has arrived, then fast."""
+    async with couple(*capabilities, uri=uri, **parameters) as (source, destination):
+        await set_and_read(source, SLOW)
+        migration = await source.migrate(destination)
+        await until_marker(destination)
+        await set_and_read(source, FAST)
+        result = await migration.result()
+        assert result.rounds >= 2
+        await check_success(source, destination)
+
+
+async def not_live(uri: str) -> None:
+    async with couple(uri=uri) as (source, destination):
+        await source.execute("stop")
+        await (await source.migrate(destination)).result()
+        await until_status(destination, "completed")
+        await destination.execute("cont")
+        await check_success(source, destination)
+
+
+def test_migration_precopy_unix_plain() -> None:
+    async def scenario() -> None:
+        async with engine.Control.start(GUEST) as somebody:  # its directory has a short name
+            await live(uri=f"unix:{somebody.qmp_path}-m")
+
+    asyncio.run(scenario())
+
+
+def test_migration_precopy_tcp_plain() -> None:
+    asyncio.run(not_live("tcp:127.0.0.1:0"))
+
+
+def test_migration_precopy_tcp_plain_switchover_ack() -> None:
+    asyncio.run(live("return-path", "switchover-ack"))
+
+
+def test_migration_dirty_ring() -> None:
+    """QEMU's guest says by KVM's ring what it wrote; ours by its own bitmap."""
+    asyncio.run(live(x_tracker="guest-bitmap"))
+
+
+def test_migration_multifd_tcp_uri_plain_none() -> None:
+    asyncio.run(live("multifd", multifd_channels=4))
+
+
+def test_migration_multifd_tcp_channels_plain_none() -> None:
+    async def scenario() -> None:
+        async with couple("multifd", multifd_channels=4) as (source, destination):
+            host, port = (await destination.address()).split(":")[1:]
+            addr = {"transport": "socket", "type": "inet", "host": host, "port": port}
+            await source.execute("migrate", channels=[{"channel-type": "main", "addr": addr}])
+            await until_status(source, "completed")
+            await check_success(source, destination)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("detection", ["legacy", "none"])
+def test_migration_multifd_tcp_plain_zero_page(detection: str) -> None:
+    asyncio.run(live("multifd", multifd_channels=4, zero_page_detection=detection))
+
+
+def test_migration_multifd_tcp_plain_cancel() -> None:
+    """16 channels, cancelled on their way; the same source then goes to another destination."""
+    settings = ["multifd=on", "multifd-channels=16"]
+
+    async def scenario() -> None:
+        async with engine.Control.start(WRITING, settings=settings) as source:
+            async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings) as exits:
+                migration = await source.migrate(exits, **SLOW)
+                await until_marker(exits)
+                await migration.cancel()
+                with pytest.raises(engine.MigrationFailed) as ended:
+                    await migration.result()
+                assert ended.value.statistics.status is Status.CANCELLED
+                assert await exits.wait() == 1
+            await check_lives(source)
+            async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings) as second:
+                await (await source.migrate(second, **FAST)).result()
+                await check_success(source, second)
+
+    asyncio.run(scenario())
+
+
+def test_migration_auto_converge() -> None:
+    throttle = {"cpu_throttle_initial": 5, "cpu_throttle_increment": 25, "max_cpu_throttle": 95}
+
+    async def scenario() -> None:
+        async with couple("auto-converge", "pause-before-switchover") as (source, destination):
+            await set_and_read(source, throttle | SLOW)
+            with source.listen() as events:
+                migration = await source.migrate(destination)
+                assert await first_throttle(source) >= 5
+                rounds = (await migration.statistics()).rounds
+                await until(lambda: has_rounds(migration, rounds + 1))
+                await set_and_read(source, FAST)
+                names = []
+                async for event in events:
+                    names.append(event.get("data", {}).get("status", event["event"]))
+                    if names[-1] == "pre-switchover":
+                        break
+            assert names[-2:] == ["STOP", "pre-switchover"]
+            assert (await source.execute("query-status"))["status"] == "finish-migrate"
+            info = await source.execute("query-migrate")
+            assert info.get("cpu-throttle-percentage", 0) <= 95
+            await source.execute("migrate-continue", state="pre-switchover")
+            await migration.result()
+            await check_success(source, destination)
+
+    async def first_throttle(source: engine.Control) -> int:
+        percents: list[int] = []
+
+        async def is_throttled() -> bool:
+            info = await source.execute("query-migrate")
+            percents.append(info.get("cpu-throttle-percentage", 0))
+            assert (await source.execute("query-status"))["running"]
+            return bool(percents[-1])
+
+        await until(is_throttled)
+        return percents[-1]
+
+    async def has_rounds(migration: engine.Migration, wanted: int) -> bool:
+        return (await migration.statistics()).rounds >= wanted
+
+    asyncio.run(scenario())
+
+
+# -- cancel --------------------------------------------------------------------------------------
+
+
+def test_migration_cancel_src_after_none() -> None:
+    async def scenario() -> None:
+        async with couple() as (source, destination):
+            for one in (source, destination):
+                await one.execute("migrate_cancel")
+            await set_and_read(source, FAST)
+            await (await source.migrate(destination)).result()
+            await check_success(source, destination)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("phase", ["setup", "active", "pre-switchover", "cancelling", "cancelled"])
+def test_migration_cancel_src_after(phase: str) -> None:
+    """The word comes in that status; after `cancelling` and `cancelled` it is the second word."""
+
+    async def scenario() -> None:
+        async with couple("multifd", "pause-before-switchover") as (source, destination):
+            if phase != "pre-switchover":
+                await set_and_read(source, SLOW)
+            with source.listen() as events:
+                await source.migrate(destination)
+                if phase in ("cancelling", "cancelled"):
+                    await source.execute("migrate_cancel")
+                statuses = []
+                async for event in events:
+                    if event["event"] != "MIGRATION":
+                        continue
+                    statuses.append(event["data"]["status"])
+                    if statuses[-1] == phase:
+                        await source.execute("migrate_cancel")
+                    if statuses[-1] == "cancelled":
+                        break
+            assert statuses[-2:] == ["cancelling", "cancelled"]
+            assert statuses.count("cancelling") == 1
+            assert await status_of(source) == "cancelled"
+            await until(lambda: has_failed(destination))
+            await check_lives(source)
+
+    async def has_failed(destination: engine.Control) -> bool:
+        """Or it has heard of nobody yet: the source gave up before it said Hello."""
+        return await status_of(destination) in ("failed", "setup")
+
+    asyncio.run(scenario())
+
+
+def test_migration_cancel_src_after_completed() -> None:
+    async def scenario() -> None:
+        async with couple() as (source, destination):
+            await (await source.migrate(destination, **FAST)).result()
+            await source.execute("migrate_cancel")
+            await check_success(source, destination)
+
+    asyncio.run(scenario())
+
+
+def test_migration_cancel_src_after_failed() -> None:
+    async def scenario() -> None:
+        async with engine.Control.start(WRITING) as source:
+            with pytest.raises(engine.MigrationFailed):
+                await (await source.migrate("tcp:127.0.0.1:1")).result()
+            await source.execute("migrate_cancel")
+            assert await status_of(source) == "failed"
+
+    asyncio.run(scenario())
+
+
+# -- validation ----------------------------------------------------------------------------------
+
+
+def test_migration_bad_dest() -> None:
+    async def scenario() -> None:
+        async with engine.Control.start(WRITING) as source:
+            with source.listen() as events:
+                migration = await source.migrate("tcp:127.0.0.1:1")
+                statuses = []
+                async for event in events:
+                    statuses.append(event["data"]["status"])
+                    if statuses[-1] == "failed":
+                        break
+            with pytest.raises(engine.MigrationFailed):
+                await migration.result()
+            assert statuses == ["setup", "failed"]
+            assert (await source.execute("query-status"))["status"] == "running"
+            await check_lives(source)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "uuids", [(UUIDS[0], UUIDS[0]), ("", UUIDS[0]), (UUIDS[0], "")],
+    ids=["validate_uuid", "validate_uuid_src_not_set", "validate_uuid_dst_not_set"],
+)  # fmt: skip
+def test_migration_validate_uuid(uuids: tuple[str, str]) -> None:
+    async def scenario() -> None:
+        async with couple("validate-uuid", uuids=uuids) as (source, destination):
+            await (await source.migrate(destination, downtime_limit=1_000_000)).result()
+            await check_success(source, destination)
+
+    asyncio.run(scenario())
+
+
+def test_migration_validate_uuid_error() -> None:
+    """The destination says no, and waits on for the right one; QEMU's ends."""
+
+    async def scenario() -> str:
+        async with couple("validate-uuid", uuids=UUIDS) as (source, destination):
+            with pytest.raises(engine.MigrationFailed) as failed:
+                await (await source.migrate(destination)).result()
+            await check_lives(source)
+            assert await status_of(destination) == "setup"
+            return str(failed.value)
+
+    assert f"UUID received is {UUIDS[0]} and local is {UUIDS[1]}" in asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("given", ["both_set", "none_set"])
+def test_migration_validate_uri_channels(given: str) -> None:
+    addr = {"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "1"}
+    both = {"uri": "tcp:127.0.0.1:1", "channels": [{"channel-type": "main", "addr": addr}]}
+
+    async def scenario() -> None:
+        async with engine.Control.start(GUEST) as source:
+            with pytest.raises(UsageError, match="need either 'uri' or 'channels' argument"):
+                await source.execute("migrate", **(both if given == "both_set" else {}))
+
+    asyncio.run(scenario())

@@ -1,0 +1,277 @@
+"""`migrate` and its kin: what is refused, and in which order events and statuses come."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+
+from tests.conformance.compare import Difference, check_documented, compare
+from tests.conformance.peers import Peer, both, peer
+
+DIFFERENCES: Final = (
+    Difference(
+        r"cpr", r"return|error",
+        "A `cpr` channel alone is refused where QEMU 10.0 ends or accepts it.",
+    ),
+    Difference(
+        r"tcp:127\.0\.0\.1:(x|70000)", r"return|error",
+        "An address with a port that is no number from 0 to 65535 is refused at once.",
+    ),
+    Difference(
+        r"", r"return(\[\d+\])?\.socket-address\[0\]\.port",
+        "The port that port 0 became is another one.",
+    ),
+)  # fmt: skip
+
+INET: Final = {"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "1"}
+
+
+def _migrate(**arguments: object) -> dict[str, Any]:
+    return {"execute": "migrate", "arguments": arguments}
+
+
+def _incoming(**arguments: object) -> dict[str, Any]:
+    given = {name.replace("_", "-"): value for name, value in arguments.items()}
+    return {"execute": "migrate-incoming", "arguments": given}
+
+
+def _channel(addr: object, kind: object = "main") -> dict[str, object]:
+    return {"channel-type": kind, "addr": addr}
+
+
+def _socket(**members: object) -> dict[str, object]:
+    return {"transport": "socket", **members}
+
+
+WRONG_URIS: Final = ("foo:bar", "", 1, None, "tcp", "tcp:", "tcp:127.0.0.1", "unix")
+WRONG_CHANNELS: Final[list[object]] = [
+    1, [], [1], [{}], [{"channel-type": "main"}], [{"addr": INET}], [_channel(INET, "nope")],
+    [_channel({})], [_channel({"transport": "nope"})], [_channel({"transport": 1})],
+    [_channel(_socket())], [_channel(_socket(type="nope"))], [_channel(_socket(type="inet"))],
+    [_channel(_socket(type="inet", host="127.0.0.1"))], [_channel({**INET, "port": 1})],
+    [_channel({**INET, "foo": 1})], [_channel(_socket(type="unix"))],
+    [_channel(_socket(type="vsock", cid="1"))], [_channel({"transport": "exec"})],
+    [_channel({"transport": "file"})], [_channel({"transport": "rdma"})],
+    [_channel(INET), _channel(INET)],
+    [_channel(INET), _channel(INET, "cpr"), _channel(INET, "cpr")],
+    [{**_channel(INET), "x": 1}],
+]  # fmt: skip
+
+REFUSED: Final[list[object]] = [
+    _migrate(),
+    _migrate(uri="tcp:127.0.0.1:1", channels=[_channel(INET)]),
+    *(_migrate(uri=uri) for uri in WRONG_URIS),
+    *(_migrate(channels=channels) for channels in WRONG_CHANNELS),
+    _migrate(uri="tcp:127.0.0.1:1", resume=True),
+    _migrate(uri="tcp:127.0.0.1:1", resume=1),
+    _migrate(uri="tcp:127.0.0.1:1", foo=1),
+    _migrate(uri="file:/nonexistent/x,offset=0x20M"),
+    {"execute": "migrate-continue", "arguments": {}},
+    {"execute": "migrate-continue", "arguments": {"state": "nope"}},
+    {"execute": "migrate-continue", "arguments": {"state": 1}},
+    {"execute": "migrate-continue", "arguments": {"state": "active"}},
+    {"execute": "migrate-continue", "arguments": {"state": "none"}},
+    {"execute": "migrate_cancel"},
+    {"execute": "migrate_cancel", "arguments": {"a": 1}},
+    {"execute": "migrate-start-postcopy"},
+    {"execute": "migrate-pause"},
+    {"execute": "migrate-recover"},
+    {"execute": "migrate-recover", "arguments": {"uri": "tcp:127.0.0.1:0"}},
+    _incoming(uri="tcp:127.0.0.1:0"),
+    _incoming(),
+    {"execute": "query-migrate", "arguments": {"x": 1}},
+    {"execute": "query-migrate"},
+    _migrate(uri="fd:nope"),
+]  # fmt: skip
+
+
+def test_a_source_refuses_what_qemu_refuses(peers: tuple[Peer, Peer]) -> None:
+    qemu, ours = peers
+    compare(REFUSED, qemu.client, ours.client, DIFFERENCES)
+
+
+def test_a_destination_refuses_what_qemu_refuses(destinations: tuple[Peer, Peer]) -> None:
+    qemu, ours = destinations
+    requests: list[object] = [
+        _migrate(uri="tcp:127.0.0.1:1"),
+        _incoming(),
+        _incoming(uri="foo:1"),
+        _incoming(uri="tcp:127.0.0.1:0", channels=[_channel(INET)]),
+        _incoming(channels=[_channel(INET), _channel(INET)]),
+        {"execute": "migrate-recover", "arguments": {"uri": "tcp:127.0.0.1:0"}},
+        {"execute": "query-status"},
+        {"execute": "query-migrate"},
+        _incoming(uri="tcp:127.0.0.1:0", exit_on_error=False),
+        _incoming(uri="tcp:127.0.0.1:0"),
+        _incoming(),
+        {"execute": "query-migrate"},
+        {"execute": "migrate_cancel"},
+        {"execute": "query-migrate"},
+        {"execute": "cont"},
+        {"execute": "query-status"},
+        {"execute": "stop"},
+        {"execute": "query-status"},
+    ]
+    compare(requests, qemu.client, ours.client, DIFFERENCES)
+
+
+def test_the_differences_are_documented() -> None:
+    check_documented(DIFFERENCES)
+
+
+# -- sequences: section by section what a client sees --------------------------------------------
+
+#: Ours writes while it migrates, so that a slow migration stays active.
+WRITING: Final = ("--guest", "workload:size=64M,rate=20M,pattern=sweep")
+SLOW: Final = {"max-bandwidth": 1_000_000, "downtime-limit": 1}
+FAST: Final = {"max-bandwidth": 1_000_000_000, "downtime-limit": 30_000}
+
+
+class Couple:
+    """A source and a destination of one engine, connected over TCP."""
+
+    def __init__(self, source: Peer, destination: Peer, *capabilities: str) -> None:
+        self.source, self.destination = source.client, destination.client
+        wanted = [{"capability": name, "state": True} for name in ("events", *capabilities)]
+        for one in (self.source, self.destination):
+            answer = one.execute("migrate-set-capabilities", capabilities=wanted)
+            assert answer == {"return": {}}
+        answer = self.destination.ask(_incoming(uri="tcp:127.0.0.1:0", exit_on_error=False))
+        assert answer == {"return": {}}
+        info = self.destination.execute("query-migrate")["return"]
+        self.uri = f"tcp:127.0.0.1:{info['socket-address'][0]['port']}"
+
+    def set(self, values: dict[str, int]) -> None:
+        request = {"execute": "migrate-set-parameters", "arguments": values}
+        assert self.source.ask(request) == {"return": {}}
+
+    def migrate(self) -> None:
+        assert self.source.execute("migrate", uri=self.uri) == {"return": {}}
+
+    def sequences(self) -> tuple[list[str], list[str]]:
+        """Both sides' events so far. Passes between `active` and the stop are as many as rounds
+        were needed: they are checked to rise by one, and left out."""
+        for one in (self.source, self.destination):  # an answer comes after the events before it
+            one.execute("query-status")
+        passes = [e["data"]["pass"] for e in self.source.events if e["event"] == "MIGRATION_PASS"]
+        assert passes == list(range(1, len(passes) + 1))
+        return _sequence(self.source.events), _sequence(self.destination.events)
+
+
+def _sequence(events: list[dict[str, Any]]) -> list[str]:
+    names = []
+    for event in events:
+        match event["event"]:
+            case "MIGRATION":
+                names.append(event["data"]["status"])
+            case "MIGRATION_PASS":
+                names.append("pass")
+            case "STOP" | "RESUME":
+                names.append(event["event"])
+    return [
+        name
+        for index, name in enumerate(names)
+        if name != "pass" or names[index - 1] in ("setup", "device")
+    ]
+
+
+def _run(engine: str, scenario: str) -> dict[str, Any]:
+    """What a client sees of one engine in one scenario."""
+    more = () if engine == "qemu" else WRITING
+    with peer(engine, *more) as source, peer(engine, *more, incoming="defer") as destination:
+        capabilities = ("pause-before-switchover",) if "pre-switchover" in scenario else ()
+        couple = Couple(source, destination, *capabilities)
+        couple.source.execute("cont")
+        couple.destination.execute("cont")  # it runs when it arrives
+        couple.source.events.clear()
+        seen = SCENARIOS[scenario](couple)
+        seen["source"], seen["destination"] = couple.sequences()
+        for side, one in (("source", couple.source), ("destination", couple.destination)):
+            seen[f"{side} status"] = one.execute("query-status")["return"]
+            info = one.execute("query-migrate")["return"]
+            seen[f"{side} migration"] = info.get("status")
+            if info.get("status") == "cancelled":  # QEMU's has it when the reader was the first
+                info.pop("error-desc", None)
+            seen[f"{side} members"] = sorted(name for name in info if not name.startswith("x-"))
+        return seen
+
+
+def _completes(couple: Couple) -> dict[str, Any]:
+    couple.migrate()
+    couple.source.wait_event("MIGRATION", status="completed")
+    couple.destination.wait_event("MIGRATION", status="completed")
+    return {"again": couple.source.execute("migrate", uri=couple.uri)}
+
+
+def _completes_stopped(couple: Couple) -> dict[str, Any]:
+    couple.source.execute("stop")
+    return _completes(couple)
+
+
+def _continues(couple: Couple) -> dict[str, Any]:
+    couple.migrate()
+    couple.source.wait_event("MIGRATION", status="pre-switchover")
+    seen = {
+        "status": couple.source.execute("query-status"),
+        "migration": couple.source.execute("query-migrate")["return"]["status"],
+        "wrong": couple.source.execute("migrate-continue", state="active"),
+        "cont": couple.source.execute("cont"),
+        "capabilities": couple.source.execute("migrate-set-capabilities", capabilities=[]),
+        "second": couple.source.execute("migrate", uri=couple.uri),
+        "right": couple.source.execute("migrate-continue", state="pre-switchover"),
+    }
+    couple.source.wait_event("MIGRATION", status="completed")
+    couple.destination.wait_event("MIGRATION", status="completed")
+    return seen
+
+
+def _cancelled_while_active(couple: Couple) -> dict[str, Any]:
+    couple.set(SLOW)
+    couple.migrate()
+    couple.source.wait_event("MIGRATION", status="active")
+    seen = {
+        "second": couple.source.execute("migrate", uri=couple.uri),
+        "cancel": couple.source.execute("migrate_cancel"),
+    }
+    couple.source.wait_event("MIGRATION", status="cancelled")
+    couple.destination.wait_event("MIGRATION", status="failed")
+    return seen | {"again": couple.source.execute("migrate_cancel")}
+
+
+def _cancelled_in_pre_switchover(couple: Couple) -> dict[str, Any]:
+    couple.migrate()
+    couple.source.wait_event("MIGRATION", status="pre-switchover")
+    seen = {"cancel": couple.source.execute("migrate_cancel")}
+    couple.source.wait_event("MIGRATION", status="cancelled")
+    couple.source.wait_event("RESUME")
+    couple.destination.wait_event("MIGRATION", status="failed")
+    return seen
+
+
+def _refused_connection(couple: Couple) -> dict[str, Any]:
+    seen = {"migrate": couple.source.execute("migrate", uri="tcp:127.0.0.1:1")}
+    couple.source.wait_event("MIGRATION", status="failed")
+    return seen | {"info": couple.source.execute("query-migrate")}
+
+
+SCENARIOS: Final = {
+    "completes": _completes,
+    "completes, guest stopped": _completes_stopped,
+    "continues from pre-switchover": _continues,
+    "cancelled while active": _cancelled_while_active,
+    "cancelled in pre-switchover": _cancelled_in_pre_switchover,
+    "connection refused": _refused_connection,
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_client_sees_what_it_sees_of_qemu(scenario: str) -> None:
+    theirs, own = _run("qemu", scenario), _run("ramferry", scenario)
+
+    assert own == theirs
+
+
+def test_both_is_a_pair() -> None:
+    with both() as (qemu, ours):
+        assert (qemu.name, ours.name) == ("qemu", "ramferry")

@@ -1,0 +1,68 @@
+"""Callbacks on status changes: order, veto, and what a wrong callback cannot do."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.control.notifiers import Change, Moment, Notifiers, Side
+from engine.control.status import Status, check_incoming
+from engine.errors import MigrationError, StateError
+
+SETUP = Change(Side.SOURCE, Status.NONE, Status.SETUP, Moment.BEFORE)
+
+
+def test_everybody_is_told_in_order_until_they_leave() -> None:
+    notifiers, heard = Notifiers(), list[tuple[str, Change]]()
+    leave = notifiers.add(lambda change: heard.append(("first", change)))
+    notifiers.add(lambda change: heard.append(("second", change)))
+
+    assert notifiers.tell(SETUP) is None
+    leave()
+    leave()
+    notifiers.tell(SETUP)
+
+    assert heard == [("first", SETUP), ("second", SETUP), ("second", SETUP)]
+
+
+def _refuse(_: Change) -> None:
+    raise MigrationError("not today")
+
+
+@pytest.mark.parametrize("side", Side)
+@pytest.mark.parametrize("moment", Moment)
+@pytest.mark.parametrize("status", [Status.SETUP, Status.ACTIVE])
+def test_only_the_setup_of_a_source_can_be_refused(
+    side: Side, moment: Moment, status: Status
+) -> None:
+    notifiers = Notifiers()
+    notifiers.add(_refuse)
+
+    veto = notifiers.tell(Change(side, Status.NONE, status, moment))
+
+    is_refusable = (side, status, moment) == (Side.SOURCE, Status.SETUP, Moment.BEFORE)
+    assert veto == ("not today" if is_refusable else None)
+
+
+def test_a_bug_in_a_callback_keeps_nobody_else_from_hearing() -> None:
+    notifiers, heard = Notifiers(), list[Change]()
+    notifiers.add(lambda _: 1 / 0)  # type: ignore[arg-type]
+    notifiers.add(heard.append)
+
+    assert notifiers.tell(SETUP) is None
+    assert heard == [SETUP]
+
+
+LEGAL = {
+    (Status.NONE, Status.SETUP), (Status.SETUP, Status.ACTIVE), (Status.SETUP, Status.FAILED),
+    (Status.ACTIVE, Status.COMPLETED), (Status.ACTIVE, Status.FAILED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("before", Status)
+@pytest.mark.parametrize("after", Status)
+def test_a_destination_goes_only_where_qemus_goes(before: Status, after: Status) -> None:
+    if (before, after) in LEGAL:
+        check_incoming(before, after)
+        return
+    with pytest.raises(StateError):
+        check_incoming(before, after)

@@ -1,0 +1,81 @@
+"""User-created objects and jobs: what is kept, what is refused, and how much of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.control.jobs import JOBS_MAX, Jobs, JobType
+from engine.control.objects import OBJECTS_MAX, SECRET_BYTES_MAX, Objects
+from engine.errors import UsageError
+
+
+def test_a_secret_is_read_when_it_is_added(tmp_path: Path) -> None:
+    objects, file = Objects(), tmp_path / "secret"
+    file.write_bytes(b"in a file\n")
+    objects.add("secret", "plain", {"data": "as it is"})
+    objects.add("secret", "coded", {"data": "Y29kZWQ=", "format": "base64"})
+    objects.add("secret", "filed", {"file": str(file)})
+    file.unlink()
+    found = [objects.find(name) for name in ("plain", "coded", "filed")]
+    assert [one.data for one in found if one] == [b"as it is", b"coded", b"in a file\n"]
+    objects.delete("coded")
+    assert objects.find("coded") is None
+
+
+def test_a_secret_is_not_shown() -> None:
+    objects = Objects()
+    with pytest.raises(UsageError) as refused:
+        objects.add("secret", "bad", {"data": "Passw0rd!", "format": "base64"})
+    assert "Passw0rd" not in str(refused.value)
+
+
+def test_what_is_too_much_is_refused(tmp_path: Path) -> None:
+    objects, file = Objects(), tmp_path / "secret"
+    file.write_bytes(bytes(SECRET_BYTES_MAX + 1))
+    with pytest.raises(UsageError, match=f"more than {SECRET_BYTES_MAX} bytes"):
+        objects.add("secret", "large", {"file": str(file)})
+    with pytest.raises(UsageError, match="Unable to read"):
+        objects.add("secret", "nul", {"file": "a\0b"})
+    for index in range(OBJECTS_MAX):
+        objects.add("tls-creds-anon", f"a{index}", {})
+    with pytest.raises(UsageError, match="already"):
+        objects.add("tls-creds-anon", "more", {})
+    objects.delete("a0")
+    objects.add("tls-creds-anon", "more", {})
+
+
+def test_an_object_that_is_refused_can_be_added_rightly(tmp_path: Path) -> None:
+    objects = Objects()
+    given = {"dir": str(tmp_path), "endpoint": "server"}
+    with pytest.raises(UsageError, match=r"Unable to access credentials .*/keys\.psk: No such"):
+        objects.add("tls-creds-psk", "creds", given)
+    (tmp_path / "keys.psk").write_text("qemu:0011")
+    objects.add("tls-creds-psk", "creds", given)
+    objects.add("tls-creds-psk", "client", given | {"endpoint": "client"})
+    for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem"):
+        with pytest.raises(UsageError, match=f"Unable to access credentials .*/{name}"):
+            objects.add("tls-creds-x509", "x509", given)
+        (tmp_path / name).touch()
+    objects.add("tls-creds-x509", "x509", given)
+
+
+def test_a_job_is_told_until_it_is_dismissed() -> None:
+    told: list[tuple[object, object]] = []
+    jobs = Jobs(lambda name, data: told.append((name, data["status"])))
+    jobs.fail_snapshot("j", JobType.SNAPSHOT_SAVE, ["disk"])
+    assert jobs.query()[0]["error"] == "No block device node 'disk'"
+    jobs.dismiss("j")
+    statuses = ["created", "running", "aborting", "concluded", "null"]
+    assert told == [("JOB_STATUS_CHANGE", status) for status in statuses]
+    with pytest.raises(UsageError, match=r"^Job not found$"):
+        jobs.refuse("j", "cancel")
+
+
+def test_there_are_only_so_many_jobs() -> None:
+    jobs = Jobs(lambda _name, _data: None)
+    for index in range(JOBS_MAX):
+        jobs.fail_snapshot(f"j{index}", JobType.SNAPSHOT_DELETE, [])
+    with pytest.raises(UsageError, match="already"):
+        jobs.fail_snapshot("more", JobType.SNAPSHOT_DELETE, [])
