@@ -73,7 +73,7 @@ CAPABILITIES: Final[tuple[Capability, ...]] = (
     Capability(
         "switchover-ack", "wait for the destination before stopping; always done", acts=True
     ),
-    Capability("dirty-limit", "throttle each vCPU by its dirty rate; no migration does so yet"),
+    Capability("dirty-limit", "limit each vCPU's dirty rate to vcpu-dirty-limit", acts=True),
     Capability(
         "mapped-ram", "fixed page offsets in a file", refusal=_NOT_YET.format("file migration")
     ),

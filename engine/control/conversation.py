@@ -10,15 +10,36 @@ import asyncio
 from typing import Any, Final, TypeVar
 
 from engine import wire
+from engine.control.host import Host
 from engine.control.mainchannel import SourceEnd
 from engine.control.senders import SenderGroup
 from engine.control.uri import Address
 from engine.errors import PeerRefused, WireError
 from engine.guest.base import Handover
+from engine.memory.blocks import PAGE_SIZE
 
 ANSWER_WAIT_S: Final = 20.0
 
 Indexed = TypeVar("Indexed", wire.RoundReceived, wire.ChannelBroken)
+
+
+def hello_of(host: Host, session: bytes) -> wire.Hello:
+    """Who this source is, and what will come.
+
+    :raise WireError: more or larger RAM blocks than a message can hold."""
+    guest = host.guest
+    shapes = [wire.BlockShape.of(block) for block in guest.blocks]
+    wire.check_blocks(shapes)
+    return wire.Hello(
+        wire.VERSION,
+        session,
+        PAGE_SIZE,
+        shapes,
+        host.parameters.multifd_channels,
+        guest.kind,
+        guest.is_running,
+        host.uuid if host.capability("validate-uuid") else "",
+    )
 
 
 class Conversation:

@@ -205,9 +205,10 @@ class DirtyRate:
             raise
 
     async def _track(self, meter: DirtyMeter, measurement: Measurement) -> int:
-        await meter.start_counting()
         began_ns = time.monotonic_ns()
         try:
+            await meter.start_counting()
+            began_ns = time.monotonic_ns()
             await _sleep_until(began_ns + measurement.calc_time_ms * 1_000_000)
         finally:
             took_ns = time.monotonic_ns() - began_ns

@@ -21,6 +21,7 @@ from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count
 
 PERIOD_S: Final = 1.0
+MIB: Final = 1024 * 1024
 #: Content hashes read all of RAM, soft-dirty bits stop the guest: only between rounds.
 CHEAP: Final = frozenset({TrackerName.UFFD, TrackerName.BITMAP})
 
@@ -33,6 +34,8 @@ class DirtySync:
     ) -> None:
         self._host, self._senders, self._numbers, self._tracker = host, senders, numbers, tracker
         self._throttle = policy.Throttle()
+        self._limit_trigger = policy.Trigger()
+        self._limit_mib_per_s = 0  #: what every vCPU may dirty now; 0: no limit
         self.throttles_always = False  #: also without the capability `auto-converge`
         self._one_at_a_time = asyncio.Lock()
         self._number = 0
@@ -98,7 +101,34 @@ class DirtySync:
                 settings.cpu_throttle_tailslow,
             ),
         )
+        if self._host.capability("dirty-limit") and self._limit_trigger.after_round(
+            dirty_bytes, sent_bytes - self._sent_bytes, settings.throttle_trigger_threshold
+        ):
+            await self._limit(settings.vcpu_dirty_limit)
         self._sent_bytes = sent_bytes
         if percent != self._numbers.throttle_percent:
             self._numbers.throttle_percent = percent
             await self._host.guest.throttle(percent)
+
+    async def _limit(self, mib_per_s: int) -> None:
+        """Limit every vCPU (QEMU: migration_dirty_limit_guest); what they dirtied until now says
+        how long each must sleep in a second."""
+        if mib_per_s == self._limit_mib_per_s:
+            return
+        self._limit_mib_per_s = mib_per_s  # first: if we are cancelled it may hold already
+        await self._host.dirty_limit.apply(None, mib_per_s)
+        vcpus = max(1, len(self._host.dirty_limit.query()))
+        free_mib_per_s = self._numbers.dirty_pages_per_s * PAGE_SIZE / vcpus / MIB
+        share = 1 - mib_per_s / max(free_mib_per_s, mib_per_s)
+        self._numbers.limit_throttle_us = int(share * 1_000_000)
+
+    async def give_back(self) -> None:
+        """Let every vCPU run freely again, if this migration has slowed it down.
+
+        :raise MigrationError: the guest did not answer."""
+        self._numbers.limit_throttle_us = 0
+        if self._numbers.throttle_percent:
+            await self._host.guest.throttle(0)
+        if self._limit_mib_per_s:
+            self._limit_mib_per_s = 0
+            await self._host.dirty_limit.apply(None, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine import wire
+from engine.control.dirtylimit import DirtyLimit
 from engine.control.notifiers import Notifiers, Side
 from engine.control.parameters import Parameters
 from engine.control.pool import Pool
@@ -28,6 +29,8 @@ class Host(Protocol):
 
     @property
     def uuid(self) -> str: ...
+    @property
+    def dirty_limit(self) -> DirtyLimit: ...
     @property
     def notifiers(self) -> Notifiers: ...
 

@@ -129,7 +129,8 @@ class IncomingMigration:
         self._is_serving = False
         try:
             is_void = await self._void()
-            self._host.settle(Side.DESTINATION)
+            if is_void:  # else `completed` settles it, with no gap between
+                self._host.settle(Side.DESTINATION)
             if failure is not None and is_void:
                 await self._fail(main, failure)
             elif not is_void:

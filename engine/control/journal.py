@@ -6,6 +6,7 @@ that matters: with the host, the guest's memory is gone too, so nothing waits fo
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,7 +18,7 @@ import msgspec
 
 from engine.control.notifiers import Change, Moment, Side
 from engine.control.status import Status
-from engine.errors import UsageError, shown
+from engine.errors import NotHandedOver, UsageError, shown
 
 log = logging.getLogger("ramferry.control")
 
@@ -125,8 +126,12 @@ class Journal:
             raise
 
     def _lock(self, directory: str) -> None:
-        if os.fstat(self._directory).st_uid != os.getuid():
-            raise UsageError(f"state directory '{shown(directory)}' is not this user's")
+        found = os.fstat(self._directory)
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise UsageError(
+                f"state directory '{shown(directory)}' is not this user's alone; its mode must be "
+                "0700"
+            )
         try:
             fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -156,11 +161,12 @@ class Journal:
                 raise UsageError(f"'{self._path}' line {number} is no record: {exc}") from exc
         return found
 
-    def begin(self, record: Began) -> None:
+    def begin(self, record: Began, promised: Side | None = None) -> None:
         """From now on the records are this process's; what was found is forgotten.
 
+        :param promised: a promise of the process before this one that nobody has settled yet.
         :raise UsageError: the journal cannot be written."""
-        self._records = [record]
+        self._records = [record] if promised is None else [record, Promised(promised)]
         try:
             self._rewrite()
         except OSError as exc:
@@ -171,10 +177,10 @@ class Journal:
 
         :raise OSError: it cannot be written; the old one is still there."""
         fresh = self._path.with_suffix(".new")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(fresh, flags, 0o600)
         try:
-            os.write(fd, b"".join(map(_line, self._records)))
+            _write_whole(fd, b"".join(map(_line, self._records)))
             os.replace(fresh, self._path)
         except OSError:
             os.close(fd)
@@ -189,39 +195,65 @@ class Journal:
             self._write(Moved(change.side, change.status))
 
     def promised(self, side: Side) -> None:
-        """The right to run may move from now on."""
-        self._write(Promised(side))
+        """The right to run may move from now on.
+
+        :raise NotHandedOver: it cannot be put on record, so it must not move."""
+        if not self._write(Promised(side)):
+            raise NotHandedOver("the journal cannot be written, so the guest is not handed over")
 
     def settled(self, side: Side) -> None:
         """It is known who has the right to run."""
         self._write(Settled(side))
 
-    def _write(self, record: Record) -> None:
-        """A disk that is full is logged: the migration goes on without a journal."""
+    def _write(self, record: Record) -> bool:
+        """Append; False, and a line in the log, where that cannot be done."""
         if isinstance(record, Moved):
             self._records = [r for r in self._records if not _is_superseded(r, record)]
         self._records.append(record)
         try:
-            if self._written > COMPACT_RECORDS:
-                self._rewrite()
-                return
-            self._written += 1
-            os.write(self._fd, _line(record))
+            _write_whole(self._fd, _line(record))
         except OSError as exc:
             log.error("the journal '%s' cannot be written: %s", self._path, exc.strerror)
+            return False
+        self._written += 1
+        if self._written > COMPACT_RECORDS:
+            try:
+                self._rewrite()
+            except OSError as exc:  # the old one is whole; the next record tries again
+                log.warning("the journal '%s' grows: %s", self._path, exc.strerror)
+        return True
+
+    @property
+    def _is_promised(self) -> bool:
+        """Nobody has settled the last promise."""
+        found: Found | None = None
+        for record in self._records:
+            found = _after(found, record)
+        return found is not None and found.is_unknown
 
     def close(self, *, in_order: bool) -> None:
         """Give the directory back. Idempotent.
 
-        :param in_order: the guest has ended with its control process, nothing is to be found."""
+        :param in_order: the guest has ended with its control process, nothing is to be found,
+            unless it may run on the other side."""
         if self._fd >= 0:
-            if in_order:
+            if in_order and not self._is_promised:
                 self._write(Closed())
             os.close(self._fd)
             self._fd = -1
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
+
+
+def _write_whole(fd: int, data: bytes) -> None:
+    """All of it, or nothing.
+
+    :raise OSError: nothing was written."""
+    written = os.write(fd, data)
+    if written < len(data):
+        os.ftruncate(fd, os.fstat(fd).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _line(record: Record) -> bytes:
@@ -257,9 +289,11 @@ def _after(found: Found | None, record: Record) -> Found | None:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (proc_pid_stat(5)); None: it is gone."""
+    """When a process started, in clock ticks since boot (proc_pid_stat(5)); None: it has ended,
+    whether somebody has waited for it or not."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[19])
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])

@@ -37,6 +37,12 @@ class Phase(enum.Enum):
     ENDED = "ended"
 
 
+#: The guest is being stopped, or stands, and its right to run is about to leave.
+SWITCHING: Final = frozenset(
+    {Phase.PAUSING, Phase.WAITING, Phase.FINISHING, Phase.ARMING, Phase.HANDING_OVER}
+)
+
+
 # -- events --------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,13 @@ import asyncio
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from engine import wire
 from engine.control import machine, policy
-from engine.control.conversation import Conversation
+from engine.control.conversation import Conversation, hello_of
 from engine.control.dirtysync import DirtySync
 from engine.control.host import Host
 from engine.control.machine import Effect, Heal, Outgoing, Phase
@@ -27,7 +28,6 @@ from engine.control.status import RunState, Status
 from engine.control.uri import Address
 from engine.errors import MigrationError, NotHandedOver, StateError
 from engine.guest.base import Handover, TrackerName
-from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count
 
 log = logging.getLogger("ramferry.source")
@@ -35,13 +35,6 @@ log = logging.getLogger("ramferry.source")
 HANDOVER_WAIT_NS: Final = 10_000_000_000
 #: For the word of the destination's control process when its guest gave none.
 VERDICT_WAIT_S: Final = 3.0
-SWITCHING: Final = (
-    Phase.PAUSING,
-    Phase.WAITING,
-    Phase.FINISHING,
-    Phase.ARMING,
-    Phase.HANDING_OVER,
-)
 
 
 class OutgoingMigration:
@@ -73,19 +66,34 @@ class OutgoingMigration:
         self._pause_began_ns = self._stood_ns = self._refreshed_ns = 0
         self._round_number = 0
         self._last_round = policy.Round(0, 1, 0)
+        self._events: deque[machine.Event] = deque()
+        self._is_handling = False
         self.ended = asyncio.Event()
 
     # -- events ----------------------------------------------------------------------------------
 
     def handle(self, event: machine.Event) -> None:
-        """Feed the machine and carry out what it says; a bug ends the migration, not the guest."""
+        """Feed the machine and carry out what it says; a bug ends the migration, not the guest.
+
+        An event that comes meanwhile, from a notifier, is taken after this one."""
+        self._events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._events:
+                self._take(self._events.popleft())
+        finally:
+            self._is_handling = False
+
+    def _take(self, event: machine.Event) -> None:
         before = self.machine.status
         try:
             effects = self.machine.handle(event)
         except StateError as exc:
             log.error("%s; story: %s", exc, " | ".join(exc.story))
             effects = self.machine.handle(machine.Failure(str(exc)))
-        self.numbers.heals = self.machine.heals
+        self.numbers.heals, self._refreshed_ns = self.machine.heals, 0
         veto = self._tell(before, Moment.BEFORE)
         if self.machine.status is not before and self.machine.phase is not Phase.ENDED:
             self._announce()
@@ -175,7 +183,7 @@ class OutgoingMigration:
     async def _connect(self) -> None:
         guest, settings = self._host.guest, self._host.parameters
         self._conversation = conversation = Conversation(self._address, self._session)
-        welcome = await conversation.greet(self._hello())
+        welcome = await conversation.greet(hello_of(self._host, self._session))
         self.numbers.placement = welcome.placement
         self._spawn(self._watch_guest())
         await guest.connect_handover(self._address.reach(welcome.handover), self._session)
@@ -200,21 +208,6 @@ class OutgoingMigration:
         self._pass()
         self.numbers.setup_done_ns = time.monotonic_ns()
         self.handle(machine.Connected())
-
-    def _hello(self) -> wire.Hello:
-        guest = self._host.guest
-        shapes = [wire.BlockShape.of(block) for block in guest.blocks]
-        wire.check_blocks(shapes)
-        return wire.Hello(
-            wire.VERSION,
-            self._session,
-            PAGE_SIZE,
-            shapes,
-            self._host.parameters.multifd_channels,
-            guest.kind,
-            guest.is_running,
-            self._host.uuid if self._host.capability("validate-uuid") else "",
-        )
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -326,15 +319,16 @@ class OutgoingMigration:
         began_ns = time.monotonic_ns()
         self._need_senders().check_all_delivered()
         state = await self._host.guest.save_state()
-        await self._need_conversation().arm(state, self._round_number, self._ran_before)
+        runs = not self._host.guest.is_stopped_by_user  # also since the pause began
+        await self._need_conversation().arm(state, self._round_number, runs)
         self.numbers.phases.acknowledge += time.monotonic_ns() - began_ns
         self.refresh()
         self.handle(machine.DestinationArmed())
 
     async def _hand_over(self) -> None:
         """Pass the token; from here on nothing interrupts until its outcome is known."""
-        self._host.promise(Side.SOURCE)
         try:
+            self._host.promise(Side.SOURCE)
             outcome = await self._host.guest.hand_over(HANDOVER_WAIT_NS)
         except NotHandedOver as exc:
             self.handle(machine.Failure(str(exc)))
@@ -348,7 +342,7 @@ class OutgoingMigration:
         phases = self.numbers.phases
         phases.resume = now_ns - self._pause_began_ns - phases.total
         self.numbers.downtime_ns = phases.total
-        if outcome is not Handover.UNKNOWN:
+        if outcome is Handover.REFUSED:  # TAKEN is settled by `completed`, with no gap between
             self._host.settle(Side.SOURCE)
         if outcome is Handover.TAKEN:
             self._host.set_run_state(RunState.POSTMIGRATE)
@@ -386,19 +380,20 @@ class OutgoingMigration:
         for task in (*self._heals.values(), *self._background):
             task.cancel()
         await asyncio.gather(*self._heals.values(), *self._background, return_exceptions=True)
-        guest = self._host.guest
-        try:
-            if self._conversation is not None:
-                await self._conversation.close(last_word)
-            if self._senders is not None:
-                senders, self._senders = self._senders, None
-                await senders.end()
-            await guest.close_handover()
-            await guest.stop_tracking()
-            if self.numbers.throttle_percent:
-                await guest.throttle(0)
-        except (MigrationError, OSError) as exc:
-            log.warning("giving back what the migration used: %s", exc)
+        guest, senders, self._senders = self._host.guest, self._senders, None
+        conversation, sync = self._conversation, self._sync
+        for step in (
+            None if conversation is None else lambda: conversation.close(last_word),
+            None if senders is None else senders.end,
+            guest.close_handover,
+            guest.stop_tracking,
+            None if sync is None else sync.give_back,
+        ):
+            try:
+                if step is not None:
+                    await step()
+            except (MigrationError, OSError) as exc:
+                log.warning("giving back what the migration used: %s", exc)
 
     async def _release(self) -> None:
         """Let the guest run as its user wants it; a guest that does not answer may do so later."""
@@ -477,7 +472,7 @@ class OutgoingMigration:
     @property
     def is_switching_over(self) -> bool:
         """The guest is being stopped, its last pages and its right to run are on their way."""
-        return self.machine.phase in SWITCHING
+        return self.machine.phase in machine.SWITCHING
 
     @property
     def is_untracked(self) -> bool:

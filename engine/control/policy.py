@@ -8,7 +8,7 @@ loopback and with small remainders the fixed costs decide instead, so a round is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 #: A round must carry so much before its speed says something about the channel.
@@ -97,27 +97,42 @@ class ThrottleSettings:
 
 
 @dataclass(slots=True)
+class Trigger:
+    """When the guest dirties too much: two rounds, not only one (migration_trigger_throttle)."""
+
+    _high_rounds: int = 0
+
+    def after_round(self, dirtied_bytes: int, sent_bytes: int, threshold_percent: int) -> bool:
+        """True when more than `threshold_percent` of what was sent became dirty again, for the
+        second time since it was last true."""
+        if dirtied_bytes * 100 <= sent_bytes * threshold_percent:
+            return False
+        self._high_rounds = (self._high_rounds + 1) % 2
+        return self._high_rounds == 0
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self._high_rounds = 0
+
+
+@dataclass(slots=True)
 class Throttle:
     """Auto-converge as QEMU does it (migration_trigger_throttle, mig_throttle_guest_down)."""
 
     percent: int = 0
-    _high_rounds: int = 0
+    _trigger: Trigger = field(default_factory=Trigger)
 
     def after_round(self, dirtied_bytes: int, sent_bytes: int, settings: ThrottleSettings) -> int:
         """Take one round; return the percentage from now on.
 
         Two rounds in which more than `trigger_threshold` percent of what was sent became dirty
-        again
-        start or raise the throttle."""
+        again start or raise the throttle."""
         if not settings.is_on:
-            self.percent = self._high_rounds = 0
+            self.percent = 0
+            self._trigger.reset()
             return 0
-        if dirtied_bytes * 100 <= sent_bytes * settings.trigger_threshold:
+        if not self._trigger.after_round(dirtied_bytes, sent_bytes, settings.trigger_threshold):
             return self.percent
-        self._high_rounds += 1
-        if self._high_rounds < 2:
-            return self.percent
-        self._high_rounds = 0
         self.percent = min(settings.maximum, self._next(dirtied_bytes, sent_bytes, settings))
         return self.percent
 

@@ -72,6 +72,7 @@ class ControlProcess:
         self.guest, self.uuid = guest, uuid
         self.notifiers = Notifiers()
         self._journal, self.inherits_unknown = journal, is_unknown
+        self.leaves_guest = False  #: at the end a guest that was taken over goes on
         if journal is not None:
             self.notifiers.add(journal.moved)
         self.store = ParameterStore(self.capability)
@@ -394,6 +395,8 @@ class ControlProcess:
         self._watcher.cancel()
         await asyncio.gather(self._watcher, return_exceptions=True)
         await asyncio.gather(self.senders.close(), self.receivers.close())
+        if self.leaves_guest and isinstance(self.guest, WorkloadGuest):
+            await self.guest.leave()
         await self.guest.quit()
         if self._judgement is not None:
             self._judgement.close()

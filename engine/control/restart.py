@@ -45,6 +45,8 @@ async def plan(found: Found | None, spec: GuestSpec, *, incoming: bool) -> Plan:
     :raise UsageError: the guest is at the destination, or of another kind than `spec`."""
     if found is None:
         return Plan(spec, incoming)
+    if found.is_at_destination:
+        raise _at_destination(found)
     kind = "workload" if isinstance(spec, WorkloadSpec) else "ram"
     if found.began.guest_kind != kind:
         raise UsageError(
@@ -61,18 +63,18 @@ async def _plan_workload(found: Found, spec: WorkloadSpec, *, incoming: bool) ->
     if path is not None:
         adopted = WorkloadSpec(socket=path, tracker=spec.tracker)
         return Plan(adopted, False, text=f"{found.story}; its guest lives and is taken over")
-    if found.source in (Status.DEVICE, Status.COMPLETED):
+    if found.promised is Side.SOURCE:
         raise _at_destination(found)
     return Plan(spec, incoming, text=f"{found.story}; its guest has ended, this is a new one")
 
 
 def _plan_ram(found: Found, spec: RamSpec, *, incoming: bool) -> Plan:
     """The control process was the guest; what is left is the memory, where it has a name."""
-    if found.is_at_destination:
-        raise _at_destination(found)
     is_kept = spec.path is not None and Path(spec.path).exists()
-    arrived = found.destination is Status.COMPLETED
-    if found.is_unknown and (found.promised is Side.SOURCE or is_kept):
+    arrived = not found.began.incoming or found.destination is Status.COMPLETED
+    if found.promised is Side.SOURCE and not is_kept:
+        raise _at_destination(found)
+    if found.is_unknown and is_kept:
         text = (
             f"{found.story}, and nobody has said whether its guest runs on the other side: it "
             "stands here; look there, then 'cont' it or quit"
@@ -82,13 +84,18 @@ def _plan_ram(found: Found, spec: RamSpec, *, incoming: bool) -> Plan:
         return Plan(spec, incoming, text=f"{found.story}; its memory went with it")
     if incoming and not arrived:
         return Plan(spec, incoming, text=f"{found.story}; its memory is freed")
+    if not arrived:
+        raise UsageError(
+            f"{found.story}; the guest had not arrived, so what is in '{spec.path}' is no guest's: "
+            "start with --incoming, or remove the file"
+        )
     return Plan(spec, False, text=f"{found.story}; its memory is in '{spec.path}', it runs again")
 
 
 def _at_destination(found: Found) -> UsageError:
     return UsageError(
-        f"{found.story}: its guest runs at the destination; to begin a new one here, use another "
-        "--state-dir or remove this one's journal"
+        f"{found.story}: its guest runs at the destination, or did when somebody last knew; to "
+        "begin a new one here, use another --state-dir or remove this one's journal"
     )
 
 
@@ -97,7 +104,7 @@ async def _orphan(found: Found) -> str | None:
 
     :raise UsageError: it lives, and does not say that it waits."""
     began = found.began
-    if began.guest_pid is None:
+    if began.guest_pid is None or began.guest_started is None:
         return None
     path = Path(began.rundir) / f"guest-{began.guest_pid}.sock"
     deadline = time.monotonic() + GUEST_WAIT_S

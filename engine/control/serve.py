@@ -13,6 +13,7 @@ from typing import Final
 
 from engine.control import hmp
 from engine.control.journal import Began, Journal, start_time
+from engine.control.notifiers import Side
 from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
@@ -83,19 +84,25 @@ async def _serve(options: ServeOptions) -> int:
         if start.text:
             log.warning("%s", start.text)
         guest = await open_guest(start.spec, incoming=start.incoming, run=start.runs)
-        if journal is not None:
-            stack.callback(journal.close, in_order=True)
-            journal.begin(_record(guest, spec, incoming=start.incoming))
-        stack.push_async_callback(guest.quit)
+        is_adopted = isinstance(start.spec, WorkloadSpec) and start.spec.socket is not None
+        is_unknown = start.is_unknown or (
+            isinstance(guest, WorkloadGuest) and guest.is_outcome_unknown
+        )
         process = ControlProcess(
             guest,
             incoming=start.incoming,
             uuid=options.uuid,
             journal=journal,
-            is_unknown=start.is_unknown,
+            is_unknown=is_unknown,
         )
+        process.leaves_guest = is_adopted  # a mistake in what follows is not the guest's end
         process.blockers.only_migratable = options.only_migratable
+        if journal is not None:
+            stack.callback(lambda: journal.close(in_order=not process.leaves_guest))
         stack.push_async_callback(process.close)
+        if journal is not None:
+            promised = Side.SOURCE if is_unknown else None
+            journal.begin(_record(guest, spec, incoming=start.incoming), promised)
         for setting in options.settings:
             process.set(setting)
         registry = build_registry(process)
@@ -111,6 +118,7 @@ async def _serve(options: ServeOptions) -> int:
         if address is not None and start.incoming:
             await process.migrate_incoming(address, True)
         _stop_on_signals(process)
+        process.leaves_guest = False
         return await process.over
 
 

@@ -63,6 +63,7 @@ class MigrationNumbers:
     undone_pauses: int = 0
     longest_undone_pause_ns: int = 0
     throttle_percent: int = 0
+    limit_throttle_us: int = 0  #: how long a vCPU sleeps in a second, by the dirty limit
     channels: list[ChannelSample] = field(default_factory=list)
     tracker: str = ""
     tracker_reason: str = ""

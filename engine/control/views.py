@@ -70,6 +70,8 @@ def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
         info["expected-downtime"] = numbers.expected_downtime_ns // NS_PER_MS
     if numbers.throttle_percent and status is not Status.COMPLETED:
         info["cpu-throttle-percentage"] = numbers.throttle_percent
+    if numbers.limit_throttle_us and status is not Status.COMPLETED:
+        info["dirty-limit-throttle-time-per-round"] = numbers.limit_throttle_us
     info["ram"] = _ram(numbers, status)
     return info | _extensions(numbers)
 

@@ -42,6 +42,7 @@ class WorkloadGuest:
         self._is_running = running
         self._is_stopped_by_user = stopped
         self._is_open = True
+        self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
         self._tracking_fd = -1
         self._when_taken: Callable[[int], Awaitable[None]] | None = None
         self._telling: set[asyncio.Task[None]] = set()
@@ -238,6 +239,19 @@ class WorkloadGuest:
         self._close_tracking_fd()
         self._ram.close()
 
+    async def leave(self) -> None:
+        """Give everything of ours back; the guest's process goes on, and listens to be adopted.
+        Idempotent, and then `quit` does nothing."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        for task in self._telling:
+            task.cancel()
+        await asyncio.gather(*self._telling, return_exceptions=True)
+        self._link.leave()
+        self._close_tracking_fd()
+        os.close(self._ram.block.fd)
+
     async def start(self, request: messages.Start) -> None:
         """First request; RAM is filled when this returns."""
         await self._link.ask(
@@ -307,6 +321,7 @@ async def adopt_workload(path: str, tracker: TrackerName | None) -> WorkloadGues
         link.leave()
         raise
     guest = WorkloadGuest(link, ram, tracker, running=attached.running, stopped=attached.stopped)
+    guest.is_outcome_unknown = attached.unknown
     if attached.unknown:
         log.warning(
             "nobody has said whether this guest runs at the destination of its last migration; "

@@ -239,6 +239,75 @@ def test_migration_auto_converge() -> None:
     asyncio.run(scenario())
 
 
+def test_dirty_limit() -> None:
+    """Limited when it does not converge, free again after a cancel, and limited the next time."""
+    settings = {"vcpu_dirty_limit": 2, "throttle_trigger_threshold": 50}
+
+    async def scenario() -> None:
+        async with couple("dirty-limit", "pause-before-switchover") as (source, first):
+            await set_and_read(source, settings | SLOW)
+            await source.migrate(first)
+            await until(lambda: is_limited(source))
+            with pytest.raises(UsageError, match="while migration is running"):
+                await source.execute("set-vcpu-dirty-limit", dirty_rate=1)
+            await source.execute("migrate_cancel")
+            await until(lambda: is_free(source))
+            async with engine.Control.start(GUEST, "tcp:127.0.0.1:0") as second:
+                migration = await source.migrate(second)
+                await until(lambda: is_limited(source))
+                await set_and_read(source, FAST)
+                await until_status(source, "pre-switchover")
+                await source.execute("migrate-continue", state="pre-switchover")
+                await migration.result()
+                await check_success(source, second)
+
+    async def is_limited(source: engine.Control) -> bool:
+        info = await source.execute("query-migrate")
+        if not info.get("dirty-limit-throttle-time-per-round"):
+            return False
+        limits = await source.execute("query-vcpu-dirty-limit")
+        assert [limit["limit-rate"] for limit in limits] == [2]
+        return True
+
+    async def is_free(source: engine.Control) -> bool:
+        if await status_of(source) != "cancelled":
+            return False
+        info = await source.execute("query-migrate")
+        assert "dirty-limit-throttle-time-per-round" not in info
+        return not await source.execute("query-vcpu-dirty-limit")
+
+    asyncio.run(scenario())
+
+
+def test_vcpu_dirty_limit() -> None:
+    """Measured by the ring, halved, and free again; MB/s with QEMU's own tolerance."""
+
+    async def scenario() -> None:
+        async with engine.Control.start("workload:size=64M,rate=40M,pattern=sweep") as source:
+            free = await measured(source)
+            assert free > 0
+            await source.execute("set-vcpu-dirty-limit", dirty_rate=free // 2)
+            limits = await source.execute("query-vcpu-dirty-limit")
+            assert [limit["limit-rate"] for limit in limits] == [free // 2]
+            assert await measured(source) < free * 0.75
+            await source.execute("cancel-vcpu-dirty-limit")
+            assert await source.execute("query-vcpu-dirty-limit") == []
+            assert await measured(source) > free * 0.75
+
+    async def measured(source: engine.Control) -> int:
+        await source.execute("calc-dirty-rate", calc_time=1, mode="dirty-ring")
+        info: dict[str, Any] = {}
+
+        async def is_measured() -> bool:
+            info.update(await source.execute("query-dirty-rate"))
+            return bool(info["status"] == "measured")
+
+        await until(is_measured)
+        return int(info["dirty-rate"])
+
+    asyncio.run(scenario())
+
+
 # -- cancel --------------------------------------------------------------------------------------
 
 
@@ -305,6 +374,22 @@ def test_migration_cancel_src_after_failed() -> None:
                 await (await source.migrate("tcp:127.0.0.1:1")).result()
             await source.execute("migrate_cancel")
             assert await status_of(source) == "failed"
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_in_pre_switchover_holds_at_the_destination() -> None:
+    async def scenario() -> None:
+        async with couple("pause-before-switchover") as (source, destination):
+            migration = await source.migrate(destination, **FAST)
+            await until_status(source, "pre-switchover")
+            await source.execute("stop")
+            await source.execute("migrate-continue", state="pre-switchover")
+            await migration.result()
+            await until_status(destination, "completed")
+            assert (await destination.execute("query-status"))["status"] == "paused"
+            await destination.execute("cont")
+            await check_success(source, destination)
 
     asyncio.run(scenario())
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,10 +25,11 @@ from engine.control.journal import (
 from engine.control.notifiers import Change, Moment, Side
 from engine.control.restart import plan
 from engine.control.status import Status
-from engine.errors import UsageError
+from engine.errors import NotHandedOver, UsageError
 from engine.guest.spec import RamSpec, WorkloadSpec
 
 BEGAN = Began(1234, "ram", None, None, "", False)
+ARRIVING = Began(1234, "ram", None, None, "", True)
 RAM = RamSpec(4096)
 
 
@@ -74,7 +77,7 @@ def test_a_promise_holds_until_it_is_settled(tmp_path: Path, settles: str) -> No
 def _reread(directory: Path) -> Found:
     """While its writer lives: a copy."""
     copy = directory / "copy"
-    copy.mkdir(exist_ok=True)
+    copy.mkdir(mode=0o700, exist_ok=True)
     (copy / "journal").write_bytes((directory / "journal").read_bytes())
     found = read(copy)
     assert found is not None
@@ -125,11 +128,13 @@ def test_a_death_in_the_middle_of_a_line_loses_that_line_only(
     (directory / "journal").write_bytes(whole)
 
     assert found == read(directory)
+    if not cut:
+        began = [index for index, record in enumerate(said) if isinstance(record, Began)]
+        closed = [index for index, record in enumerate(said) if isinstance(record, Closed)]
+        assert (found is not None) == bool(began and began[-1] > max(closed, default=-1))
 
 
 def _line(record: Record) -> bytes:
-    import msgspec
-
     return msgspec.json.encode(record) + b"\n"
 
 
@@ -146,7 +151,10 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path, dat
 
 def decide(found: Found | None, spec: RamSpec | WorkloadSpec, *, incoming: bool = False) -> str:
     """The plan in a word."""
-    made = asyncio.run(plan(found, spec, incoming=incoming))
+    try:
+        made = asyncio.run(plan(found, spec, incoming=incoming))
+    except UsageError:
+        return "refused"
     if made.is_unknown:
         assert not made.runs
         return "stands"
@@ -169,9 +177,15 @@ def kept(tmp_path: Path) -> RamSpec:
         (Found(BEGAN, Status.DEVICE), False, "runs"),
         (Found(BEGAN, Status.DEVICE, promised=Side.SOURCE), False, "stands"),
         (Found(BEGAN, Status.FAILED, promised=Side.SOURCE), False, "stands"),
-        (Found(BEGAN, destination=Status.ACTIVE), True, "waits"),
-        (Found(BEGAN, destination=Status.ACTIVE, promised=Side.DESTINATION), True, "stands"),
-        (Found(BEGAN, destination=Status.COMPLETED), True, "runs"),
+        (Found(ARRIVING, destination=Status.ACTIVE), True, "waits"),
+        (Found(ARRIVING, destination=Status.FAILED), True, "waits"),
+        (Found(ARRIVING, destination=Status.ACTIVE), False, "refused"),
+        (Found(ARRIVING, destination=Status.FAILED), False, "refused"),
+        (Found(ARRIVING, destination=Status.ACTIVE, promised=Side.DESTINATION), True, "stands"),
+        (Found(ARRIVING, destination=Status.COMPLETED), True, "runs"),
+        (Found(BEGAN), True, "runs"),  # the third life of one that had arrived
+        (Found(BEGAN, promised=Side.SOURCE), True, "stands"),
+        (Found(BEGAN, Status.COMPLETED), False, "refused"),
     ],
 )
 def test_memory_that_has_a_name_never_runs_twice(
@@ -184,9 +198,9 @@ def test_memory_that_has_a_name_never_runs_twice(
     ("found", "incoming", "expected"),
     [
         (Found(BEGAN, Status.ACTIVE), False, "runs"),
-        (Found(BEGAN, Status.DEVICE, promised=Side.SOURCE), False, "stands"),
-        (Found(BEGAN, destination=Status.ACTIVE, promised=Side.DESTINATION), True, "waits"),
-        (Found(BEGAN, destination=Status.COMPLETED), True, "waits"),
+        (Found(BEGAN, Status.DEVICE, promised=Side.SOURCE), False, "refused"),
+        (Found(ARRIVING, destination=Status.ACTIVE, promised=Side.DESTINATION), True, "waits"),
+        (Found(ARRIVING, destination=Status.COMPLETED), True, "waits"),
     ],
 )
 def test_memory_without_a_name_went_with_its_process(
@@ -197,6 +211,70 @@ def test_memory_without_a_name_went_with_its_process(
 
 def test_a_guest_that_was_given_away_stays_away() -> None:
     with pytest.raises(UsageError, match="its guest runs at the destination"):
-        decide(Found(BEGAN, Status.COMPLETED), RAM)
+        asyncio.run(plan(Found(BEGAN, Status.COMPLETED), RAM, incoming=False))
     with pytest.raises(UsageError, match="of kind 'ram', not 'workload'"):
-        decide(Found(BEGAN), WorkloadSpec(4096))
+        asyncio.run(plan(Found(BEGAN), WorkloadSpec(4096), incoming=False))
+    gone = Began(1234, "workload", 2**22, 5, "/nonexistent", False)
+    with pytest.raises(UsageError, match="its guest runs at the destination"):
+        asyncio.run(
+            plan(Found(gone, Status.FAILED, promised=Side.SOURCE), WorkloadSpec(4096),
+                 incoming=False)
+        )  # fmt: skip
+
+
+#: What a source and a destination of a `ram:` guest write, in this order, and who then runs.
+SOURCE_LIFE: list[tuple[Record, str]] = [
+    (Moved(Side.SOURCE, Status.SETUP), "runs"),
+    (Moved(Side.SOURCE, Status.ACTIVE), "runs"),
+    (Moved(Side.SOURCE, Status.DEVICE), "runs"),
+    (Promised(Side.SOURCE), "stands"),
+    (Moved(Side.SOURCE, Status.COMPLETED), "refused"),
+]
+DESTINATION_LIFE: list[tuple[Record, str]] = [
+    (Moved(Side.DESTINATION, Status.SETUP), "waits"),
+    (Moved(Side.DESTINATION, Status.ACTIVE), "waits"),
+    (Promised(Side.DESTINATION), "stands"),
+    (Moved(Side.DESTINATION, Status.COMPLETED), "runs"),
+]
+
+
+@pytest.mark.parametrize(("began", "life"), [(BEGAN, SOURCE_LIFE), (ARRIVING, DESTINATION_LIFE)])
+def test_killed_after_any_record_and_killed_again(
+    tmp_path: Path, kept: RamSpec, began: Began, life: list[tuple[Record, str]]
+) -> None:
+    """Two lives later the answer is the same: nothing is forgotten by looking."""
+    for count in range(1, len(life) + 1):
+        directory = tmp_path / f"state-{count}"
+        directory.mkdir(mode=0o700)
+        lines = [_line(began), *(_line(record) for record, _ in life[:count])]
+        (directory / "journal").write_bytes(b"".join(lines))
+        expected = life[count - 1][1]
+        for _ in range(2):
+            journal = Journal(str(directory))
+            found = journal.found
+            assert decide(found, kept, incoming=began.incoming) == expected
+            if expected != "refused":  # a control process begins, and is killed
+                waits = expected == "waits"
+                promised = Side.SOURCE if expected == "stands" else None
+                journal.begin(Began(1, "ram", None, None, "", waits), promised)
+            journal.close(in_order=False)
+
+
+def test_what_cannot_be_put_on_record_is_not_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(str(tmp_path / "j"))
+    journal.begin(BEGAN)
+    before = (tmp_path / "j" / "journal").read_bytes()
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))  # a disk that fills up
+        with pytest.raises(NotHandedOver):
+            journal.promised(Side.SOURCE)
+    assert (tmp_path / "j" / "journal").read_bytes() == before
+
+    journal.promised(Side.SOURCE)
+    journal.close(in_order=True)
+    found = read(tmp_path / "j")
+    assert found is not None
+    assert found.is_unknown

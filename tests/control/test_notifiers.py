@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any, cast
+
 import pytest
 
+from engine.control import machine
+from engine.control.host import Host
 from engine.control.notifiers import Change, Moment, Notifiers, Side
+from engine.control.outgoing import OutgoingMigration
+from engine.control.parameters import ParameterStore
 from engine.control.status import Status, check_incoming
+from engine.control.uri import Address
 from engine.errors import MigrationError, StateError
 
 SETUP = Change(Side.SOURCE, Status.NONE, Status.SETUP, Moment.BEFORE)
@@ -66,3 +74,52 @@ def test_a_destination_goes_only_where_qemus_goes(before: Status, after: Status)
         return
     with pytest.raises(StateError):
         check_incoming(before, after)
+
+
+class SilentHost:
+    """As much of a host as the source's driver needs before it connects."""
+
+    def __init__(self) -> None:
+        self.notifiers = Notifiers()
+        self.events: list[str] = []
+        self.parameters = ParameterStore(lambda _: False).values
+
+    def capability(self, _: str) -> bool:
+        return False
+
+    def emit(self, _: str, data: dict[str, Any]) -> None:
+        self.events.append(data["status"])
+
+
+def test_a_callback_that_cancels_is_heard_after_the_change_that_it_was_told_of() -> None:
+    async def scenario() -> list[str]:
+        host = SilentHost()
+        outgoing = OutgoingMigration(cast(Host, host), Address("127.0.0.1", 1))
+        outgoing._give_back = _nothing  # type: ignore[method-assign,assignment]
+        outgoing._connect = _for_ever  # type: ignore[method-assign]
+        heard = list[tuple[Status, Moment]]()
+
+        def cancel(change: Change) -> None:
+            heard.append((change.status, change.moment))
+            if change.status is Status.SETUP and change.moment is Moment.BEFORE:
+                outgoing.handle(machine.Cancel())
+
+        host.notifiers.add(cancel)
+        outgoing.handle(machine.Start())
+        await asyncio.wait_for(outgoing.ended.wait(), 10)
+        assert heard == [
+            (status, moment)
+            for status in (Status.SETUP, Status.CANCELLING, Status.CANCELLED)
+            for moment in (Moment.BEFORE, Moment.AFTER)
+        ]
+        return host.events
+
+    assert asyncio.run(scenario()) == ["setup", "cancelling", "cancelled"]
+
+
+async def _nothing(_: object) -> None:
+    """Nothing was taken."""
+
+
+async def _for_ever() -> None:
+    await asyncio.Event().wait()

@@ -145,3 +145,52 @@ def test_after_an_orderly_end_there_is_nothing_to_be_found(tmp_path: Path) -> No
             return second.stderr
 
     assert "killed" not in asyncio.run(scenario())
+
+
+def test_a_mistake_in_the_next_command_line_is_not_the_guests_end(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with engine.Control.start(WRITING, state_dir=tmp_path) as first:
+            pid = (await first.query_guest())["pid"]
+            await killed(first)
+            for _ in range(2):
+                with pytest.raises(UsageError, match="no parameter or capability 'bogus'"):
+                    async with engine.Control.start(
+                        WRITING, settings=["bogus=1"], state_dir=tmp_path
+                    ):
+                        pytest.fail("it started")
+            async with engine.Control.start(WRITING, state_dir=tmp_path) as second:
+                await lives(second)
+                assert (await second.query_guest())["pid"] == pid
+                assert (await second.judge())["wrong-pages"] == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_unknown_outcome_is_not_forgotten_by_looking(tmp_path: Path) -> None:
+    """A ram guest's process was killed with the token on its way: nobody runs it but its user."""
+    ram, state = tmp_path / "ram", tmp_path / "state"
+    ram.write_bytes(b"A" * 4096 * 256)
+    guest = f"ram:size=1M,path={ram}"
+
+    async def scenario() -> None:
+        async with engine.Control.start(guest, state_dir=state) as first:
+            await killed(first)
+        with (state / "journal").open("ab") as journal:
+            journal.write(b'{"record":"moved","side":"source","status":"device"}\n')
+            journal.write(b'{"record":"promised","side":"source"}\n')
+        for _ in range(3):
+            async with engine.Control.start(guest, state_dir=state) as next_one:
+                assert (await next_one.execute("query-status"))["status"] == "paused"
+                assert (await next_one.execute("query-migrate"))["x-handover"] == "unknown"
+                with pytest.raises(UsageError, match="nobody has said whether"):
+                    await next_one.execute("migrate", uri="tcp:127.0.0.1:1")
+                await killed(next_one)
+        async with engine.Control.start(guest, state_dir=state) as last:
+            await last.execute("cont")
+            assert (await last.execute("query-status"))["status"] == "running"
+            await killed(last)
+        async with engine.Control.start(guest, state_dir=state) as after:
+            assert (await after.execute("query-status"))["status"] == "running"
+
+    asyncio.run(scenario())
+    assert ram.read_bytes() == b"A" * 4096 * 256
