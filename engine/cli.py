@@ -68,7 +68,9 @@ def serve(
     if end_with is not None:
         _end_with_parent(end_with)
     if not (qmp or hmp) and incoming in (None, "defer"):
-        raise UsageError("nobody could tell this process what to do; give it --qmp unix:PATH")
+        raise UsageError(
+            "nobody could tell this process what to do; give it --qmp unix:PATH or --hmp unix:PATH"
+        )
     options = ServeOptions(guest, qmp, incoming, settings, hmp, str(uuid or ""), state_dir)
     return run(dataclasses.replace(options, only_migratable=only_migratable))
 

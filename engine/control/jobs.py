@@ -13,12 +13,14 @@ from typing import Any, Final
 from engine.errors import UsageError, shown
 
 JOBS_MAX: Final = 64
+IDENTIFIER_CHARACTERS_MAX: Final = 255
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # QEMU's id_wellformed
 
 
 def is_identifier(text: str) -> bool:
-    """QEMU's form of an id: a letter, then letters, digits, `-`, `.` and `_`."""
-    return _IDENTIFIER.fullmatch(text) is not None
+    """QEMU's form of an id: a letter, then letters, digits, `-`, `.` and `_`; not so long that
+    whoever does not read what repeats it could fill the memory."""
+    return len(text) <= IDENTIFIER_CHARACTERS_MAX and _IDENTIFIER.fullmatch(text) is not None
 
 
 class JobType(enum.Enum):

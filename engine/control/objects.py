@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from engine.control.jobs import is_identifier
@@ -90,6 +91,8 @@ class Objects:
             content = _read(path)
         elif data is not None:
             content = str(data).encode()
+            if len(content) > SECRET_BYTES_MAX:
+                raise UsageError(f"a secret has at most {SECRET_BYTES_MAX} bytes")
         else:
             raise UsageError("Either 'file' or 'data' must be provided")
         if (key_id := properties.get("keyid")) is not None:
@@ -117,8 +120,7 @@ class Objects:
 
 def _read(path: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(SECRET_BYTES_MAX + 1)
+        content = _read_file(path, SECRET_BYTES_MAX + 1)
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise UsageError(
@@ -127,6 +129,19 @@ def _read(path: str) -> bytes:
     if len(content) > SECRET_BYTES_MAX:
         raise UsageError(f"Unable to read {shown(path)}: more than {SECRET_BYTES_MAX} bytes")
     return content
+
+
+def _read_file(path: str, size: int) -> bytes:
+    """The beginning of a regular file: what is none could keep us waiting for ever.
+
+    :raise OSError: there is none."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return os.read(fd, size)
+    finally:
+        os.close(fd)
 
 
 def _directory(properties: Mapping[str, Any]) -> str:
@@ -154,8 +169,10 @@ def _check_psk(properties: Mapping[str, Any]) -> None:
     if is_server:
         return
     wanted = USERNAME_DEFAULT if username is None else str(username)
-    with Path(path).open("rb") as file:
-        lines = file.read(PSK_BYTES_MAX).splitlines()
+    try:
+        lines = _read_file(path, PSK_BYTES_MAX).splitlines()
+    except OSError as exc:
+        raise UsageError(f"Cannot read PSK file {shown(path)}: {exc.strerror}") from exc
     if not any(line.startswith(wanted.encode() + b":") for line in lines):
         raise UsageError(f"Username {shown(wanted)} not found in PSK file {shown(path)}")
 

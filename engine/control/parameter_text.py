@@ -36,6 +36,7 @@ _HMP_SIZE: Final = re.compile(r"\+?(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?([bkmgtpe]
 _HMP_HEX: Final = re.compile(r"\+?0x([0-9a-f]+)", re.I | re.A)
 _HMP_NEGATIVE: Final = re.compile(r"-[0-9]+", re.A)
 _HMP_INTEGER: Final = re.compile(r"([+-]?)(?:0x([0-9a-f]+)|(0[0-7]*)|([1-9][0-9]*))", re.I | re.A)
+_WHOLE_NUMBER: Final = re.compile(r"-?[0-9]{1,20}")
 
 
 def known_names() -> Iterable[str]:
@@ -57,15 +58,23 @@ def parse_value(name: str, text: str) -> object:
         case Kind.SIZE:
             return parse_size(text)
         case Kind.ENUM | Kind.STRING_OR_NULL:
-            return text
+            return _unicode(name, text)
         case Kind.STRINGS:
-            return _split(text)
+            return _split(_unicode(name, text))
         case Kind.MAPPING:
             raise UsageError(f"The {name} parameter can only be set through QMP")
+    if not _WHOLE_NUMBER.fullmatch(text):
+        raise UsageError(f"'{name}' takes a whole number, not '{shown(text)}'")
+    return int(text)
+
+
+def _unicode(name: str, text: str) -> str:
+    """:raise UsageError: bytes of the command line that are no UTF-8; no answer could hold them."""
     try:
-        return int(text)
-    except ValueError as exc:
-        raise UsageError(f"'{name}' takes a whole number, not '{shown(text)}'") from exc
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"'{name}' takes UTF-8, not '{shown(text)}'") from None
+    return text
 
 
 def parse_switch(name: str, text: str) -> bool:

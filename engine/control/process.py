@@ -33,7 +33,7 @@ from engine.control.parameters import Parameters, ParameterStore, parse_switch, 
 from engine.control.pool import Pool, receiver_pool, sender_pool
 from engine.control.status import ENDED, RunState, Status
 from engine.control.uri import Address
-from engine.errors import UsageError, shown
+from engine.errors import MigrationError, UsageError, shown
 from engine.guest.base import DirtyMeter, Guest
 from engine.guest.judgement import Judgement
 from engine.guest.workload import WorkloadGuest
@@ -141,14 +141,17 @@ class ControlProcess:
             self.emit("RESUME", None)
 
     def _settings_changed(self) -> None:
-        self._warm()
         if self.outgoing is not None:
             self.outgoing.bandwidth_changed()
+        self._warm()
 
     def _warm(self) -> None:
-        """Start the interpreters before they are waited for."""
+        """Start the interpreters before they are waited for; if that cannot be, they start then."""
         pool = self.receivers if self.waits_for_incoming else self.senders
-        pool.warm(min(self.parameters.multifd_channels, WARM_WORKERS_MAX))
+        try:
+            pool.warm(min(self.parameters.multifd_channels, WARM_WORKERS_MAX))
+        except (MigrationError, OSError) as exc:
+            log.warning("workers are not started ahead: %s", exc)
 
     async def _watch_guest(self) -> None:
         reason = await self.guest.died()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -28,6 +29,7 @@ from engine.memory.blocks import check_page_size
 log = logging.getLogger("ramferry")
 
 EXIT_BY_SIGNAL: Final = 128
+DESCRIPTORS_WANTED: Final = 16384
 STARTING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -61,6 +63,7 @@ def run(options: ServeOptions) -> int:
     :raise UsageError: an option is wrong; nothing was started.
     :raise MigrationError: the guest or a monitor could not be started; all was given back."""
     logging.basicConfig(format="ramferry: %(message)s", stream=sys.stderr, level=logging.INFO)
+    _allow_descriptors()
     return asyncio.run(_serve(options))
 
 
@@ -120,6 +123,15 @@ async def _serve(options: ServeOptions) -> int:
         _stop_on_signals(process)
         process.leaves_guest = False
         return await process.over
+
+
+def _allow_descriptors() -> None:
+    """Clients may hold descriptors (64 x 48, and 256 in sets); none must be missing to steer a
+    migration. Each is bounded, so the hard limit may be used."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _record(guest: Guest, spec: GuestSpec, *, incoming: bool) -> Began:

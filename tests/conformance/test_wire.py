@@ -51,7 +51,7 @@ DIFFERENCES: Final = [
     Difference(
         r"too-large",
         r".*",
-        "A value has at most 1 MiB and 65536 tokens, in QEMU 64 MiB and 2097152; what follows is "
+        "A value has at most 256 KiB and 65536 tokens, in QEMU 64 MiB and 2097152; what follows is "
         "read as a new value in both.",
     ),
     Difference(

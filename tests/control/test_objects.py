@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from engine.control.jobs import JOBS_MAX, Jobs, JobType
+from engine.control.jobs import (
+    IDENTIFIER_CHARACTERS_MAX,
+    JOBS_MAX,
+    Jobs,
+    JobType,
+    is_identifier,
+)
 from engine.control.objects import OBJECTS_MAX, SECRET_BYTES_MAX, Objects
 from engine.errors import UsageError
 
@@ -38,12 +45,35 @@ def test_what_is_too_much_is_refused(tmp_path: Path) -> None:
         objects.add("secret", "large", {"file": str(file)})
     with pytest.raises(UsageError, match="Unable to read"):
         objects.add("secret", "nul", {"file": "a\0b"})
+    with pytest.raises(UsageError, match=f"at most {SECRET_BYTES_MAX} bytes"):
+        objects.add("secret", "long", {"data": "x" * (SECRET_BYTES_MAX + 1)})
     for index in range(OBJECTS_MAX):
         objects.add("tls-creds-anon", f"a{index}", {})
     with pytest.raises(UsageError, match="already"):
         objects.add("tls-creds-anon", "more", {})
     objects.delete("a0")
     objects.add("tls-creds-anon", "more", {})
+
+
+def test_what_is_no_file_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """A FIFO that nobody writes would hold the event loop for ever."""
+    objects = Objects()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "keys.psk").mkdir()
+    with pytest.raises(UsageError, match="Unable to read"):
+        objects.add("secret", "one", {"file": str(tmp_path / "fifo")})
+    psk = {"dir": str(tmp_path), "endpoint": "client"}
+    with pytest.raises(UsageError, match="Cannot read PSK file"):
+        objects.add("tls-creds-psk", "two", psk)
+    (tmp_path / "keys.psk").rmdir()
+    os.mkfifo(tmp_path / "keys.psk")
+    with pytest.raises(UsageError, match="Cannot read PSK file"):
+        objects.add("tls-creds-psk", "two", psk)
+
+
+def test_an_id_has_an_end() -> None:
+    assert is_identifier("j" * IDENTIFIER_CHARACTERS_MAX)
+    assert not is_identifier("j" * (IDENTIFIER_CHARACTERS_MAX + 1))
 
 
 def test_an_object_that_is_refused_can_be_added_rightly(tmp_path: Path) -> None:

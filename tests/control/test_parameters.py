@@ -347,3 +347,16 @@ def test_what_was_given_is_repeated_in_part_only() -> None:
             refuse(*arguments)
         text = str(refused.value)
         assert max(text.count("~"), text.count("9")) <= 100
+
+
+@pytest.mark.parametrize("text", ["1_0", " 4 ", "٤", "+4", "0x4", "", "4.0"])
+def test_a_whole_number_is_written_with_ascii_digits(text: str) -> None:
+    with pytest.raises(UsageError, match="takes a whole number"):
+        parse_value("multifd-channels", text)
+
+
+@pytest.mark.parametrize("name", ["tls-creds", "mode", "cpr-exec-command"])
+def test_a_text_is_utf8(name: str) -> None:
+    """A query must be able to show it."""
+    with pytest.raises(UsageError, match="takes UTF-8"):
+        parse_value(name, "a\udcffb")

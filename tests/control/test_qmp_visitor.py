@@ -56,6 +56,10 @@ def test_right_members_become_typed_values() -> None:
             "Invalid parameter type for 'leaves[0].size-bytes', expected: integer",
         ),
         (
+            {"name": "n", "leaves": [{"size-bytes": 2**63}]},
+            "Invalid parameter type for 'leaves[0].size-bytes', expected: integer",
+        ),
+        (
             {"name": "n", "leaves": [{"size-bytes": 1, "of": 1}]},
             "Parameter 'leaves[0].of' is unexpected",
         ),

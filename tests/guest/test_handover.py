@@ -67,8 +67,9 @@ async def proxy(endpoint: str, cut_after: Callable[[int, Kind, bool], bool]) -> 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connections.append(writer)
         number = len(connections)
-        there_reader, there_writer = await asyncio.open_connection(target.host, target.port)
+        there_writer = writer  # until there is one
         try:
+            there_reader, there_writer = await asyncio.open_connection(target.host, target.port)
             while True:
                 message = await reader.readexactly(MESSAGE.size)
                 if cut_after(number, decode(message)[0], False):

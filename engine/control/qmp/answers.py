@@ -6,16 +6,14 @@ QAPI's names and members; members of ours (`x-`) are in docs/extensions.md.
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from engine.control.jobs import JobStatus
-from engine.control.qmp.visitor import UINT64, Arguments
+from engine.control.qmp.visitor import Arguments, UInt64
 from engine.control.stall import OnStall
 from engine.control.status import RunState, Status
-
-UInt64 = Annotated[int, UINT64]
 
 
 class QmpCapability(enum.Enum):

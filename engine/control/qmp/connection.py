@@ -19,8 +19,8 @@ from engine.control.qmp.monitor import RECEIVED_MAX
 
 log = logging.getLogger("ramferry.qmp")
 
-#: QEMU reads as much at once. So many opening brackets, the worst of all, keep the event loop for
-#: 8 ms (two cores of a virtual machine, Python 3.11, at 7ce1124).
+#: QEMU reads as much at once. So many opening brackets keep the event loop for 8 ms; the end of the
+#: longest string of escapes (VALUE_BYTES_MAX), the worst of all, for about 70 ms.
 READ_BYTES: Final = 4096
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(RECEIVED_MAX * array.array("i").itemsize)
 #: The client has shut down its side of the connection, or closed it.

@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 from engine.control.qmp import utf8
 from engine.errors import WireError
 
-TOKEN_BYTES_MAX: Final = 1024 * 1024
+TOKEN_BYTES_MAX: Final = 256 * 1024
 ECHO_BYTES_MAX: Final = 1023  #: what QEMU's message of a mistake holds
 
 

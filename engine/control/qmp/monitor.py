@@ -9,7 +9,8 @@ from typing import Final
 
 #: Received and not named yet; more are closed at once.
 RECEIVED_MAX: Final = 16
-NAMED_MAX: Final = 128
+NAMED_MAX: Final = 32
+NAME_CHARACTERS_MAX: Final = 255
 
 
 class Monitor:

@@ -51,6 +51,8 @@ class Union:
     branches: Mapping[str, type[Arguments] | Union]
 
 
+INT64_MIN: Final = -(2**63)
+INT64_MAX: Final = 2**63 - 1
 UINT64: Final = "uint64"
 UInt64 = typing.Annotated[int, UINT64]
 
@@ -158,9 +160,10 @@ def _of_type(type_: Any, value: Any, path: str, word: str) -> Any:
 
 
 def _visit_integer(value: Any, path: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or not INT64_MIN <= value <= INT64_MAX:
         raise QmpError(f"Invalid parameter type for '{path}', expected: integer")
-    return value
+    return int(value)
 
 
 def _visit_uint64(value: Any, path: str) -> int:

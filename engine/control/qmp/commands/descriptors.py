@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from engine.control.process import ControlProcess
-from engine.control.qmp.monitor import NAMED_MAX, current_monitor
+from engine.control.qmp.monitor import NAME_CHARACTERS_MAX, NAMED_MAX, current_monitor
 from engine.control.qmp.registry import Arguments, CommandRegistry, QmpError
 from engine.errors import shown
 
@@ -77,6 +77,10 @@ class Descriptors:
         try:
             if asked.fdname[:1].isdigit():
                 raise QmpError("Parameter 'fdname' expects a name not starting with a digit")
+            if len(asked.fdname) > NAME_CHARACTERS_MAX:
+                raise QmpError(
+                    f"Parameter 'fdname' expects a name of at most {NAME_CHARACTERS_MAX} characters"
+                )
             if is_new and len(monitor.named) >= NAMED_MAX:
                 raise QmpError(f"this client has {NAMED_MAX} named descriptors; close some first")
         except QmpError:

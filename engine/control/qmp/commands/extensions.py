@@ -72,6 +72,6 @@ def register(registry: CommandRegistry, process: ControlProcess) -> None:
     """Add this subject's commands."""
     commands = Extensions(process)
     registry.add("x-query-guest", commands.query_guest)
-    registry.add("x-judge", commands.judge, returns=Any)
+    registry.add("x-judge", commands.judge, is_asynchronous=True, returns=Any)
     registry.add("x-add-migration-blocker", commands.add_blocker, AddBlocker, returns=BlockerId)
     registry.add("x-remove-migration-blocker", commands.remove_blocker, BlockerId)
