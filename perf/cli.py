@@ -83,6 +83,29 @@ def bench_clients(
     publish("clients", figures, as_json=as_json, **context)
 
 
+#: Pattern, rate and downtime-limit (ms) of guests that are as different as the workload can be.
+MIXED_WORKLOADS = [
+    ("sweep", "50M", 300), ("hotspot", "200M", 100), ("random", "100M", 300),
+    ("append", "100M", 100), ("hotspot", "400M", 300), ("random", "30M", 50),
+    ("sweep", "150M", 500),
+]  # fmt: skip
+
+
+@bench.command("expected")
+@click.option("--size", default="1G", show_default=True)
+@click.option("--runs", default=20, show_default=True, type=click.IntRange(1))
+@as_json
+def bench_expected(size: str, runs: int, as_json: bool) -> None:
+    """How far real downtimes are from the last expected-downtime, over mixed workloads."""
+    workloads = iter(MIXED_WORKLOADS * runs)
+
+    async def once() -> dict[str, float]:
+        pattern, rate, limit_ms = next(workloads)
+        return await live.downtime_once(size, rate, limit_ms, pattern)
+
+    publish("expected", _repeat(once, runs), as_json=as_json, size=size)
+
+
 @bench.command("downtime")
 @click.option("--size", default="2G", show_default=True)
 @click.option("--rate", default="200M", show_default=True)

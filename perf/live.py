@@ -30,12 +30,14 @@ async def _writes_per_s(control: Control) -> float:
     return float((later - writes) / (now - began))
 
 
-async def downtime_once(size: str, rate: str, limit_ms: int) -> dict[str, float]:
-    """One migration of a guest that writes to a hot tenth of its RAM.
+async def downtime_once(
+    size: str, rate: str, limit_ms: int, pattern: str = "hotspot"
+) -> dict[str, float]:
+    """One migration of a guest that writes; hotspot: to a hot tenth of its RAM.
 
     :raise MigrationError: it failed, or a page was wrong."""
     source = Control.start(
-        f"workload:size={size},rate={rate},pattern=hotspot",
+        f"workload:size={size},rate={rate},pattern={pattern}",
         settings=["max-bandwidth=0", f"downtime-limit={limit_ms}"],
     )
     destination = Control.start(f"workload:size={size}", "tcp:127.0.0.1:0")
@@ -50,9 +52,12 @@ async def downtime_once(size: str, rate: str, limit_ms: int) -> dict[str, float]
         raise MigrationError(
             f"{verdict.wrong_pages} pages wrong, {verdict.lost_writes} writes lost"
         )
+    downtime_ms = sum(result.phases_ns.values()) / 1e6
+    expected_ms = result.raw["x-expected-downtime-ns"] / 1e6
     return {
-        "downtime_ms": sum(result.phases_ns.values()) / 1e6,
-        "expected_downtime_ms": result.raw["x-expected-downtime-ns"] / 1e6,
+        "downtime_ms": downtime_ms,
+        "expected_downtime_ms": expected_ms,
+        "downtime_off_expected_factor": max(downtime_ms / expected_ms, expected_ms / downtime_ms),
         "total_time_ms": float(result.total_time_ms),
         "guest_speed_during_to_before_ratio": during / before,
     }
