@@ -11,10 +11,11 @@ from typing import Final
 from engine.control.uri import Address, parse_listen_address
 from engine.errors import MigrationError, UsageError, shown
 
-PROMPT: Final = b"(ramferry) "
+PROMPT: Final = b"(ramferry) "  #: engine.control.hmp.server's; to import it takes 0.2 s
+QEMU_PROMPT: Final = b"(qemu) "
 BANNER: Final = b"ramferry "
 CONNECT_WAIT_S: Final = 5.0
-#: Twice what the server prints for one line.
+#: More than the server prints for one line: 64 Ki characters, 6 bytes each at most.
 ANSWER_BYTES_MAX: Final = 1024 * 1024
 READ_BYTES: Final = 64 * 1024
 
@@ -58,7 +59,9 @@ class Connection:
         try:
             greeting = self._receive(CONNECT_WAIT_S)
         except MigrationError as exc:
-            raise UsageError(f"what listens at '{where}' is no human monitor: {exc}") from exc
+            raise UsageError(
+                f"what listens at '{where}' is no human monitor of ramferry: {exc}"
+            ) from exc
         if greeting.text.startswith(BANNER.decode()):
             return
         if greeting.text.startswith("Error: "):
@@ -92,6 +95,8 @@ class Connection:
         while not _is_whole(received):
             if received.startswith(b'{"QMP"'):
                 raise MigrationError("it speaks QMP; the socket of --hmp is wanted")
+            if received.startswith(b"QEMU ") and received.endswith(b"\n" + QEMU_PROMPT):
+                raise MigrationError("it is QEMU's own; the socket of --hmp is wanted")
             if len(received) > ANSWER_BYTES_MAX:
                 raise MigrationError("the monitor's answer has no end")
             try:

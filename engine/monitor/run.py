@@ -9,10 +9,9 @@ from typing import Final, TextIO
 import click
 
 from engine.control.uri import Address
-from engine.errors import MigrationError
-from engine.monitor.connection import Answer, Connection, parse_address
+from engine.errors import MigrationError, UsageError
+from engine.monitor.connection import PROMPT, Answer, Connection, parse_address
 
-PROMPT: Final = "(ramferry) "
 COMPLETE_WAIT_S: Final = 2.0
 LEAVING: Final = ("quit", "q")
 NO_EDITOR: Final = (
@@ -79,8 +78,8 @@ def _reader(conversation: Conversation) -> ReadLine:
         if exc.name is None or exc.name.partition(".")[0] != "prompt_toolkit":
             raise
         _say(NO_EDITOR)
-        return lambda: input(PROMPT)
-    return editor(PROMPT, conversation.complete)
+        return lambda: input(PROMPT.decode())
+    return editor(PROMPT.decode(), conversation.complete)
 
 
 def _piped() -> str:
@@ -119,9 +118,14 @@ class Conversation:
                 raise MigrationError("the monitor closed the connection")
 
     def _ask(self, line: str) -> Answer | None:
-        """None: the user did not want to wait."""
+        """None: the user did not want to wait.
+
+        :raise MigrationError: the server is gone."""
         if self._connection is None:
-            self._connection = Connection(self._address)
+            try:
+                self._connection = Connection(self._address)
+            except UsageError as exc:  # it was there at first
+                raise MigrationError(f"the monitor is gone: {exc}") from exc
         try:
             return self._connection.ask(line)
         except KeyboardInterrupt:
@@ -142,11 +146,12 @@ class Conversation:
         if self._connection is None:
             return []
         try:
-            answer = self._connection.ask(f"x_complete {line}", COMPLETE_WAIT_S)
+            answer = self._connection.ask(f"x_once x_complete {line}", COMPLETE_WAIT_S)
         except MigrationError:
             self.close()  # an answer that comes later would be taken for another line's
             return []
-        return answer.text.splitlines()
+        verdict, _, candidates = answer.text.partition("\n")
+        return candidates.splitlines() if verdict == "ok" else []
 
     def close(self) -> None:
         """Idempotent; the next line connects again."""

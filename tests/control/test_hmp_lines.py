@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.control.hmp import views
-from engine.control.hmp.expression import DEPTH_MAX
+from engine.control.hmp.expression import DEPTH_MAX, OPERATORS_MAX
 from engine.control.hmp.parser import Argument, Kind, flag, parse_arguments
 from engine.control.hmp.reader import WrongLine
 from engine.control.hmp.telnet import LINE_BYTES_MAX, LineSplitter, Overlong
@@ -112,6 +112,7 @@ def test_flags_and_words(text: str, values: tuple[object, ...]) -> None:
         ("+-7/2", -3), ("0-7%4", -3), ("2&3+1", 3), ("6|1", 7), ("6^2", 4), ("~0", -1),
         ("'a'", 97), ("0xffffffffffffffff", -1), ("9223372036854775807+1", -(2**63)),
         ("(" * (DEPTH_MAX - 1) + "5" + ")" * (DEPTH_MAX - 1), 5),
+        ("1" + "+1" * OPERATORS_MAX, OPERATORS_MAX + 1),
     ],
 )  # fmt: skip
 def test_expressions(text: str, value: int | None) -> None:
@@ -132,6 +133,9 @@ def test_expressions(text: str, value: int | None) -> None:
         ("0x10000000000000000", "number too large"), ("9" * 5000, "number too large"),
         ("1 2 3", "calc: extraneous characters"),
         ("(" * 5000, f"may have {DEPTH_MAX} brackets"), ("~" * 5000, f"may have {DEPTH_MAX}"),
+        ("1" + "*1" * (OPERATORS_MAX + 1), f"may have {OPERATORS_MAX} operators"),
+        ("~1+" * OPERATORS_MAX + "1", f"may have {OPERATORS_MAX} operators"),
+        ("(1)+" * OPERATORS_MAX + "1", f"may have {OPERATORS_MAX} operators"),
     ],
 )  # fmt: skip
 def test_wrong_expressions(text: str, says: str) -> None:
@@ -210,7 +214,7 @@ def test_every_line_of_info_migrate() -> None:
                            {"type": "unix", "path": "/p"}],
         "x-tracker": "uffd-wp",
     }  # fmt: skip
-    assert list(views.migration(info))[7:] == [
+    assert list(views.migration(info, only_migratable=False))[7:] == [
         "Outgoing migration blocked:", "  non-migratable device: x",
         "Migration status: active", "total time: 1 ms", "expected downtime: 2 ms",
         "downtime: 3 ms", "setup: 4 ms", "transferred ram: 427 kbytes", "throughput: 12.35 mbps",
@@ -230,16 +234,25 @@ def test_every_line_of_info_migrate() -> None:
 
 def test_what_has_no_number_has_no_line() -> None:
     quiet = dict.fromkeys(RAM, 0) | {"mbps": 0.0}
-    text = "\n".join(views.migration({"status": "completed", "ram": quiet}))
+    text = "\n".join(views.migration({"status": "completed", "ram": quiet}, only_migratable=False))
     for word in ("dirty pages rate", "postcopy", "precopy", "downtime", "Zero-copy", "blocked"):
         assert word not in text
-    assert list(views.migration({})) == list(views.GLOBALS)
+
+
+@pytest.mark.parametrize(("flag", "text"), [(False, "off"), (True, "on")])
+def test_only_migratable_is_the_one_global_that_may_change(flag: bool, text: str) -> None:
+    assert list(views.migration({}, only_migratable=flag)) == [
+        "globals:", "store-global-state: on", f"only-migratable: {text}", "send-configuration: on",
+        "send-section-footer: on", "send-switchover-start: on", "clear-bitmap-shift: 18",
+    ]  # fmt: skip
 
 
 def test_only_a_failure_shows_its_reason() -> None:
-    failed = list(views.migration({"status": "failed", "error-desc": "why"}))
+    failed = list(views.migration({"status": "failed", "error-desc": "why"}, only_migratable=False))
     assert failed[-2:] == ["Migration status: failed (why)", "total time: 0 ms"]
-    cancelled = list(views.migration({"status": "cancelled", "error-desc": "why"}))
+    cancelled = list(
+        views.migration({"status": "cancelled", "error-desc": "why"}, only_migratable=False)
+    )
     assert cancelled[-2] == "Migration status: cancelled"
 
 

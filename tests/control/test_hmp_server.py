@@ -152,6 +152,35 @@ def test_a_client_gets_its_prompt_back_whatever_goes_wrong(
     asyncio.run(scenario())
 
 
+def test_a_client_that_floods_leaves_others_their_turn(tmp_path: Path) -> None:
+    async def scenario() -> list[int]:
+        path, turns, seen = tmp_path / "hmp", 0, []
+
+        async def stop() -> object:
+            seen.append(turns)
+            return {}
+
+        async def another() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async with serving(path, {"stop": stop}), client(path) as one:
+            await one.until_prompt()
+            running = asyncio.ensure_future(another())
+            for _ in range(3):
+                one.writer.write(b"stop\n" * LINES_MAX)
+                for _ in range(LINES_MAX):
+                    await one.until_prompt()
+            running.cancel()
+        return seen
+
+    seen = asyncio.run(scenario())
+    assert len(seen) == 3 * LINES_MAX
+    assert seen == sorted(set(seen))  # a turn between any two lines
+
+
 def test_closing_ends_who_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.control.hmp.held.LOOK_S", 3600.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -12,6 +13,7 @@ from engine.control.parameter_table import PARAMETERS, Kind
 from engine.control.status import Status
 
 SWITCH: Final = ("off", "on")
+BEFORE_A_LINE: Final = ("help", "?", "x_once")  #: words whose argument is another line
 
 
 def complete(table: CommandTable, line: str) -> list[str]:
@@ -26,11 +28,10 @@ def complete(table: CommandTable, line: str) -> list[str]:
 
 
 def _candidates(table: CommandTable, before: Sequence[str]) -> Iterable[str]:
-    if not before:
+    inner = list(itertools.dropwhile(BEFORE_A_LINE.__contains__, before))
+    if not inner:
         return table.names()
-    name, *given = before
-    if name in ("help", "?", "x_once"):
-        return _candidates(table, given)
+    name, *given = inner
     command = table.get(name)
     if command is not None and command.items is not None:
         return command.items.names() if not given else ()

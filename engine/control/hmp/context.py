@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,13 @@ from engine.control.qmp.registry import CommandRegistry
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Commands of QMP, which do everything, and what to wait with."""
+    """Commands of QMP, which do everything, and what to wait with.
+
+    :ivar is_only_migratable: `--only-migratable`, which no command of QMP tells."""
 
     registry: CommandRegistry
     held: Held
+    is_only_migratable: Callable[[], bool]
 
     async def ask(self, command: str, **arguments: Any) -> Any:
         """Run a command of QMP; `_` in argument names stands for `-`, and None for an absent one.

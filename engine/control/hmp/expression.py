@@ -12,6 +12,7 @@ from engine.errors import shown
 UINT64_MAX: Final = 2**64 - 1
 SIGN_BIT: Final = 2**63
 DEPTH_MAX: Final = 32  #: brackets and signs inside each other; QEMU has no limit
+OPERATORS_MAX: Final = 64  #: signs and brackets too: one expression must not keep the engine
 DIGITS_MAX: Final = len(str(UINT64_MAX))
 _NUMBER: Final = re.compile(r"0[xX]([0-9a-fA-F]+)|0([0-7]*)|([1-9][0-9]*)", re.ASCII)
 _REGISTER: Final = re.compile(r"[A-Za-z0-9_.]*")
@@ -57,6 +58,7 @@ class Expression:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._depth = 0
+        self._operators = 0
 
     def value(self) -> int:
         """A signed number of 64 bits.
@@ -70,9 +72,15 @@ class Expression:
             return self._unary()
         value = self._level(level + 1)
         while (operator := self._reader.here) and operator in _LEVELS[level]:
-            self._next()
+            self._operator()
             value = signed(_LEVELS[level][operator](value, self._level(level + 1)))
         return value
+
+    def _operator(self) -> None:
+        self._operators += 1
+        if self._operators > OPERATORS_MAX:
+            raise WrongLine(f"an expression may have {OPERATORS_MAX} operators")
+        self._next()
 
     def _next(self) -> None:
         self._reader.position += 1
@@ -87,13 +95,13 @@ class Expression:
                 case "":
                     raise WrongLine("unexpected end of expression")
                 case "+":
-                    self._next()
+                    self._operator()
                     return self._unary()
                 case "-":
-                    self._next()
+                    self._operator()
                     return signed(-self._unary())
                 case "~":
-                    self._next()
+                    self._operator()
                     return ~self._unary()
                 case "(":
                     return self._brackets()
@@ -108,7 +116,7 @@ class Expression:
             self._depth -= 1
 
     def _brackets(self) -> int:
-        self._next()
+        self._operator()
         value = self._level(0)
         if self._reader.here != ")":
             raise WrongLine("')' expected")

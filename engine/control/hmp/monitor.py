@@ -29,13 +29,11 @@ class HumanMonitor:
         self.held = held
 
     async def run(self, line: str, console: Console) -> None:
-        """Run one line; whatever happens is text on the console, and never an exception.
-
-        A line ends at its first NUL, as a string in C, and is refused if it is too long."""
+        """Run one line; whatever happens is text on the console, and never an exception."""
         if len(line.encode(errors="replace")) > LINE_BYTES_MAX:
             console.refuse(TOO_LONG)
             return
-        reader = Reader(line.partition("\0")[0])
+        reader = Reader(line)
         try:
             command = self.table.find(reader)
             if command is None:

@@ -19,7 +19,9 @@ class HumanMonitorCommand(Arguments, frozen=True):
 
 def register(registry: CommandRegistry, process: ControlProcess) -> HumanMonitor:
     """Add human-monitor-command; return the monitor, so that other clients can share it."""
-    monitor = build_monitor(registry, Held(lambda: process.outgoing))
+    monitor = build_monitor(
+        registry, Held(lambda: process.outgoing), lambda: process.blockers.only_migratable
+    )
 
     async def human_monitor_command(arguments: HumanMonitorCommand) -> object:
         if arguments.cpu_index not in (None, 0):

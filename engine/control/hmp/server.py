@@ -62,6 +62,7 @@ class Session:
                     await self._write(console.text.encode(errors="backslashreplace"))
                     break
                 await self._write(console.text.encode(errors="backslashreplace") + PROMPT)
+                await asyncio.sleep(0)  # nothing else suspends while lines wait
         except OSError:  # TCP knows more ends than ConnectionError, such as ETIMEDOUT
             log.debug("a client of the human monitor is gone")
         finally:

@@ -9,11 +9,12 @@ Json = Mapping[str, Any]
 
 KIB: Final = 1024
 
-#: QEMU's defaults; nothing here can change them, and scripts look for the lines behind them.
+#: Scripts look for the lines behind them. `--only-migratable` sets one, the others are QEMU's
+#: defaults, which nothing here can change.
 GLOBALS: Final = (
     "globals:",
     "store-global-state: on",
-    "only-migratable: off",
+    "only-migratable: {}",
     "send-configuration: on",
     "send-section-footer: on",
     "send-switchover-start: on",
@@ -25,9 +26,9 @@ def on_or_off(value: object) -> str:
     return "on" if value else "off"
 
 
-def migration(info: Json) -> Iterator[str]:
+def migration(info: Json, *, only_migratable: bool) -> Iterator[str]:
     """`info migrate` of a query-migrate."""
-    yield from GLOBALS
+    yield from (line.format(on_or_off(only_migratable)) for line in GLOBALS)
     if info.get("blocked-reasons"):
         yield "Outgoing migration blocked:"
         yield from (f"  {reason}" for reason in info["blocked-reasons"])

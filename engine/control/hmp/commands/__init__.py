@@ -5,6 +5,8 @@ A module has `commands(context)` and `items(context)`: its commands, and its ite
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.control.hmp.commands import dirtyrate, general, meta, migration, settings, snapshots
 from engine.control.hmp.context import Context
 from engine.control.hmp.held import Held
@@ -15,9 +17,11 @@ from engine.control.qmp.registry import CommandRegistry
 SUBJECTS = (general, migration, settings, dirtyrate, snapshots)
 
 
-def build_monitor(registry: CommandRegistry, held: Held) -> HumanMonitor:
+def build_monitor(
+    registry: CommandRegistry, held: Held, is_only_migratable: Callable[[], bool] = lambda: False
+) -> HumanMonitor:
     """The human monitor over QMP's commands; its clients share it."""
-    context = Context(registry, held)
+    context = Context(registry, held, is_only_migratable)
     commands: list[HmpCommand] = []
     items: list[HmpCommand] = []
     for subject in SUBJECTS:

@@ -77,7 +77,8 @@ class Migration:
 
     async def info(self, console: Console, values: Values) -> None:
         answer = await self._context.ask("query-migrate")
-        console.print(*views.migration(answer))
+        only_migratable = self._context.is_only_migratable()
+        console.print(*views.migration(answer, only_migratable=only_migratable))
         if values["all"]:
             console.print(*views.extensions(answer))
 

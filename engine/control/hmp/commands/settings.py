@@ -12,7 +12,6 @@ from engine.control.hmp.table import HmpCommand
 from engine.control.parameters import hmp_lines, parse_hmp_value
 from engine.errors import UsageError, shown
 
-DOWNTIME_S_MAX: Final = 2000
 KIB: Final = 1024
 
 
@@ -50,13 +49,7 @@ class Settings:
         await self._set("max-bandwidth", values["value"])
 
     async def set_downtime(self, console: Console, values: Values) -> None:
-        seconds = float(values["value"])
-        if not 0 <= seconds <= DOWNTIME_S_MAX:
-            raise UsageError(
-                "Parameter 'downtime_limit' expects an integer in the range of 0 to "
-                f"{DOWNTIME_S_MAX} seconds"
-            )
-        await self._set("downtime-limit", int(seconds * 1000))
+        await self._context.ask("migrate_set_downtime", value=values["value"])
 
     async def set_cache_size(self, console: Console, values: Values) -> None:
         """Rounded down to a power of two, as it was then."""
