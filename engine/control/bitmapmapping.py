@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
+from engine.control.identifiers import is_well_formed
 from engine.errors import UsageError, shown
 
 ALIAS_BYTES_MAX: Final = 255  #: one byte of QEMU's stream holds the length
@@ -55,7 +56,7 @@ def check_mapping(mapping: list[dict[str, Any]]) -> None:
 
 def _check_node(node: dict[str, Any], seen: set[str], by_name: bool) -> None:
     name, alias = node["node-name"], node["alias"]
-    if not _is_well_formed(alias):
+    if not is_well_formed(alias):
         raise _invalid(f"The node alias '{shown(alias)}' is not well-formed")
     _check_length("node alias", alias, ALIAS_BYTES_MAX)
     _check_length("node name", name, NODE_NAME_BYTES_MAX)
@@ -77,15 +78,6 @@ def _check_bitmap(
     if not by_name and alias in seen:
         raise _invalid(f"The bitmap alias '{shown(node['alias'])}'/'{shown(alias)}' is used twice")
     seen.add(name if by_name else alias)
-
-
-def _is_well_formed(identity: str) -> bool:
-    """QEMU's ids: a letter, then letters, digits, `-`, `.` and `_`."""
-    return (
-        identity.isascii()
-        and identity[:1].isalpha()
-        and all(character.isalnum() or character in "-._" for character in identity)
-    )
 
 
 def _check_length(what: str, text: str, bytes_max: int) -> None:

@@ -88,10 +88,11 @@ class DirtySync:
 
     async def _converge(self, dirty_bytes: int) -> None:
         settings = self._host.parameters
-        sent_bytes = self._senders.total(Count.WIRE_BYTES)
+        total_bytes = self._senders.total(Count.WIRE_BYTES)
+        sent_bytes, self._sent_bytes = total_bytes - self._sent_bytes, total_bytes
         percent = self._throttle.after_round(
             dirty_bytes,
-            sent_bytes - self._sent_bytes,
+            sent_bytes,
             policy.ThrottleSettings(
                 self.throttles_always or self._host.capability("auto-converge"),
                 settings.throttle_trigger_threshold,
@@ -102,10 +103,9 @@ class DirtySync:
             ),
         )
         if self._host.capability("dirty-limit") and self._limit_trigger.after_round(
-            dirty_bytes, sent_bytes - self._sent_bytes, settings.throttle_trigger_threshold
+            dirty_bytes, sent_bytes, settings.throttle_trigger_threshold
         ):
             await self._limit(settings.vcpu_dirty_limit)
-        self._sent_bytes = sent_bytes
         if percent != self._numbers.throttle_percent:
             self._numbers.throttle_percent = percent
             await self._host.guest.throttle(percent)

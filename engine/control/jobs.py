@@ -5,22 +5,21 @@ that could hold one. A failed job stays until it is dismissed, so that its error
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from engine.control.identifiers import is_well_formed
 from engine.errors import UsageError, shown
 
 JOBS_MAX: Final = 64
 IDENTIFIER_CHARACTERS_MAX: Final = 255
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # QEMU's id_wellformed
 
 
 def is_identifier(text: str) -> bool:
-    """QEMU's form of an id: a letter, then letters, digits, `-`, `.` and `_`; not so long that
-    whoever does not read what repeats it could fill the memory."""
-    return len(text) <= IDENTIFIER_CHARACTERS_MAX and _IDENTIFIER.fullmatch(text) is not None
+    """QEMU's form of an id, and not so long that whoever does not read what repeats it could fill
+    the memory."""
+    return len(text) <= IDENTIFIER_CHARACTERS_MAX and is_well_formed(text)
 
 
 class JobType(enum.Enum):

@@ -116,7 +116,7 @@ class Journal:
             raise UsageError(
                 f"state directory '{shown(directory)}' cannot be used: {exc.strerror}"
             ) from exc
-        self._fd = -1
+        self._fd, self._written = -1, 0
         self._records: list[Record] = []  #: of this life, as far as they still matter
         try:
             self._lock(directory)

@@ -60,7 +60,6 @@ class OutgoingMigration:
         self._model = policy.PauseModel()
         self._stall = StallDetector()
         self._is_forced = False  #: a stall ends with the switchover, however long it takes
-        self._ran_before = False  #: the guest ran when the engine stopped it
         self._is_held = False  #: the engine has stopped the guest, or tried to
         self.is_outcome_unknown = False  #: nobody has said who has the right to run
         self._pause_began_ns = self._stood_ns = self._refreshed_ns = 0
@@ -280,7 +279,7 @@ class OutgoingMigration:
         self._is_held = True
         self._pause_began_ns = time.monotonic_ns()
         self._stood_ns = await guest.pause(for_migration=True)
-        self._ran_before = is_running = not guest.is_stopped_by_user
+        is_running = not guest.is_stopped_by_user
         self._host.set_run_state(RunState.FINISH_MIGRATE)
         dirty_bytes = await self._need_sync().collect(throttles=False)
         now_ns = time.monotonic_ns()

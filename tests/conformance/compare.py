@@ -39,17 +39,12 @@ def compare(
     """Send each request to both, in order, and compare the answers.
 
     :raise AssertionError: with a line for every difference that nobody explains."""
-    unexplained = []
+    unexplained: list[str] = []
     for request in requests:
-        theirs, own = qemu.ask(request), ours.ask(request)
         text = (
-            request.decode(errors="replace")
-            if isinstance(request, bytes)
-            else (json.dumps(request))
+            request.decode(errors="replace") if isinstance(request, bytes) else json.dumps(request)
         )
-        for path, one, other in unlike(theirs, own):
-            if not _is_explained(text, path, differences):
-                unexplained.append(f"{text[:200]}\n  {path}: QEMU {one!r}\n  ours {other!r}")
+        unexplained += _unexplained(text, qemu.ask(request), ours.ask(request), differences)
     assert not unexplained, "\n".join(unexplained)
 
 
@@ -62,13 +57,20 @@ def compare_streams(
     """Send each stream to both, and compare all that comes back: `[2].error.desc` is a member.
 
     :raise AssertionError: with a line for every difference that nobody explains."""
-    unexplained = []
+    unexplained: list[str] = []
     for stream in streams:
         text = stream.decode(errors="backslashreplace")
-        for path, one, other in unlike(qemu.converse(stream), ours.converse(stream)):
-            if not _is_explained(text, path, differences):
-                unexplained.append(f"{stream[:200]!r}\n  {path}: QEMU {one!r}\n  ours {other!r}")
+        unexplained += _unexplained(text, qemu.converse(stream), ours.converse(stream), differences)
     assert not unexplained, "\n".join(unexplained)
+
+
+def _unexplained(
+    text: str, theirs: Any, own: Any, differences: Sequence[Difference]
+) -> Iterator[str]:
+    """A line for every member that differs without a reason; `text` is what was sent."""
+    for path, one, other in unlike(theirs, own):
+        if not _is_explained(text, path, differences):
+            yield f"{text[:200]}\n  {path}: QEMU {one!r}\n  ours {other!r}"
 
 
 def unlike(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -17,7 +17,7 @@ from typing import Final
 from engine.control.hmp.console import Console
 from engine.control.hmp.monitor import TOO_LONG, HumanMonitor
 from engine.control.hmp.telnet import LineSplitter, Overlong
-from engine.control.qmp.listener import Listener
+from engine.control.qmp.listener import Listeners
 from engine.control.uri import Address
 
 log = logging.getLogger("ramferry.hmp")
@@ -123,7 +123,7 @@ class HmpServer:
 
     def __init__(self, monitor: HumanMonitor) -> None:
         self._monitor = monitor
-        self._listeners: list[Listener] = []
+        self._listeners = Listeners(self._accept)
         self._sessions: dict[asyncio.Task[None], Session | None] = {}  #: None: not greeted yet
         self._is_closing = False
 
@@ -136,9 +136,7 @@ class HmpServer:
         """Accept clients at `address` (unix sockets get mode 0600).
 
         :raise UsageError: something else listens there, or it cannot be used."""
-        listener = await Listener.open(address)
-        self._listeners.append(listener)
-        listener.start(self._accept)
+        await self._listeners.open(address)
 
     def _accept(self, connected: socket.socket) -> None:
         if self._is_closing or len(self._sessions) >= CLIENTS_MAX:
@@ -174,9 +172,7 @@ class HmpServer:
         Takes FLUSH_WAIT_S and END_WAIT_S at most, whatever the clients do."""
         self._is_closing = True
         self._monitor.held.close()
-        for listener in self._listeners:
-            listener.close()
-        self._listeners = []
+        self._listeners.close()
         sessions = dict(self._sessions)
         for session in sessions.values():
             if session is not None:

@@ -93,6 +93,29 @@ class Listener:
         self._sockets = []
 
 
+class Listeners:
+    """All of one server; owns them."""
+
+    def __init__(self, take: Callable[[socket.socket], None]) -> None:
+        """`take` owns every connection that it gets."""
+        self._take = take
+        self._listeners: list[Listener] = []
+
+    async def open(self, address: Address) -> None:
+        """Accept clients at `address` (unix sockets get mode 0600).
+
+        :raise UsageError: something else listens there, or it cannot be used."""
+        listener = await Listener.open(address)
+        self._listeners.append(listener)
+        listener.start(self._take)
+
+    def close(self) -> None:
+        """Accept nobody any more. Idempotent."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
+
+
 def _turn_away(connected: socket.socket) -> None:
     connected.close()
 

@@ -37,6 +37,14 @@ class Command:
     returns: Any = None
     features: tuple[str, ...] = ()
 
+    async def run(self, given: Mapping[str, Any]) -> object:
+        """Check the arguments and execute; an asynchronous one is waited for.
+
+        :raise QmpError: wrong arguments.
+        :raise MigrationError: what the command itself says."""
+        answer = await self.handler(parse_arguments(self.arguments, given))
+        return {} if answer is None else answer
+
 
 class CommandRegistry:
     """All commands by name, in the order in which they were added."""
@@ -92,6 +100,4 @@ class CommandRegistry:
 
         :raise QmpError: not found, or wrong arguments.
         :raise MigrationError: what the command itself says."""
-        command = self.find(name)
-        answer = await command.handler(parse_arguments(command.arguments, given))
-        return {} if answer is None else answer
+        return await self.find(name).run(given)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from engine.control.qmp.connection import Connection
 from engine.control.qmp.events import EVENTS_MAX, make_event
-from engine.control.qmp.listener import Listener
+from engine.control.qmp.listener import Listeners
 from engine.control.qmp.messages import VERSION
 from engine.control.qmp.registry import CommandRegistry
 from engine.control.qmp.session import REQUESTS_MAX, Session
@@ -33,7 +33,7 @@ class QmpServer:
 
     def __init__(self, registry: CommandRegistry) -> None:
         self._registry = registry
-        self._listeners: list[Listener] = []
+        self._listeners = Listeners(self._accept)
         self._sessions: dict[Session, asyncio.Task[None]] = {}
         self._works = Works()
         self._is_closing = False
@@ -42,9 +42,7 @@ class QmpServer:
         """Accept clients at `address` (unix sockets get mode 0600).
 
         :raise UsageError: something else listens there, or it cannot be used."""
-        listener = await Listener.open(address)
-        self._listeners.append(listener)
-        listener.start(self._accept)
+        await self._listeners.open(address)
 
     def _accept(self, connected: socket.socket) -> None:
         if self._is_closing or len(self._sessions) >= CLIENTS_MAX:
@@ -75,9 +73,7 @@ class QmpServer:
 
         Takes FLUSH_WAIT_S and COMMANDS_WAIT_S at most, whatever the clients do."""
         self._is_closing = True
-        for listener in self._listeners:
-            listener.close()
-        self._listeners = []
+        self._listeners.close()
         await asyncio.gather(*(session.flush() for session in tuple(self._sessions)))
         tasks = tuple(self._sessions.values())
         for task in tasks:

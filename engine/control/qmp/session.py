@@ -30,7 +30,7 @@ from engine.control.qmp.messages import (
 )
 from engine.control.qmp.monitor import Monitor, current_monitor
 from engine.control.qmp.registry import Command, CommandRegistry
-from engine.control.qmp.visitor import QmpError, parse_arguments
+from engine.control.qmp.visitor import QmpError
 from engine.control.qmp.works import Works, when_all_ended
 from engine.errors import MigrationError
 
@@ -199,9 +199,7 @@ class Session:
         try:
             if isinstance(order, QmpError):
                 raise order
-            command = order.command
-            answer = await command.handler(parse_arguments(command.arguments, order.arguments))
-            return line({"return": {} if answer is None else answer} | identity)
+            return line({"return": await order.command.run(order.arguments)} | identity)
         except QmpError as exc:
             return error_line(exc.class_, str(exc), identity)
         except MigrationError as exc:
