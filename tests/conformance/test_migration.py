@@ -7,7 +7,8 @@ from typing import Any, Final
 import pytest
 
 from tests.conformance.compare import Difference, check_documented, compare
-from tests.conformance.peers import Peer, both, peer
+from tests.conformance.peers import Client, Peer, both, peer
+from tests.support import eventually
 
 DIFFERENCES: Final = (
     Difference(
@@ -188,7 +189,7 @@ def _run(engine: str, scenario: str) -> dict[str, Any]:
         seen = SCENARIOS[scenario](couple)
         seen["source"], seen["destination"] = couple.sequences()
         for side, one in (("source", couple.source), ("destination", couple.destination)):
-            seen[f"{side} status"] = one.execute("query-status")["return"]
+            seen[f"{side} status"] = _settled_status(one)
             info = one.execute("query-migrate")["return"]
             seen[f"{side} migration"] = info.get("status")
             if info.get("status") == "cancelled":  # QEMU's has it when the reader was the first
@@ -197,10 +198,24 @@ def _run(engine: str, scenario: str) -> dict[str, Any]:
         return seen
 
 
+def _settled_status(one: Client) -> dict[str, Any]:
+    """`query-status` once the migration's end has reached the run state: QEMU emits `completed`
+    first, and goes from `finish-migrate` to `postmigrate` a moment later, with no event."""
+    seen: dict[str, Any] = {}
+
+    def has_settled() -> bool:
+        seen.update(one.execute("query-status")["return"])
+        return seen["status"] not in ("finish-migrate", "inmigrate")
+
+    eventually(has_settled, 5.0)
+    return seen
+
+
 def _completes(couple: Couple) -> dict[str, Any]:
     couple.migrate()
     couple.source.wait_event("MIGRATION", status="completed")
     couple.destination.wait_event("MIGRATION", status="completed")
+    _settled_status(couple.source)
     return {"again": couple.source.execute("migrate", uri=couple.uri)}
 
 
