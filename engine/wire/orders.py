@@ -1,0 +1,108 @@
+"""Orders and reports (control <-> worker, on a socket pair): one message of `Order` or `Report` in
+one datagram, at most ORDER_BYTES_MAX; descriptors travel beside `Prepare`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from engine.wire.main import ChannelBroken, RoundReceived
+from engine.wire.messages import BlockShape, Message
+
+
+class PrepareSender(Message, frozen=True):
+    """Control -> sender. Beside it: the descriptors that `SENDER_FDS` names, then the RAM blocks'
+    and,
+    where the tracker has them, the pagemap or bitmap descriptor of each block."""
+
+    index: int
+    count: int
+    session: bytes
+    endpoint: str
+    incarnation: int
+    blocks: list[BlockShape]
+    tracker: str
+    addresses: list[int]
+    detect_zero: bool
+    hash_seed: int
+
+
+class PrepareReceiver(Message, frozen=True):
+    """Control -> receiver. Beside it: the placed bitmap, the progress page, then the RAM blocks."""
+
+    index: int
+    session: bytes
+    bind: str
+    incarnation: int
+    blocks: list[BlockShape]
+
+
+RECEIVER_FDS: Final = ("placed", "progress")
+
+
+class OpenChannel(Message, frozen=True):
+    """Control -> sender: drop what you send, make the channel anew."""
+
+    endpoint: str
+    incarnation: int
+
+
+class Harvest(Message, frozen=True):
+    """Control -> sender: move what the tracker found into the dirty bitmap."""
+
+    number: int
+
+
+class SendRound(Message, frozen=True):
+    """Control -> sender: send the slice's dirty pages, then ROUND_END."""
+
+    round_number: int
+
+
+class Ready(Message, frozen=True):
+    """Worker -> control: prepared; a receiver says where it listens and how it places pages."""
+
+    endpoint: str = ""
+    placement: str = ""
+
+
+class Opened(Message, frozen=True):
+    """Worker -> control: this incarnation is open; nothing older is used any more."""
+
+    incarnation: int
+
+
+class Harvested(Message, frozen=True):
+    """Sender -> control: the answer to `Harvest`.
+
+    :ivar dirty_pages: of the slice, now; what is in flight is not counted.
+    :ivar found_pages: of the slice, found written since the last harvest, dirty before or not
+        (content-hash looks at no page that is dirty, so there it is a lower bound).
+    """
+
+    number: int
+    dirty_pages: int
+    found_pages: int
+
+
+class RoundSent(Message, frozen=True):
+    """Sender -> control: the totals that ROUND_END says."""
+
+    incarnation: int
+    round_number: int
+    packets: int
+    pages: int
+    zero_pages: int
+    payload_bytes: int
+
+
+class WorkerFailed(Message, frozen=True):
+    """Worker -> control: an expected failure ends the worker."""
+
+    reason: str
+
+
+SenderOrder = PrepareSender | OpenChannel | Harvest | SendRound
+ReceiverOrder = PrepareReceiver
+SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | WorkerFailed
+ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | WorkerFailed
