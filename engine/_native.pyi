@@ -21,6 +21,7 @@ Slice = tuple[int, int, int, int]
 
 PAGE_SIZE: int  #: 4096
 BATCH_WALK_PAGES_MAX: int  #: no batch has more pages, zero ones included
+SPLIT_PAGES_MAX: int  #: of one split_compressible
 UFFD_USER_MODE_ONLY: int
 UFFD_FEATURE_MISSING_SHMEM: int
 UFFD_FEATURE_MISSING_HUGETLBFS: int
@@ -87,6 +88,19 @@ def take_batch(
 
 def gather(ram: Buffer, runs: Buffer, run_count: int) -> bytes:
     """Copy the runs' pages, in order, into one new bytes object (allocated without clearing)."""
+
+def split_compressible(
+    ram: Buffer, runs: Buffer, run_count: int, out_runs: Buffer
+) -> tuple[int, int, int]:
+    """Sort up to SPLIT_PAGES_MAX pages by what a codec would gain, from 256 sampled bytes of each.
+
+    Writes to `out_runs` the runs of pages worth compressing, then those of the others (random,
+    encrypted, compressed already), both in the order of `runs`, adjacent pages merged. `out_runs`
+    has room for a run of each page; it may be `runs` itself. A heuristic: about one random page in
+    10**6 counts as compressible; text, pointers, integers, code and sparse pages always do.
+
+    :return: (compressible runs, compressible pages, raw runs).
+    """
 
 def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count: int) -> None:
     """Store the seeded 128-bit hash of each page of the private copy `pages` (the runs' pages in

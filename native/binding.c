@@ -12,6 +12,7 @@
 #include "batch.h"
 #include "bitmap.h"
 #include "budget.h"
+#include "compressibility.h"
 #include "linux_abi.h"
 #include "page_hash.h"
 #include "pages.h"
@@ -499,6 +500,46 @@ static PyObject *native_gather(PyObject *module, PyObject *args)
         gather(ram.buf, runs.buf, (size_t)run_count, (unsigned char *)output);
         Py_END_ALLOW_THREADS
     }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&ram);
+    return result;
+}
+
+static int split_fits(const Py_buffer *output, uint64_t total)
+{
+    if (total > SPLIT_PAGES_MAX) {
+        PyErr_Format(PyExc_ValueError, "runs of %llu pages; at most %llu are split at once",
+                     (unsigned long long)total, (unsigned long long)SPLIT_PAGES_MAX);
+        return 0;
+    }
+    if ((uint64_t)output->len / RUN_BYTES >= total)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "out_runs of %zd bytes has no room for a run of each of %llu pages",
+                 output->len, (unsigned long long)total);
+    return 0;
+}
+
+static PyObject *native_split_compressible(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, runs, output;
+    uint64_t run_count, total;
+    struct split_runs split;
+    PyObject *result = NULL;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*O&w*:split_compressible", &ram, &runs, to_u64, &run_count,
+                          &output))
+        return NULL;
+    if (runs_fit(&runs, run_count, (uint64_t)ram.len / PAGE_BYTES, &total) &&
+        split_fits(&output, total)) {
+        Py_BEGIN_ALLOW_THREADS
+        split = split_compressible(ram.buf, runs.buf, (size_t)run_count, output.buf);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("(nKn)", (Py_ssize_t)split.compressible_runs,
+                               (unsigned long long)split.compressible_pages,
+                               (Py_ssize_t)split.raw_runs);
+    }
+    PyBuffer_Release(&output);
     PyBuffer_Release(&runs);
     PyBuffer_Release(&ram);
     return result;
@@ -1210,6 +1251,7 @@ static PyMethodDef METHODS[] = {
     {"bitmap_set_data", native_bitmap_set_data, METH_VARARGS, NULL},
     {"take_batch", native_take_batch, METH_VARARGS, NULL},
     {"gather", native_gather, METH_VARARGS, NULL},
+    {"split_compressible", native_split_compressible, METH_VARARGS, NULL},
     {"hash_pages", native_hash_pages, METH_VARARGS, NULL},
     {"hash_scan", native_hash_scan, METH_VARARGS, NULL},
     {"pagemap_scan_supported", native_pagemap_scan_supported, METH_VARARGS, NULL},
@@ -1251,6 +1293,7 @@ static int add_constants(PyObject *module)
     } CONSTANTS[] = {
         {"PAGE_SIZE", (long)PAGE_BYTES},
         {"BATCH_WALK_PAGES_MAX", (long)BATCH_WALK_PAGES_MAX},
+        {"SPLIT_PAGES_MAX", (long)SPLIT_PAGES_MAX},
         {"UFFD_USER_MODE_ONLY", UFFD_USER_MODE_ONLY_FLAG},
         {"UFFD_FEATURE_MISSING_SHMEM", UFFD_FEATURE_MISSING_SHMEM},
         {"UFFD_FEATURE_MISSING_HUGETLBFS", UFFD_FEATURE_MISSING_HUGETLBFS},
