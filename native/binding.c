@@ -776,26 +776,29 @@ static PyObject *native_packet_runs_check(PyObject *module, PyObject *args)
     Py_buffer data, zero;
     struct packet_runs runs;
     struct page_range bad;
-    uint64_t gathered_count, page_count;
+    uint64_t encoded_count, gathered_count, page_count;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*O&y*O&:packet_runs_check", &data, to_u64, &gathered_count, &zero,
-                          to_u64, &page_count))
+    if (!PyArg_ParseTuple(args, "y*O&O&y*O&:packet_runs_check", &data, to_u64, &encoded_count, to_u64,
+                          &gathered_count, &zero, to_u64, &page_count))
         return NULL;
     if (page_count_fits(page_count) && run_count_fits(&data, "data_runs") &&
         run_count_fits(&zero, "zero_runs")) {
         size_t data_count = (size_t)data.len / RUN_BYTES;
 
-        if (gathered_count > data_count)
-            PyErr_Format(PyExc_ValueError, "%llu of %zu runs are gathered",
-                         (unsigned long long)gathered_count, data_count);
+        if (encoded_count > data_count || gathered_count > data_count - encoded_count)
+            PyErr_Format(PyExc_ValueError, "%llu of %zu runs are encoded and %llu gathered",
+                         (unsigned long long)encoded_count, data_count,
+                         (unsigned long long)gathered_count);
         else {
-            const unsigned char *first = data.buf;
+            const unsigned char *encoded = data.buf;
+            const unsigned char *gathered = encoded + encoded_count * RUN_BYTES;
+            const unsigned char *direct = gathered + gathered_count * RUN_BYTES;
 
             runs = (struct packet_runs){
-                {first, first + gathered_count * RUN_BYTES, zero.buf},
-                {(size_t)gathered_count, data_count - (size_t)gathered_count,
-                 (size_t)zero.len / RUN_BYTES},
+                {encoded, gathered, direct, zero.buf},
+                {(size_t)encoded_count, (size_t)gathered_count,
+                 data_count - (size_t)(encoded_count + gathered_count), (size_t)zero.len / RUN_BYTES},
             };
             if (packet_runs_check(&runs, page_count, &bad) < 0) /* some thousand instructions */
                 PyErr_Format(PyExc_ValueError,

@@ -79,7 +79,7 @@ CAPABILITIES: Final[tuple[Capability, ...]] = (
     ),
     Capability(
         "compress",
-        "old compression; kept, nothing is compressed yet",
+        "old compression: zlib with compress-level on compress-threads channels",
         is_hidden=True,
         deprecated="multifd with multifd-compression",
     ),

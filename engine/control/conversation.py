@@ -10,6 +10,7 @@ import asyncio
 from typing import Any, Final, TypeVar
 
 from engine import wire
+from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.host import Host
 from engine.control.mainchannel import SourceEnd
 from engine.control.senders import SenderGroup
@@ -35,10 +36,11 @@ def hello_of(host: Host, session: bytes) -> wire.Hello:
         session,
         PAGE_SIZE,
         shapes,
-        host.parameters.multifd_channels,
+        channels_of(host),
         guest.kind,
         guest.is_running,
         host.uuid if host.capability("validate-uuid") else "",
+        codecs_of(compression_of(host)),
     )
 
 
@@ -49,6 +51,7 @@ class Conversation:
         self._address, self._session = address, session
         self._main = SourceEnd(address)
         self._answers: dict[object, asyncio.Future[Any]] = {}
+        self.codecs: tuple[int, ...] = ()  #: that the destination can decode
         self._verdict: asyncio.Future[Handover] = asyncio.get_running_loop().create_future()
 
     @property
@@ -73,6 +76,7 @@ class Conversation:
             raise WireError(f"the destination speaks version {answer.version}, or another session")
         if len(answer.endpoints) != hello.channels:
             raise WireError(f"{hello.channels} channels wanted, {len(answer.endpoints)} offered")
+        self.codecs = answer.codecs
         return answer
 
     async def listen(self, senders: SenderGroup) -> None:

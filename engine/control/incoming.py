@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine import wire
+from engine.compress.codecs import CODEC_IDS
 from engine.control.host import Host
 from engine.control.mainchannel import ConnectionLost, DestinationEnd
 from engine.control.notifiers import Change, Moment, Side
@@ -277,6 +278,7 @@ class IncomingMigration:
                 [lane.endpoint for lane in self._lanes],
                 handover,
                 self.placement,
+                tuple(CODEC_IDS.values()),
             )
         )
 
@@ -290,6 +292,9 @@ class IncomingMigration:
             raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
         if hello.guest_kind != guest.kind:
             raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
+        if lacking := sorted(set(hello.codecs) - set(CODEC_IDS.values())):
+            known = ", ".join(CODEC_IDS)
+            raise PeerRefused(f"codec ids {lacking} are unknown here; this build knows {known}")
         self._check_uuid(wire.cut(hello.uuid))
         wire.check_blocks(hello.blocks)
         if len(hello.blocks) != len(guest.blocks):

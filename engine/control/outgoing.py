@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from engine import wire
 from engine.control import machine, policy
+from engine.control.compression import compression_of
 from engine.control.conversation import Conversation, hello_of
 from engine.control.dirtysync import DirtySync
 from engine.control.host import Host
@@ -196,7 +197,7 @@ class OutgoingMigration:
             [self._address.reach(endpoint) for endpoint in welcome.endpoints],
             lambda index, reason: self.handle(machine.ChannelLost(index, reason)),
         )
-        senders.budget.rate_bytes_per_s = settings.max_bandwidth
+        self.settings_changed()
         self._spawn(conversation.listen(senders))
         self._spawn(self._sample())
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
@@ -454,10 +455,14 @@ class OutgoingMigration:
         if self._senders is not None and not is_over:
             self._senders.count_up(self.numbers)
 
-    def bandwidth_changed(self) -> None:
-        """`max-bandwidth` was set: it holds from now on, except during the switchover."""
-        if self._senders is not None and not self.is_switching_over:
+    def settings_changed(self) -> None:
+        """Parameters were set: `max-bandwidth` holds from now on, except during the switchover;
+        another codec from the next batch on."""
+        if self._senders is None:
+            return
+        if not self.is_switching_over:
             self._senders.budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
+        self._senders.compress(compression_of(self._host), self._need_conversation().codecs)
 
     def worker_pids(self) -> dict[int, int]:
         """Process ids of the senders at work, by channel."""

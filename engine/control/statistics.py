@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 SAMPLE_S: Final = 0.1
 #: The dirty rate is taken over at least so long, as QEMU does it.
@@ -65,6 +65,7 @@ class MigrationNumbers:
     throttle_percent: int = 0
     limit_throttle_us: int = 0  #: how long a vCPU sleeps in a second, by the dirty limit
     channels: list[ChannelSample] = field(default_factory=list)
+    compression: dict[str, Any] = field(default_factory=dict)  #: as `query-migrate` shows it
     tracker: str = ""
     tracker_reason: str = ""
     placement: str = ""

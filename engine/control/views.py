@@ -130,6 +130,7 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
             }
             for index, sample in enumerate(numbers.channels)
         ],
+        "x-compression": numbers.compression,
         "x-tracker": numbers.tracker,
         "x-tracker-reason": numbers.tracker_reason,
         "x-placement": numbers.placement,

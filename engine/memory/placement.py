@@ -62,14 +62,16 @@ class Placer:
         """What is in use, for people."""
         return "memcpy" if self._uffd < 0 else "UFFDIO_COPY"
 
-    def check(self, index: int, data_runs: bytes, gathered_count: int, zero_runs: bytes) -> None:
+    def check(
+        self, index: int, data_runs: bytes, encoded: int, gathered: int, zero_runs: bytes
+    ) -> None:
         """Check all runs of a packet before any of its pages is placed.
 
         :raise WireError: a run is not within the block, out of order, or has a page that another
             has; nothing was written."""
         block = self._blocks[index]
         try:
-            _native.packet_runs_check(data_runs, gathered_count, zero_runs, block.page_count)
+            _native.packet_runs_check(data_runs, encoded, gathered, zero_runs, block.page_count)
         except ValueError as exc:
             raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
 

@@ -16,6 +16,9 @@ from typing import Final
 import zmq
 
 from engine import _native, wire
+from engine.compress.choice import policy_of
+from engine.compress.codecs import Codec
+from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE
@@ -30,11 +33,10 @@ from engine.memory.tracking import (
     hash_tables,
 )
 from engine.multifd.channel import Channel, Superseded
+from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
 from engine.multifd.worker import Inbox, blocks_of, run_worker
 
-#: Runs of at least so many pages are lent to ZeroMQ, shorter ones are copied together.
-DIRECT_RUN_PAGES_MIN: Final = 64
 #: Under a limit a batch is at most what may go in so much time, so that the rate holds in any
 #: second.
 PACING_NS: Final = 5_000_000
@@ -60,6 +62,8 @@ class Sender:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._channel: Channel | None = None
         self._round: RoundTotals | None = None
+        self._policy: Policy = Fixed(Arm("none"))
+        self._sent_ns = self._waited_ns = 0  #: of the batch before: its end, and how long it waited
         self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._watch(None)
@@ -108,6 +112,8 @@ class Sender:
                     self._open(wire.OpenChannel(order.endpoint, order.incarnation))
                 case wire.OpenChannel():
                     self._open(order)
+                case wire.Compress():
+                    self._policy = policy_of(order, self._order.count)
                 case wire.Harvest():
                     self._harvest(order)
                 case wire.SendRound():
@@ -229,51 +235,101 @@ class Sender:
     def _send_pages(
         self, totals: RoundTotals, i: int, data_count: int, zero_count: int, pages: int, zeros: int
     ) -> None:
-        gathered_count, frames = self._payload(i, data_count)
+        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        arm = self._policy.choose(began_ns)
+        payload = self._payload(i, data_count, arm.codec)
         packet = self._packet(
             wire.PacketKind.PAGES,
             round_number=totals.round_number,
             block_id=i + 1,
+            codec=payload.codec,
             pages=pages,
             zero_pages=zeros,
-            payload_bytes=pages * PAGE_SIZE,
-            gathered_runs=gathered_count,
-            data_runs=bytes(self._data_runs[: data_count * wire.RUN.size]),
+            payload_bytes=payload.payload_bytes,
+            encoded_runs=payload.encoded_runs,
+            gathered_runs=payload.gathered_runs,
+            plain_bytes=payload.plain_bytes,
+            data_runs=payload.data_runs,
             zero_runs=bytes(self._zero_runs[: zero_count * wire.RUN.size]),
         )
         self._harvester.sent_zeros(i, self._zero_runs, zero_count)
-        self._send(packet, frames)
+        encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
+        self._send(packet, payload.frames)
         totals.packets += 1
         totals.pages += pages
         totals.zero_pages += zeros
         totals.payload_bytes += packet.payload_bytes
-        self._progress.add(Count.PAGES, pages)
-        self._progress.add(Count.ZERO_PAGES, zeros)
-        self._progress.add(Count.PAYLOAD_BYTES, packet.payload_bytes)
+        self._count(packet, payload)
+        if pages:
+            self._learn(arm, packet, payload, encode_ns, cpu_ns)
 
-    def _payload(self, i: int, data_count: int) -> tuple[int, list[bytes | memoryview]]:
-        """Frames of the taken data runs: short runs copied together, long ones lent as they are.
+    def _payload(self, i: int, data_count: int, codec: Codec | None) -> Payload:
+        """Of the taken data runs."""
+        ram, runs = self._views[i], self._data_runs
+        if self._harvester.needs_private_copy:
+            copy = _native.gather(ram, runs, data_count)
+            self._harvester.sent(i, copy, runs, data_count)
+            return copied_payload(copy, runs, data_count, codec)
+        if codec is not None and data_count:
+            return encoded_payload(ram, runs, data_count, codec)
+        return lent_payload(ram, runs, data_count)
 
-        Lent pages may be written while ZeroMQ still reads them; they are then dirty again."""
-        table = self._data_runs.cast("I")
-        counts = table[1 : 2 * data_count : 2].tolist()
-        if self._harvester.needs_private_copy or (counts and max(counts) < DIRECT_RUN_PAGES_MIN):
-            copy = _native.gather(self._ram[i], self._data_runs, data_count)
-            self._harvester.sent(i, copy, self._data_runs, data_count)
-            self._progress.add(Count.GATHERED_PAGES, len(copy) // PAGE_SIZE)
-            return data_count, [copy] if data_count else []
-        runs = list(zip(table[0 : 2 * data_count : 2].tolist(), counts, strict=True))
-        short = [run for run in runs if run[1] < DIRECT_RUN_PAGES_MIN]
-        direct = [run for run in runs if run[1] >= DIRECT_RUN_PAGES_MIN]
-        frames: list[bytes | memoryview] = []
-        if short:
-            for position, (first, count) in enumerate(short + direct):
-                wire.RUN.pack_into(self._data_runs, position * wire.RUN.size, first, count)
-            frames.append(_native.gather(self._ram[i], self._data_runs, len(short)))
-            self._progress.add(Count.GATHERED_PAGES, len(frames[0]) // PAGE_SIZE)
-        view = self._views[i]
-        frames.extend(view[a * PAGE_SIZE : (a + n) * PAGE_SIZE] for a, n in direct)
-        return len(short), frames
+    def _count(self, packet: wire.Packet, payload: Payload) -> None:
+        progress = self._progress
+        progress.add(Count.PAGES, packet.pages)
+        progress.add(Count.ZERO_PAGES, packet.zero_pages)
+        progress.add(Count.PAYLOAD_BYTES, packet.payload_bytes)
+        progress.add(Count.GATHERED_PAGES, payload.copied_pages)
+        progress.add(Count.TRIED_BYTES, len(payload.tried))
+        if payload.encoded_runs:
+            progress.add(Count.PLAIN_BYTES, payload.plain_bytes)
+            progress.add(Count.ENCODED_BYTES, payload.encoded_bytes)
+
+    def _learn(
+        self, arm: Arm, packet: wire.Packet, payload: Payload, encode_ns: int, cpu_ns: int
+    ) -> None:
+        """Tell the policy, and whoever looks, what became of a batch."""
+        now_ns = time.monotonic_ns()
+        waited_ns = self._progress[Count.STALLED_NS] + self._progress[Count.PACED_NS]
+        self._progress.add(Count.ENCODE_NS, cpu_ns)
+        self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
+        self._policy.learn(
+            Done(
+                arm,
+                at_ns=now_ns,
+                ram_bytes=packet.pages * PAGE_SIZE,
+                tried_bytes=len(payload.tried),
+                encoded_bytes=payload.encoded_bytes,
+                wire_bytes=packet.payload_bytes,
+                encode_ns=encode_ns,
+                cpu_ns=cpu_ns,
+                total_ns=now_ns - (self._sent_ns or now_ns),
+                waited_ns=waited_ns - self._waited_ns,
+            )
+        )
+        self._sent_ns, self._waited_ns = now_ns, waited_ns
+        if payload.tried and (other := self._policy.probe(now_ns)) is not None:
+            self._probe(arm, other, payload, encode_ns)
+
+    def _probe(self, used: Arm, other: Arm, payload: Payload, encode_ns: int) -> None:
+        """Encode the pages of the batch once more, to learn; nothing of it is sent."""
+        assert other.codec is not None
+        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        encoded = other.codec.encode(payload.tried)
+        now_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns() - began_cpu_ns
+        self._progress.add(Count.ENCODE_NS, cpu_ns)
+        self._policy.learn_probe(
+            Probe(
+                other,
+                used,
+                at_ns=now_ns,
+                tried_bytes=len(payload.tried),
+                encoded_bytes=len(payload.tried if encoded is None else encoded),
+                used_bytes=payload.encoded_bytes,
+                encode_ns=encode_ns - payload.codec_ns + now_ns - began_ns,
+                cpu_ns=cpu_ns,
+            )
+        )
 
     def _end_round(self, totals: RoundTotals) -> None:
         assert self._channel is not None
@@ -301,7 +357,7 @@ class Sender:
             self._channel.sequence, **fields,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _send(self, packet: wire.Packet, frames: list[bytes | memoryview]) -> None:
+    def _send(self, packet: wire.Packet, frames: Sequence[Frame]) -> None:
         """Queue one packet when bandwidth and the channel allow.
 
         :raise ConnectionError: the channel is lost.
@@ -310,10 +366,11 @@ class Sender:
         channel = self._channel
         assert channel is not None
         header = packet.encode()
-        wire_bytes = len(header) + packet.payload_bytes * (packet.kind is wire.PacketKind.PAGES)
-        if packet.kind is wire.PacketKind.PAGES:  # the others are few and short
-            self._pace(channel, wire_bytes)
-        parts: list[bytes | memoryview] = [header, *frames]
+        wire_bytes = len(header)
+        if packet.kind in (wire.PacketKind.PAGES, wire.PacketKind.DELTAS):
+            wire_bytes += packet.payload_bytes
+            self._pace(channel, wire_bytes)  # the others are few and short
+        parts: list[Frame] = [header, *frames]
         while True:
             self._wait_for_room(channel)
             try:

@@ -12,8 +12,7 @@ from engine.wire.messages import BlockShape, Message
 
 class PrepareSender(Message, frozen=True):
     """Control -> sender. Beside it: the descriptors that `SENDER_FDS` names, then the RAM blocks'
-    and,
-    where the tracker has them, the pagemap or bitmap descriptor of each block."""
+    and, where the tracker has them, the pagemap or bitmap descriptor of each block."""
 
     index: int
     count: int
@@ -45,6 +44,17 @@ class OpenChannel(Message, frozen=True):
 
     endpoint: str
     incarnation: int
+
+
+class Compress(Message, frozen=True):
+    """Control -> sender: encode like this from the next batch on; before the first, nothing is
+    encoded. `codec` is a value of `multifd-compression`; levels are those of the parameters."""
+
+    codec: str
+    zlib_level: int = 1
+    zstd_level: int = 1
+    lz4_acceleration: int = 1
+    cpu_percent: int = 100
 
 
 class Harvest(Message, frozen=True):
@@ -102,7 +112,7 @@ class WorkerFailed(Message, frozen=True):
     reason: str
 
 
-SenderOrder = PrepareSender | OpenChannel | Harvest | SendRound
+SenderOrder = PrepareSender | OpenChannel | Compress | Harvest | SendRound
 ReceiverOrder = PrepareReceiver
 SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | WorkerFailed
 ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | WorkerFailed
