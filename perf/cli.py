@@ -15,6 +15,7 @@ from engine.errors import UsageError
 from engine.sizes import parse_size
 from perf import clients as crowd
 from perf import live, peer
+from perf.codec import parse_codec
 from perf.image import KINDS
 from perf.pair import QEMU
 from perf.report import publish
@@ -43,6 +44,7 @@ def _repeat(once: Callable[[], Awaitable[dict[str, float]]], runs: int) -> dict[
 @click.option("--pairs", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--image", default="both", show_default=True, type=click.Choice([*KINDS, "both"]))
 @click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--codec", default="none", show_default=True, help="of both, like zstd:1")
 @click.option("--hugetlb", is_flag=True, help="RAM on 2 MiB huge pages (needs root)")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
 @as_json
@@ -51,20 +53,26 @@ def bench_peer(
     pairs: int,
     image: str,
     channels: int,
+    codec: str,
     hugetlb: bool,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """The same image moved by a real QEMU and by ramferry, in turn, guests stopped."""
+    """The same image moved by a real QEMU and by ramferry, in turn, guests stopped.
+
+    With a codec that QEMU lacks (lz4, auto) ramferry is compared with itself without one."""
+    chosen = parse_codec(codec)
     if shutil.which(QEMU) is None:
         raise UsageError(f"{QEMU} is not installed; on Debian: apt install qemu-system-x86")
     results: dict[str, Any] = {}
-    for kind in KINDS if image == "both" else [image]:
-        results[kind] = peer.measure(kind, parse_size(size), pairs, channels, hugetlb=hugetlb)
+    for kind in ("mixed", "random") if image == "both" else (image,):
+        results[kind] = peer.measure(
+            kind, parse_size(size), pairs, channels, chosen, hugetlb=hugetlb
+        )
         context = {"image": kind, "size": size, "channels": channels, "hugetlb": hugetlb}
-        peer.report(results[kind], as_json=as_json, **context)
+        peer.report(results[kind], chosen, as_json=as_json, **context)
     if plot is not None:
-        peer.plot(plot, results)
+        peer.plot(plot, results, chosen)
 
 
 @bench.command("clients")
