@@ -14,11 +14,11 @@ import click
 
 from engine.errors import UsageError
 from engine.sizes import parse_size
+from perf import adapt, compress, compresstable, delta, live, peer
 from perf import clients as crowd
-from perf import compress, compresstable, live, peer
 from perf.codec import parse_codec
 from perf.image import KINDS
-from perf.links import check_possible
+from perf.links import check_possible, make_link, parse_rate, rate_text
 from perf.pair import QEMU, Contender
 from perf.report import machine, publish
 
@@ -135,6 +135,80 @@ def bench_compress(
         json_path.write_text(json.dumps(data, indent=1) + "\n")
     if plot is not None:
         compresstable.heat_map(plot, cells)
+
+
+@bench.command("adapt")
+@click.option("--size", default="4G", show_default=True)
+@click.option("--image", default="mixed", show_default=True, type=click.Choice([*KINDS]))
+@click.option("--codec", default="auto", show_default=True)
+@click.option("--rates", default="10G,1G", show_default=True, help="before and after the change")
+@click.option("--change", "change_s", default=1.0, show_default=True, help="seconds after begin")
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
+@as_json
+def bench_adapt(
+    size: str,
+    image: str,
+    codec: str,
+    rates: str,
+    change_s: float,
+    channels: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """A link that changes its rate in mid-run (needs root), and when the codec followed."""
+    speeds = [parse_rate(one) for one in rates.split(",")]
+    if len(speeds) != 2:
+        raise UsageError(f"--rates {rates[:100]}: two rates, like 10G,1G")
+    before, after = speeds
+    chosen = parse_codec(codec)
+    check_possible()
+    for reason in compress.lacking([Contender("ramferry", chosen)]).values():
+        _progress(f"skipped: ramferry {chosen}: {reason}")
+        return
+    trace = adapt.measure(parse_size(size), image, chosen, (before, after), change_s, channels)
+    context = {"codec": str(chosen), "image": image, "size": size, "rates": rates}
+    publish("adapt", adapt.figures(trace), as_json=as_json, **context)
+    if plot is not None:
+        title = f"{chosen}, {image} image: {rate_text(before)}, then {rate_text(after)}"
+        adapt.plot(plot, trace, title)
+
+
+@bench.command("delta")
+@click.option("--size", default="256M", show_default=True)
+@click.option("--words", default=4, show_default=True, type=click.IntRange(0, 508), help="a write")
+@click.option("--contents", default="heap", show_default=True, help="of the guest's pages")
+@click.option("--rate", "link_rate", default="1G", show_default=True, help="of the link")
+@click.option("--limit", default=300, show_default=True, help="downtime-limit, ms")
+@click.option("--patience", default=30.0, show_default=True, help="s; then it does not converge")
+@as_json
+def bench_delta(
+    size: str,
+    words: int,
+    contents: str,
+    link_rate: str,
+    limit: int,
+    patience: float,
+    as_json: bool,
+) -> None:
+    """The highest write rate that converges, without and with xbzrle (needs root)."""
+    guest = delta.Guest(parse_size(size), words, contents, limit)
+    modes = {"none": False, "xbzrle": True}
+    with make_link(parse_rate(link_rate)) as link:
+        if (reason := delta.refusal()) is not None:
+            _progress(f"skipped: ramferry xbzrle: {reason}")
+            modes.pop("xbzrle")
+        for name, xbzrle in modes.items():
+            trials, best = delta.highest(
+                lambda rate, xbzrle=xbzrle: delta.trial(  # type: ignore[misc]
+                    link, guest, rate, patience, xbzrle=xbzrle
+                ),
+                delta.rates(),
+            )
+            if xbzrle and not any(one.end.delta_pages for one in trials):
+                _progress("xbzrle was taken, but no page was sent as a difference")
+            context = {"mode": name, "size": size, "words": words, "link": link_rate}
+            publish("delta", delta.figures(trials, best), as_json=as_json, **context)
 
 
 @bench.command("clients")

@@ -134,7 +134,7 @@ def _measure_row(
             for one in contenders if number % 2 == 0 else contenders[::-1]:
                 way = Way(channels, link)
                 run = asyncio.run(migrate_once(one, image, row.moved_size, way))
-                check_run(one, run)
+                check_run(one, run.different_pages)
                 runs[one].append(run)
     return [Cell(row, one, tuple(of_one)) for one, of_one in runs.items()]
 

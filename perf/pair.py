@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -192,13 +192,19 @@ async def migrate_once(contender: Contender, image: Path, size: int, way: Way) -
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def prepare(source: Side, destination: Side, way: Way, **parameters: Any) -> str:
+async def prepare(
+    source: Side,
+    destination: Side,
+    way: Way,
+    parameters: Mapping[str, object],
+    capabilities: Sequence[str] = ("multifd", "events"),
+) -> str:
     """Set both sides, let the destination wait; return the URI for the source."""
-    capabilities = [{"capability": name, "state": True} for name in ("multifd", "events")]
+    wanted = [{"capability": name, "state": True} for name in capabilities]
     for one in (source, destination):
         chosen = {"max-bandwidth": 0, "multifd-channels": way.channels, **parameters}
         await one.client.execute("migrate-set-parameters", chosen)
-        await one.client.execute("migrate-set-capabilities", {"capabilities": capabilities})
+        await one.client.execute("migrate-set-capabilities", {"capabilities": wanted})
     host = LOOPBACK if way.link is None else way.link.destination.address
     await destination.client.execute("migrate-incoming", {"uri": f"tcp:{host}:0"})
     info: Any = await destination.client.execute("query-migrate")
@@ -208,7 +214,7 @@ async def prepare(source: Side, destination: Side, way: Way, **parameters: Any) 
 async def _migrate(source: Side, destination: Side, codec: Codec, way: Way) -> Run:
     """All but `cpu_to_exit_s` and `different_pages`, which are known later."""
     await source.client.execute("stop")
-    uri = await prepare(source, destination, way, **codec.parameters())
+    uri = await prepare(source, destination, way, codec.parameters())
     before_s = await _settled_cpu_s(source, destination)
     link_before = way.link.source.sent_bytes() if way.link else 0
     ends = [asyncio.ensure_future(one.end_of_migration()) for one in (source, destination)]

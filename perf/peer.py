@@ -80,7 +80,7 @@ async def _pairs(image: Path, size: int, pairs: int, channels: int, codec: Codec
         order = both if number % 2 == 0 else both[::-1]
         for one in order:
             runs[one] = await migrate_once(one, image, size, Way(channels))
-            check_run(one, runs[one])
+            check_run(one, runs[one].different_pages)
         done.append(Pair(runs[both[0]], runs[both[1]], name_of(order[0], codec)))
         check_pair(done[-1])
     return done
@@ -93,12 +93,12 @@ def name_of(contender: Contender, codec: Codec) -> str:
     return "qemu" if contender.engine == "qemu" else "none"
 
 
-def check_run(contender: Contender, run: Run) -> None:
-    """:raise MigrationError: it left pages wrong."""
-    if contender.engine == "ramferry" and run.different_pages:
-        raise MigrationError(f"{run.different_pages} pages are wrong at the destination")
-    if run.different_pages > QEMU_DIFFERENT_PAGES_MAX:
-        raise MigrationError(f"QEMU left {run.different_pages} pages different")
+def check_run(contender: Contender, different_pages: int) -> None:
+    """:raise MigrationError: a run left pages wrong."""
+    if contender.engine == "ramferry" and different_pages:
+        raise MigrationError(f"{different_pages} pages are wrong at the destination")
+    if different_pages > QEMU_DIFFERENT_PAGES_MAX:
+        raise MigrationError(f"QEMU left {different_pages} pages different")
 
 
 def check_pair(pair: Pair) -> None:

@@ -109,9 +109,9 @@ def test_a_pair_that_did_not_do_the_same_work_is_no_figure(
 def test_a_run_that_left_wrong_pages_is_no_figure(
     engine: str, allowed: int, wrong: int, says: str
 ) -> None:
-    check_run(Contender(engine), run(different_pages=allowed))
+    check_run(Contender(engine), allowed)
     with pytest.raises(MigrationError, match=says):
-        check_run(Contender(engine), run(different_pages=wrong))
+        check_run(Contender(engine), wrong)
 
 
 def test_ratios_are_above_one_where_ramferry_needs_less() -> None:
