@@ -14,7 +14,7 @@ from typing import Any, Final
 from engine.errors import MigrationError
 from perf.codec import Codec
 from perf.image import SHARED_MEMORY, write_image
-from perf.links import Link, make_link
+from perf.links import Link, make_link, sent_bytes_around
 from perf.pair import (
     RUN_WAIT_S,
     Contender,
@@ -40,7 +40,8 @@ class Sample:
     """What `query-migrate` said.
 
     :ivar at_s: since `migrate`.
-    :ivar moved_bytes: of RAM, done with.
+    :ivar moved_bytes: of RAM, done with: sent, or waiting in a socket to be sent.
+    :ivar wire_bytes: what the link has carried, headers included.
     :ivar batches: so far, of all channels, by codec; empty while the engine does not tell."""
 
     at_s: float
@@ -75,13 +76,13 @@ def batches_by_codec(info: Mapping[str, Any]) -> dict[str, int]:
     return dict(total)
 
 
-def sample_of(info: Mapping[str, Any], at_s: float) -> Sample | None:
+def sample_of(info: Mapping[str, Any], at_s: float, wire_bytes: int) -> Sample | None:
     """From an answer that has figures of RAM."""
     ram = info.get("ram")
     if ram is None:
         return None
     moved = ram["total"] - ram["remaining"]
-    return Sample(at_s, moved, ram["transferred"], batches_by_codec(info))
+    return Sample(at_s, moved, wire_bytes, batches_by_codec(info))
 
 
 def measure(
@@ -148,7 +149,8 @@ async def _watch(source: Side, began: float) -> tuple[list[Sample], float]:
     while time.monotonic() < deadline:
         asked = time.monotonic()
         info: Any = await source.client.execute("query-migrate")
-        sample = sample_of(info, (asked + time.monotonic()) / 2 - began)
+        at_s = (asked + time.monotonic()) / 2 - began
+        sample = sample_of(info, at_s, sent_bytes_around(source.process.pid))
         if sample is not None:
             samples.append(sample)
         if info["status"] == "completed":
@@ -235,6 +237,8 @@ def plot(path: Path, trace: Trace, title: str) -> None:
     speed.plot(times, [value * 8 / 1e9 for value in wire], label="wire")
     speed.set_ylabel("Gbit/s")
     speed.set_yscale("log")
+    fastest = max(*ram, *wire) * 8 / 1e9
+    speed.set_ylim(fastest / 200, fastest * 1.5)  # the end of a round sends next to nothing
     speed.set_title(title, fontsize=10)
     over_time = list(shares(trace.samples))
     if over_time:

@@ -8,7 +8,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -66,7 +65,7 @@ def bench_peer(
     chosen = parse_codec(codec)
     if shutil.which(QEMU) is None:
         raise UsageError(f"{QEMU} is not installed; on Debian: apt install qemu-system-x86")
-    results: dict[str, Any] = {}
+    results: dict[str, peer.Measured] = {}
     for kind in ("mixed", "random") if image == "both" else (image,):
         results[kind] = peer.measure(
             kind, parse_size(size), pairs, channels, chosen, hugetlb=hugetlb
@@ -199,14 +198,16 @@ def bench_delta(
             _progress(f"skipped: ramferry xbzrle: {reason}")
             modes.pop("xbzrle")
         for name, xbzrle in modes.items():
-            trials, best = delta.highest(
-                lambda rate, xbzrle=xbzrle: delta.trial(  # type: ignore[misc]
-                    link, guest, rate, patience, xbzrle=xbzrle
-                ),
-                delta.rates(),
-            )
-            if xbzrle and not any(one.end.delta_pages for one in trials):
-                _progress("xbzrle was taken, but no page was sent as a difference")
+            try:
+                trials, best = delta.highest(
+                    lambda rate, xbzrle=xbzrle: delta.trial(  # type: ignore[misc]
+                        link, guest, rate, patience, xbzrle=xbzrle
+                    ),
+                    delta.rates(),
+                )
+            except delta.NoDeltas as exc:
+                _progress(f"skipped: ramferry xbzrle: {exc}")
+                continue
             context = {"mode": name, "size": size, "words": words, "link": link_rate}
             publish("delta", delta.figures(trials, best), as_json=as_json, **context)
 

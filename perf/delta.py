@@ -32,6 +32,10 @@ RATE_STEP: Final = 1.1
 CAPABILITY: Final = "xbzrle"
 
 
+class NoDeltas(MigrationError):
+    """The engine took the capability and did nothing with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Guest:
     """What the guest does; `words` of each page move with each write, beside its counter."""
@@ -106,8 +110,12 @@ def highest(trial_of: Callable[[int], Trial], tried: Sequence[int]) -> tuple[lis
 def trial(link: Link, guest: Guest, rate: int, patience_s: float, *, xbzrle: bool) -> Trial:
     """Migrate a guest that writes; cancel when it has not converged in `patience_s`.
 
-    :raise MigrationError: it failed, a page was wrong, or the capability is not there."""
-    return asyncio.run(_trial(link, guest, rate, patience_s, xbzrle=xbzrle))
+    :raise NoDeltas: xbzrle was wanted, and no page that was sent again was a difference.
+    :raise MigrationError: it failed, or a page was wrong."""
+    done = asyncio.run(_trial(link, guest, rate, patience_s, xbzrle=xbzrle))
+    if xbzrle and done.end.pages > done.first_pass.pages and not done.end.delta_pages:
+        raise NoDeltas("the capability was taken, but no page was sent as a difference")
+    return done
 
 
 async def _trial(link: Link, guest: Guest, rate: int, patience_s: float, *, xbzrle: bool) -> Trial:

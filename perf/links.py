@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from engine.errors import MigrationError, UsageError
@@ -88,6 +89,20 @@ class End:
             _run(*self.inside(["ip", "-json", "-stats", "link", "show", INTERFACE]))
         )
         return int(links[0]["stats64"]["tx"]["bytes"])
+
+
+def sent_bytes_around(pid: int) -> int:
+    """What the end that a process is inside of has sent so far: cheaper than to ask a tool.
+
+    :raise MigrationError: the process is in no link, or gone."""
+    try:
+        for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
+            name, _, counts = line.partition(":")
+            if name.strip() == INTERFACE:
+                return int(counts.split()[8])
+    except OSError as exc:
+        raise MigrationError(f"process {pid} is gone") from exc
+    raise MigrationError(f"process {pid} is in no link")
 
 
 class Link:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from engine.errors import MigrationError, UsageError
+from perf import codecspeed
 from perf.codec import Codec
+from perf.codecspeed import Alone
 from perf.image import SHARED_MEMORY, write_image
 from perf.pair import Contender, Run, Way, migrate_once, refusals
 from perf.report import publish
@@ -20,6 +22,7 @@ from perf.warm import huge_pages, warm_memory
 #: Device RAM and ROM that QEMU moves beside the guest's own memory are about 70 pages.
 QEMU_OWN_PAGES_MAX: Final = 128
 QEMU_DIFFERENT_PAGES_MAX: Final = 8  #: the reset of a guest that was never started writes a few
+ALONE: Final = ("lz4", "zstd", "zlib")  #: codecs that can be measured without an engine
 COMPARED: Final = (
     "total_time_ms",
     "wall_time_ms",
@@ -48,16 +51,27 @@ def rivals(codec: Codec) -> tuple[Contender, Contender]:
     return theirs, Contender("ramferry", codec)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """:ivar alone: the codec without a migration, where there is one."""
+
+    pairs: tuple[Pair, ...]
+    alone: Alone | None
+
+
 def measure(
     image_kind: str, size: int, pairs: int, channels: int, codec: Codec, *, hugetlb: bool
-) -> list[Pair]:
-    """Pairs of runs, with RAM in shared memory or on 2 MiB huge pages.
+) -> Measured:
+    """Pairs of runs, with RAM in shared memory or on 2 MiB huge pages; then the codec alone, in as
+    many processes as there are channels.
 
     :raise UsageError: huge pages cannot be had, or an engine lacks the codec.
     :raise MigrationError: an engine failed, or the two did not move the same pages."""
     for one in rivals(codec):
         for reason in asyncio.run(refusals(one.engine, [one.codec])).values():
             raise UsageError(f"{one}: {reason}")
+    if codec.name in ALONE:
+        codecspeed.coders(codec)
     with ExitStack() as stack:
         if hugetlb:
             directory = stack.enter_context(huge_pages(2 * size))
@@ -68,7 +82,10 @@ def measure(
         write_image(image, size, image_kind)
         if not hugetlb:  # the image first: it takes what is warm, too
             stack.enter_context(warm_memory(size + size // 2))
-        return asyncio.run(_pairs(image, size, pairs, channels, codec))
+        done = asyncio.run(_pairs(image, size, pairs, channels, codec))
+        if codec.name not in ALONE:
+            return Measured(tuple(done), None)
+        return Measured(tuple(done), asyncio.run(codecspeed.measure(image, codec, channels)))
 
 
 async def _pairs(image: Path, size: int, pairs: int, channels: int, codec: Codec) -> list[Pair]:
@@ -131,14 +148,17 @@ def figures_of(pairs: Sequence[Pair], name: str) -> dict[str, list[float]]:
     return figures
 
 
-def report(pairs: Sequence[Pair], codec: Codec, *, as_json: bool, **context: object) -> None:
+def report(measured: Measured, codec: Codec, *, as_json: bool, **context: object) -> None:
     """Print the figures."""
+    pairs = measured.pairs
     figures = figures_of(pairs, name_of(rivals(codec)[0], codec))
+    if measured.alone is not None:
+        figures |= measured.alone.figures([float(pair.ours.total_time_ms) for pair in pairs])
     first = ",".join(pair.first for pair in pairs)
     publish("peer", figures, as_json=as_json, codec=str(codec), first_of_each_pair=first, **context)
 
 
-def plot(path: Path, results: dict[str, Sequence[Pair]], codec: Codec) -> None:
+def plot(path: Path, results: dict[str, Measured], codec: Codec) -> None:
     """Each pair's times as points, the other beside ramferry."""
     import matplotlib as mpl
 
@@ -146,8 +166,8 @@ def plot(path: Path, results: dict[str, Sequence[Pair]], codec: Codec) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(results), figsize=(4.5 * len(results), 4), squeeze=False)
-    for axis, (kind, pairs) in zip(axes[0], results.items(), strict=True):
-        for pair in pairs:
+    for axis, (kind, measured) in zip(axes[0], results.items(), strict=True):
+        for pair in measured.pairs:
             times = (pair.theirs.total_time_ms, pair.ours.total_time_ms)
             axis.plot((0, 1), times, "o-", color="tab:blue", alpha=0.6)
         axis.set_xticks((0, 1), [str(one) for one in rivals(codec)])

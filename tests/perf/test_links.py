@@ -12,7 +12,15 @@ import pytest
 
 from engine.errors import MigrationError, UsageError
 from perf import links
-from perf.links import PAYLOAD_SHARE, UNSHAPED, Link, make_link, parse_rate, rate_text
+from perf.links import (
+    PAYLOAD_SHARE,
+    UNSHAPED,
+    Link,
+    make_link,
+    parse_rate,
+    rate_text,
+    sent_bytes_around,
+)
 
 process = pytest.mark.process
 
@@ -108,6 +116,8 @@ def test_a_link_of_100_mbit_is_one_and_its_rate_can_change() -> None:
         link.set_rate(10**9)
         fast = transfer(link, 60_000_000)
 
+    with pytest.raises(MigrationError, match="is in no link"):
+        sent_bytes_around(os.getpid())
     assert slow == pytest.approx(10**8 * PAYLOAD_SHARE, rel=0.1)
     assert fast == pytest.approx(10**9 * PAYLOAD_SHARE, rel=0.1)
     assert 12_000_000 < sent < 12_000_000 * 1.1
