@@ -1,11 +1,11 @@
 """`auto`: the codec that moves the most RAM per second, by cost, gain and the drain of the channel.
 
-The worker encodes while ZeroMQ's thread sends, so RAM moves at the pace of the slower of the two: a
-byte of RAM takes `max(encoding, what is left of it / drain)`. Cost and gain are those of the pages
-that looked worth it. A probe encodes the pages of one batch a second time, so that two codecs are
-compared on the same pages; what a codec cost while it was in use counts for longer, because then
-all channels used the CPUs for it. Nothing tells that the channel became faster while it is not
-full: then the drain is believed to grow, and the next full queue says what it is.
+The worker encodes while ZeroMQ's thread sends, and all share the host's CPUs: so a byte of RAM
+takes the longest of encoding it, sending what is left of it, and the CPU time for it on all CPUs.
+Cost and gain are those of the pages that looked worth it. A probe encodes the pages of one batch a
+second time, so that two codecs are compared on the same pages; what was seen in use counts for
+longer. A channel that is not full does not tell what it could drain: then the drain is believed to
+grow, and the next full queue says what it is.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Knowledge:
     left: float = 1.0
     probed_ns: int = 0
     used_ns: int = 0
+    busy_ns: float = 0.0  #: of all CPUs for a byte of RAM, seen in use
 
     @property
     def is_known(self) -> bool:
@@ -108,15 +109,17 @@ class Drain:
 class Auto:
     """Decides for one channel; the same history gives the same choices."""
 
-    def __init__(self, cpu_share: float = 1.0) -> None:
-        """:param cpu_share: of one CPU that encoding may take."""
+    def __init__(self, channels: int, cpus: int, cpu_percent: int = 100) -> None:
+        """:param channels: that do as this one does.
+        :param cpu_percent: of `cpus` that encoding may take on all channels."""
         self.drain = Drain()
+        self._channels, self._cpus = channels, cpus
+        self._cpu_share = cpu_percent / 100 * cpus / channels
         self._arms = tuple(arm.made() for arm in LADDER)
         self._known = [Knowledge() for _ in LADDER]
         self._known[0].used_ns = 1
         self._current = 0
         self._worth = 1.0  #: part of the RAM that looks worth trying
-        self._cpu_share = cpu_share
         self._began_ns = self._encoded_ns = self._probes_ns = 0
 
     # -- choices ---------------------------------------------------------------------------------
@@ -165,7 +168,15 @@ class Auto:
         known = self._known[index]
         if not known.is_known:
             return float("inf")
-        return max(self._worth * known.encode_ns, self._wire_ns(index), 1e-9)
+        return max(
+            self._worth * known.encode_ns, self._wire_ns(index), self._busy_ns(index) / self._cpus
+        )
+
+    def _busy_ns(self, index: int) -> float:
+        """CPU time of the host for a byte of RAM: as it is now, and what another codec adds."""
+        known, used = self._known[index], self._known[self._current]
+        more = self._channels * self._worth * (known.encode_ns - used.encode_ns)
+        return max(known.busy_ns, used.busy_ns + more) if used.busy_ns else 0.0
 
     # -- experience ------------------------------------------------------------------------------
 
@@ -173,6 +184,10 @@ class Auto:
         """What became of a batch."""
         self.drain.learn(done)
         self._encoded_ns += done.cpu_ns
+        if done.arm is self._arms[self._current]:
+            busy_ns = done.busy_share * self._cpus * done.total_ns / done.ram_bytes
+            used = self._known[self._current]
+            used.busy_ns += (LEARNING if used.busy_ns else 1.0) * (busy_ns - used.busy_ns)
         if not done.tried_bytes:
             return
         self._worth += LEARNING * (done.tried_bytes / done.ram_bytes - self._worth)

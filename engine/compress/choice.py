@@ -14,8 +14,7 @@ def policy_of(wanted: Compress, channels: int) -> Policy:
     """:param wanted: its codec is `none`, `auto` or a name of `CODECS`.
     :param channels: that share the CPUs that `auto` may use."""
     if wanted.codec == "auto":
-        cpus = len(os.sched_getaffinity(0))
-        return Auto(wanted.cpu_percent / 100 * cpus / channels)
+        return Auto(channels, os.cpu_count() or 1, wanted.cpu_percent)
     levels = {
         "zlib": wanted.zlib_level,
         "zstd": wanted.zstd_level,

@@ -38,6 +38,7 @@ class Done:
     :ivar encode_ns: making the packet; `cpu_ns` is that in CPU time.
     :ivar total_ns: from the end of the batch before to the end of this one.
     :ivar waited_ns: of `total_ns`, until the channel or the bandwidth limit let it go.
+    :ivar busy_share: of the host's CPU time, 0 to 1, lately.
     """
 
     arm: Arm
@@ -50,6 +51,7 @@ class Done:
     cpu_ns: int
     total_ns: int
     waited_ns: int
+    busy_share: float
 
 
 @dataclass(frozen=True, slots=True)

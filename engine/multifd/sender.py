@@ -33,6 +33,7 @@ from engine.memory.tracking import (
     hash_tables,
 )
 from engine.multifd.channel import Channel, Superseded
+from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
 from engine.multifd.worker import Inbox, blocks_of, run_worker
@@ -63,6 +64,7 @@ class Sender:
         self._channel: Channel | None = None
         self._round: RoundTotals | None = None
         self._policy: Policy = Fixed(Arm("none"))
+        self._load = HostLoad()
         self._sent_ns = self._waited_ns = 0  #: of the batch before: its end, and how long it waited
         self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
@@ -305,6 +307,7 @@ class Sender:
                 cpu_ns=cpu_ns,
                 total_ns=now_ns - (self._sent_ns or now_ns),
                 waited_ns=waited_ns - self._waited_ns,
+                busy_share=self._load.busy_share(now_ns),
             )
         )
         self._sent_ns, self._waited_ns = now_ns, waited_ns
