@@ -111,6 +111,27 @@ def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count
     """Store the seeded 128-bit hash of each page of the private copy `pages` (the runs' pages in
     order) at `hashes[16 * page_index]`."""
 
+def gather_changed(
+    ram: Buffer,
+    seed: int,
+    hashes: Buffer,
+    known: Buffer,
+    runs: Buffer,
+    run_count: int,
+    out_pages: Buffer,
+    out_runs: Buffer,
+) -> tuple[int, int, int]:
+    """Copy the runs' pages one after the other to `out_pages`, but leave out each whose `known` bit
+    is set and whose seeded 128-bit hash is the one at `hashes[16 * page_index]`; write the runs of
+    the others to `out_runs`, their hashes and known bits back. What is hashed is the copy. The
+    outputs need room for all pages, and a run of each.
+
+    :return: (pages copied, runs, pages left out).
+    """
+
+def forget_pages(known: Buffer, runs: Buffer, run_count: int) -> None:
+    """Clear the known bits of pages that are sent another way."""
+
 def hash_scan(
     ram: Buffer,
     seed: int,

@@ -14,6 +14,7 @@
 #include "budget.h"
 #include "compressibility.h"
 #include "delta_cache.h"
+#include "elision.h"
 #include "linux_abi.h"
 #include "page_hash.h"
 #include "pages.h"
@@ -581,6 +582,61 @@ static PyObject *native_hash_pages(PyObject *module, PyObject *args)
     PyBuffer_Release(&runs);
     PyBuffer_Release(&hashes);
     PyBuffer_Release(&pages);
+    return PyErr_Occurred() ? NULL : none_or_error(0);
+}
+
+static PyObject *native_gather_changed(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, hashes, known, runs, pages, changed;
+    struct elision to = {0};
+    PyObject *result = NULL;
+    uint64_t run_count, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O&w*w*y*O&w*w*:gather_changed", &ram, to_u64, &to.seed, &hashes,
+                          &known, &runs, to_u64, &run_count, &pages, &changed))
+        return NULL;
+    if (runs_fit(&runs, run_count, (uint64_t)ram.len / PAGE_BYTES, &total) &&
+        pages_fit(&hashes, "hashes", (uint64_t)ram.len / PAGE_BYTES, PAGE_HASH_BYTES) &&
+        bitmap_fits(&known, "known bitmap", (uint64_t)ram.len / PAGE_BYTES) &&
+        has_room(&pages, "out_pages", total, PAGE_BYTES) &&
+        has_room(&changed, "out_runs", total, RUN_BYTES)) {
+        to.hashes = hashes.buf;
+        to.known = known.buf;
+        to.output = pages.buf;
+        to.changed = run_table_over(&changed);
+        Py_BEGIN_ALLOW_THREADS
+        gather_changed(&to, ram.buf, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("(KnK)", (unsigned long long)to.changed.pages,
+                               (Py_ssize_t)to.changed.count,
+                               (unsigned long long)(total - to.changed.pages));
+    }
+    PyBuffer_Release(&changed);
+    PyBuffer_Release(&pages);
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&known);
+    PyBuffer_Release(&hashes);
+    PyBuffer_Release(&ram);
+    return result;
+}
+
+static PyObject *native_forget_pages(PyObject *module, PyObject *args)
+{
+    Py_buffer known, runs;
+    uint64_t run_count, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*y*O&:forget_pages", &known, &runs, to_u64, &run_count))
+        return NULL;
+    if (bitmap_fits(&known, "known bitmap", 0) &&
+        runs_fit(&runs, run_count, (uint64_t)known.len * 8, &total)) {
+        Py_BEGIN_ALLOW_THREADS
+        forget_pages(known.buf, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&known);
     return PyErr_Occurred() ? NULL : none_or_error(0);
 }
 
@@ -1611,6 +1667,8 @@ static PyMethodDef METHODS[] = {
     {"delta_batch", native_delta_batch, METH_VARARGS, NULL},
     {"delta_apply", native_delta_apply, METH_VARARGS, NULL},
     {"hash_pages", native_hash_pages, METH_VARARGS, NULL},
+    {"gather_changed", native_gather_changed, METH_VARARGS, NULL},
+    {"forget_pages", native_forget_pages, METH_VARARGS, NULL},
     {"hash_scan", native_hash_scan, METH_VARARGS, NULL},
     {"pagemap_scan_supported", native_pagemap_scan_supported, METH_VARARGS, NULL},
     {"pagemap_scan", native_pagemap_scan, METH_VARARGS, NULL},
