@@ -77,6 +77,8 @@ int main(void)
     CHECK(delta_cache_new(&cache, &all, 1, PAGES) == 0);
     CHECK(pthread_create(&writer, NULL, write_pages, NULL) == 0);
     for (int i = 0; i < ROUNDS_MAX && (i < ROUNDS_MIN || moved < MOVED_SEEN); ++i) {
+        if (i % 4 == 0)
+            delta_cache_forget(cache); /* pages that miss are kept, too */
         send_all(cache, (uint64_t)i);
         moved += has_moved();
         for (uint64_t n = 0; n < PAGES; ++n)

@@ -70,6 +70,16 @@ __attribute__((no_sanitize("thread"))) static void *write_pages(void *unused)
     return NULL;
 }
 
+/* The hashes are those of what was sent, not of what is there by now. */
+static void check_hashes(void)
+{
+    static unsigned char expected[sizeof hashes];
+    const uint32_t all[] = {0, PAGES};
+
+    hash_pages(target, 5, expected, (const unsigned char *)all, 1);
+    CHECK(memcmp(expected, hashes, sizeof hashes) == 0);
+}
+
 static void a_writer_beside_loses_nothing(void)
 {
     pthread_t writer;
@@ -79,6 +89,7 @@ static void a_writer_beside_loses_nothing(void)
     for (int i = 0; i < ROUNDS_MAX && (i < ROUNDS_MIN || left_out < LEFT_OUT_SEEN); ++i) {
         uint64_t pages = send_pages(0, PAGES);
 
+        check_hashes();
         left_out += pages > 0 ? PAGES - pages : 0;
     }
     is_over = true;
