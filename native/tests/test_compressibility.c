@@ -58,6 +58,19 @@ static void repeats_are_compressible(uint64_t *state)
     }
 }
 
+/* An eighth of the page is one random word: too little for the histogram. */
+static void a_word_that_comes_again_is_seen(uint64_t *state)
+{
+    unsigned char page[PAGE_BYTES];
+
+    for (size_t from = 0; from < PAGE_BYTES; from += 512) {
+        fill_random(page, state);
+        for (size_t at = from + 8; at < from + 512; at += 8)
+            memcpy(page + at, page + from, 8);
+        CHECK(page_is_compressible(page));
+    }
+}
+
 /* Random choices of pages; each is in exactly one part, in order, runs as long as can be. */
 static void runs_add_up(unsigned char *ram, uint64_t *state)
 {
@@ -106,6 +119,7 @@ int main(void)
     random_pages_are_raw(&state);
     sparse_pages_are_compressible(&state);
     repeats_are_compressible(&state);
+    a_word_that_comes_again_is_seen(&state);
     for (int i = 0; i < 20; ++i)
         runs_add_up(ram, &state);
     free(ram);
