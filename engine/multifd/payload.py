@@ -26,6 +26,7 @@ Run = tuple[int, int]  #: first page, page count
 class Payload:
     """The pages of one packet; members as in `wire.Packet`.
 
+    :ivar pages: that it carries.
     :ivar data_runs: the run table, in the order of `frames`.
     :ivar copied_pages: copied before they are sent; the others are lent.
     :ivar tried: given to the codec, whether it helped or not, and for how long (ns).
@@ -33,6 +34,8 @@ class Payload:
 
     frames: Sequence[Frame]
     data_runs: bytes
+    pages: int
+    kind: wire.PacketKind = wire.PacketKind.PAGES
     codec: wire.CodecId = wire.CodecId.RAW
     encoded_runs: int = 0
     gathered_runs: int = 0
@@ -44,7 +47,7 @@ class Payload:
     @property
     def encoded_bytes(self) -> int:
         """What became of `tried`; as much when that was in vain."""
-        return len(self.frames[0]) if self.encoded_runs else len(self.tried)
+        return len(self.tried) if self.codec is wire.CodecId.RAW else len(self.frames[0])
 
     @property
     def payload_bytes(self) -> int:
@@ -76,6 +79,7 @@ def lent_payload(ram: memoryview, taken: memoryview, count: int) -> Payload:
     return Payload(
         [*frames, *_lend(ram, direct)],
         table,
+        sum(counts),
         gathered_runs=len(short),
         copied_pages=sum(pages for _, pages in short),
     )
@@ -91,11 +95,11 @@ def copied_payload(
     codec_ns, tried = time.monotonic_ns() - began_ns, copy if codec is not None else b""
     if codec is None or encoded is None:
         return Payload(
-            [copy] if copy else [], table,
+            [copy] if copy else [], table, pages,
             gathered_runs=count, copied_pages=pages, tried=tried, codec_ns=codec_ns,
         )  # fmt: skip
     return Payload(
-        [encoded], table, codec.wire_id, encoded_runs=count, plain_bytes=len(copy),
+        [encoded], table, pages, codec=codec.wire_id, encoded_runs=count, plain_bytes=len(copy),
         copied_pages=pages, tried=tried, codec_ns=codec_ns,
     )  # fmt: skip
 
@@ -113,9 +117,22 @@ def encoded_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec
         raw = lent_payload(ram, taken, count)
         return replace(raw, tried=good.tried, codec_ns=good.codec_ns)
     return Payload(
-        [*good.frames, *raw.frames], good.data_runs + raw.data_runs, codec.wire_id,
-        encoded_runs=good_runs, gathered_runs=raw.gathered_runs, plain_bytes=good.plain_bytes,
-        copied_pages=good_pages + raw.copied_pages, tried=good.tried, codec_ns=good.codec_ns,
+        [*good.frames, *raw.frames], good.data_runs + raw.data_runs, good.pages + raw.pages,
+        codec=codec.wire_id, encoded_runs=good_runs, gathered_runs=raw.gathered_runs,
+        plain_bytes=good.plain_bytes, copied_pages=good_pages + raw.copied_pages,
+        tried=good.tried, codec_ns=good.codec_ns,
+    )  # fmt: skip
+
+
+def deltas_payload(deltas: bytes, table: bytes, pages: int, codec: Codec | None) -> Payload:
+    """Deltas of the pages of `table`, each behind its length, encoded if that helps."""
+    began_ns = time.monotonic_ns()
+    encoded = codec.encode(deltas) if codec is not None else None
+    return Payload(
+        [deltas if encoded is None else encoded], table, pages, wire.PacketKind.DELTAS,
+        wire.CodecId.RAW if codec is None or encoded is None else codec.wire_id,
+        encoded_runs=len(table) // wire.RUN.size, plain_bytes=len(deltas), copied_pages=pages,
+        tried=deltas if codec is not None else b"", codec_ns=time.monotonic_ns() - began_ns,
     )  # fmt: skip
 
 
