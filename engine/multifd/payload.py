@@ -88,20 +88,67 @@ def lent_payload(ram: memoryview, taken: memoryview, count: int) -> Payload:
 def copied_payload(
     copy: bytes, taken: memoryview, count: int, codec: Codec | None = None
 ) -> Payload:
-    """Pages that were copied together already, encoded if that helps."""
-    table, pages = bytes(taken[: count * wire.RUN.size]), len(copy) // PAGE_SIZE
-    began_ns = time.monotonic_ns()
-    encoded = codec.encode(copy) if codec is not None and copy else None
-    codec_ns, tried = time.monotonic_ns() - began_ns, copy if codec is not None else b""
-    if codec is None or encoded is None:
-        return Payload(
-            [copy] if copy else [], table, pages,
-            gathered_runs=count, copied_pages=pages, tried=tried, codec_ns=codec_ns,
-        )  # fmt: skip
+    """Pages that were copied together already; with a codec, what looks worth it is encoded."""
+    runs, pages = bytes(taken[: count * wire.RUN.size]), len(copy) // PAGE_SIZE
+    if codec is None or not copy:
+        return Payload([copy] if copy else [], runs, pages, gathered_runs=count, copied_pages=pages)
+    parted = memoryview(bytearray(pages * wire.RUN.size))
+    good_runs, _, raw_runs = _native.split_compressible(copy, wire.RUN.pack(0, pages), 1, parted)
+    if not good_runs:
+        return copied_payload(copy, taken, count)
+    if not raw_runs:
+        return _encoded_copy(copy, runs, count, codec)
+    rest = memoryview(parted)[good_runs * wire.RUN.size :]
+    tables = [
+        _pages_at(read_runs(places, places_count), read_runs(runs, count))
+        for places, places_count in ((parted, good_runs), (rest, raw_runs))
+    ]
+    good = _encoded_copy(
+        _native.gather(copy, parted, good_runs), table_of(tables[0]), len(tables[0]), codec
+    )
+    if not good.encoded_runs:  # in vain
+        raw = copied_payload(copy, taken, count)
+        return replace(raw, tried=good.tried, codec_ns=good.codec_ns)
+    return replace(
+        good,
+        frames=[*good.frames, _native.gather(copy, rest, raw_runs)],
+        data_runs=good.data_runs + table_of(tables[1]),
+        pages=pages,
+        gathered_runs=len(tables[1]),
+        copied_pages=pages,
+    )
+
+
+def _encoded_copy(copy: bytes, runs: bytes, count: int, codec: Codec) -> Payload:
+    """All of `copy` in one frame, encoded if that helps."""
+    pages, began_ns = len(copy) // PAGE_SIZE, time.monotonic_ns()
+    encoded = codec.encode(copy)
+    codec_ns = time.monotonic_ns() - began_ns
+    if encoded is None:
+        return Payload([copy], runs, pages, gathered_runs=count, copied_pages=pages,
+                       tried=copy, codec_ns=codec_ns)  # fmt: skip
     return Payload(
-        [encoded], table, pages, codec=codec.wire_id, encoded_runs=count, plain_bytes=len(copy),
-        copied_pages=pages, tried=tried, codec_ns=codec_ns,
+        [encoded], runs, pages, codec=codec.wire_id, encoded_runs=count, plain_bytes=len(copy),
+        copied_pages=pages, tried=copy, codec_ns=codec_ns,
     )  # fmt: skip
+
+
+def _pages_at(places: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """The pages that lie at `places` in the copy that was made of `runs`; both ascend."""
+    found: list[Run] = []
+    rest = iter(runs)
+    first, count = next(rest)
+    begin = 0  #: where the run lies in the copy
+    for place, pages in places:
+        at, left = place, pages
+        while left:
+            while at >= begin + count:
+                begin += count
+                first, count = next(rest)
+            taken = min(left, begin + count - at)
+            found.append((first + at - begin, taken))
+            at, left = at + taken, left - taken
+    return found
 
 
 def encoded_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec) -> Payload:
@@ -112,7 +159,7 @@ def encoded_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec
     if not good_runs:
         return raw
     copy = _native.gather(ram, parted, good_runs)
-    good = copied_payload(copy, parted, good_runs, codec)
+    good = _encoded_copy(copy, bytes(parted[: good_runs * wire.RUN.size]), good_runs, codec)
     if not good.encoded_runs:  # in vain, which is rare: one copy of all is as good
         raw = lent_payload(ram, taken, count)
         return replace(raw, tried=good.tried, codec_ns=good.codec_ns)
