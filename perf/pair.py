@@ -141,10 +141,15 @@ async def side(line: list[str], qmp: Path) -> AsyncIterator[Side]:
                     await asyncio.sleep(0.02)
         yield Side(process, client)
     finally:
+        is_quitting = False
         with contextlib.suppress(QMPError, EOFError, OSError):
             await client.execute("quit")
+            is_quitting = True
         with contextlib.suppress(QMPError, EOFError, OSError):
             await client.disconnect()
+        if not is_quitting:  # it was not connected yet
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), 20)
         if process.returncode is None:
