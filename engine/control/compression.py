@@ -29,6 +29,7 @@ def compression_of(host: Host) -> wire.Compress:
         settings.multifd_lz4_acceleration,
         settings.x_compress_cpu_percent,
         settings.xbzrle_cache_size // channels_of(host) if host.capability("xbzrle") else 0,
+        settings.x_elide_unchanged,
     )
 
 
@@ -77,6 +78,7 @@ def compression_info(channels: Sequence[Progress]) -> dict[str, Any]:
         "tried-bytes": total(Count.TRIED_BYTES),
         "plain-bytes": total(Count.PLAIN_BYTES),
         "encoded-bytes": total(Count.ENCODED_BYTES),
+        "elided-pages": total(Count.ELIDED_PAGES),
         "encode-time": total(Count.ENCODE_NS),
         "channels": [_channel(index, progress) for index, progress in enumerate(channels)],
     }

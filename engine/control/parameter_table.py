@@ -263,6 +263,8 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
               help="zstd's fast levels (its -1 to -50) instead of multifd-zstd-level; 0: off"),
     Parameter("x-compress-cpu-percent", Kind.UINT8, 100, 1, 100, unit="%", is_ours=True, acts=True, effective=NEXT_BATCH,
               help="share of this host's CPUs that auto may spend on encoding"),
+    Parameter("x-elide-unchanged", Kind.ENUM, "auto", values=("off", "on", "auto"), is_ours=True, acts=True,
+              effective=NEXT_BATCH, help="send no page again that is as it was sent, by its hash; auto: where that pays"),
     Parameter("x-on-stall", Kind.ENUM, "nothing", is_ours=True, acts=True, effective=NEXT_ROUND,
               values=("nothing", "throttle", "switchover", "cancel"),
               help="what to do, besides X_MIGRATION_STALLED, when the rounds do not shrink any more"),

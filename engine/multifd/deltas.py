@@ -11,7 +11,7 @@ from engine.compress.delta import DeltaCache, DeltaOutput, DeltaStatistics
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.payload import Payload, copied_payload, deltas_payload
 from engine.multifd.progress import Count, Progress
-from engine.multifd.worker import allow_private_memory, log
+from engine.multifd.worker import log
 
 #: In the first round no page is sent again, so none is kept (QEMU: xbzrle_started).
 FIRST_ROUND: Final = 2
@@ -36,7 +36,6 @@ class Deltas:
 
     def resize(self, cache_bytes: int) -> None:
         """Keep what fits; 0 turns it off. Without memory for it all goes on as before."""
-        allow_private_memory(cache_bytes)
         try:
             if not cache_bytes:
                 self._cache = None

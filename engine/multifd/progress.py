@@ -44,7 +44,8 @@ class Count(enum.IntEnum):
     DELTA_MISSES = 20
     DELTA_OVERFLOWS = 21
     DELTA_UNCHANGED = 22  #: pages that the destination had as they were
-    BATCHES = 23  #: batches by choice: word BATCHES + CodecId
+    ELIDED_PAGES = 23  #: not sent again, for the destination has them as they are
+    BATCHES = 24  #: batches by choice: word BATCHES + CodecId
 
 
 class Progress:

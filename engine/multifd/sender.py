@@ -19,6 +19,7 @@ import zmq
 from engine import _native, wire
 from engine.compress.choice import policy_of
 from engine.compress.codecs import Codec
+from engine.compress.elision import HASH_BYTES
 from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
@@ -35,10 +36,11 @@ from engine.memory.tracking import (
 )
 from engine.multifd.channel import Channel, Superseded
 from engine.multifd.deltas import Deltas
+from engine.multifd.elision import Elision
 from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
-from engine.multifd.worker import Inbox, blocks_of, run_worker
+from engine.multifd.worker import Inbox, allow_private_memory, blocks_of, run_worker
 
 #: Under a limit a batch is at most what may go in so much time, so that the rate holds in any
 #: second.
@@ -128,8 +130,7 @@ class Sender:
                 case wire.OpenChannel():
                     self._open(order)
                 case wire.Compress():
-                    self._policy = policy_of(order, self._order.count)
-                    self._deltas.resize(order.xbzrle_cache_bytes)
+                    self._compress(order)
                 case wire.Harvest():
                     self._harvest(order)
                 case wire.SendRound():
@@ -150,6 +151,7 @@ class Sender:
         self._progress = Progress(shared["progress"])
         self._budget = Budget(shared["budget"])
         self._deltas = Deltas(self._slices, self._progress)
+        self._elision = Elision(self._blocks, self._progress)
         self._harvester = self._make_harvester(order, shared, tracker_fds)
 
     def _make_harvester(
@@ -170,6 +172,14 @@ class Sender:
                 hashes = hash_tables(self._blocks, shared["hashes"])
                 return ContentHash(*where, self._ram, candidates, hashes, order.hash_seed)
 
+    def _compress(self, order: wire.Compress) -> None:
+        """From the next batch on; what is kept of pages comes on top of a worker's memory."""
+        hash_bytes = sum(block.page_count for block in self._blocks) * HASH_BYTES
+        allow_private_memory(order.xbzrle_cache_bytes + hash_bytes)
+        self._policy = policy_of(order, self._order.count)
+        self._deltas.resize(order.xbzrle_cache_bytes)
+        self._elision.set(order.elide)
+
     def _harvest(self, order: wire.Harvest) -> None:
         """Collect what was written; between two pieces say how far it is, and look after control.
 
@@ -189,6 +199,7 @@ class Sender:
         """Drop what was being sent and make the channel anew; control repeats the round's order."""
         self._drop_channel()
         self._deltas.forget()
+        self._elision.forget()
         try:
             self._watch(Channel(self._context, order))
         except zmq.ZMQError as exc:
@@ -260,6 +271,7 @@ class Sender:
         self._deltas.sent_zeros(
             taken.block_index, totals.round_number, self._zero_runs, taken.zero_count
         )
+        self._elision.sent_otherwise(taken.block_index, self._zero_runs, taken.zero_count)
         encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
         for payload in payloads:
             if payload.pages or zero_runs:
@@ -278,6 +290,9 @@ class Sender:
             return [copied_payload(copy, runs, count, codec)]
         if self._deltas.are_due(round_number):
             return self._deltas.payloads(i, round_number, ram, runs, count, codec)
+        if count and self._elision.is_due(round_number, i, wire.RUN.unpack_from(runs)[0]):
+            return [copied_payload(*self._elision.gather(i, ram, runs, count), codec)]
+        self._elision.sent_otherwise(i, runs, count)
         if codec is not None and count:
             return [encoded_payload(ram, runs, count, codec)]
         return [lent_payload(ram, runs, count)]

@@ -59,6 +59,7 @@ class Compress(Message, frozen=True):
     lz4_acceleration: int = 1
     cpu_percent: int = 100
     xbzrle_cache_bytes: int = 0
+    elide: str = "off"  #: `x-elide-unchanged`
 
 
 class Harvest(Message, frozen=True):

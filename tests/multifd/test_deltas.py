@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import os
 import random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,13 @@ pytestmark = pytest.mark.process
 
 PAGE_COUNT = 64
 CACHE_BYTES = PAGE_COUNT * PAGE_SIZE
+
+#: What a sender may keep of the pages that it sent.
+any_memory = pytest.mark.parametrize(
+    "how",
+    [{"xbzrle_cache_bytes": CACHE_BYTES}, {"elide": "on"}, {"elide": "auto"}],
+    ids=["xbzrle", "elide", "elide auto"],
+)
 
 
 class Destination:
@@ -78,13 +86,16 @@ def content(rig: SenderRig) -> bytes:
 
 
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd", "zlib", "auto"])
-def test_after_every_round_the_destination_has_the_senders_ram(codec: str) -> None:
+@any_memory
+def test_after_every_round_the_destination_has_the_senders_ram(
+    codec: str, how: dict[str, Any]
+) -> None:
     chance = random.Random(codec)
 
     async def scenario() -> dict[wire.PacketKind, int]:
         block, there = memory(PAGE_COUNT, chance.randbytes(PAGE_COUNT * PAGE_SIZE)), Destination()
         async with sender(block) as rig:
-            rig.worker.order(wire.Compress(codec, xbzrle_cache_bytes=CACHE_BYTES))
+            rig.worker.order(wire.Compress(codec, **how))
             _native.bitmap_set_range(rig.dirty[0], 0, PAGE_COUNT)
             for number in range(1, 16):
                 await round_of(rig, number, there)
@@ -98,15 +109,16 @@ def test_after_every_round_the_destination_has_the_senders_ram(codec: str) -> No
         return there.pages
 
     sent = asyncio.run(scenario())
-    assert sent[wire.PacketKind.DELTAS] > 10
+    assert (sent[wire.PacketKind.DELTAS] > 10) is ("xbzrle_cache_bytes" in how)
     assert sent[wire.PacketKind.PAGES] > PAGE_COUNT
 
 
-def test_a_page_that_is_dirty_and_unchanged_is_not_sent_again() -> None:
+@any_memory
+def test_a_page_that_is_dirty_and_unchanged_is_not_sent_again(how: dict[str, Any]) -> None:
     async def scenario() -> dict[wire.PacketKind, int]:
         block, there = memory(PAGE_COUNT, b"x" * PAGE_COUNT * PAGE_SIZE), Destination()
         async with sender(block) as rig:
-            rig.worker.order(wire.Compress("none", xbzrle_cache_bytes=CACHE_BYTES))
+            rig.worker.order(wire.Compress("none", **how))
             for number in (1, 2, 3, 4):
                 _native.bitmap_set_range(rig.dirty[0], 0, PAGE_COUNT)
                 await round_of(rig, number, there)
@@ -118,13 +130,14 @@ def test_a_page_that_is_dirty_and_unchanged_is_not_sent_again() -> None:
     assert sent[wire.PacketKind.DELTAS] == 0
 
 
-def test_a_new_incarnation_gets_whole_pages() -> None:
+@any_memory
+def test_a_new_incarnation_gets_whole_pages(how: dict[str, Any]) -> None:
     """What the old one was sent may never have arrived: the destination begins with noise here."""
 
     async def scenario() -> tuple[bytes, bytes, int]:
         block, there = memory(PAGE_COUNT, b"x" * PAGE_COUNT * PAGE_SIZE), Destination()
         async with sender(block) as rig:
-            rig.worker.order(wire.Compress("none", xbzrle_cache_bytes=CACHE_BYTES))
+            rig.worker.order(wire.Compress("none", **how))
             for number in (1, 2, 3):
                 _native.bitmap_set_range(rig.dirty[0], 0, PAGE_COUNT)
                 await round_of(rig, number, there)
