@@ -74,6 +74,7 @@ class Statistics:
     is_outcome_unknown: bool = False
     phases_ns: Mapping[str, int] = field(default_factory=dict)
     channels: tuple[Mapping[str, int], ...] = ()
+    compression: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -102,6 +103,7 @@ class Statistics:
             is_outcome_unknown=info.get("x-handover") == "unknown",
             phases_ns=info.get("x-downtime-phases", {}),
             channels=tuple(info.get("x-channels", ())),
+            compression=info.get("x-compression", {}),
             raw=dict(info),
         )
 

@@ -65,7 +65,6 @@ class OutgoingMigration:
         self.is_outcome_unknown = False  #: nobody has said who has the right to run
         self._pause_began_ns = self._stood_ns = self._refreshed_ns = 0
         self._round_number = 0
-        self._last_round = policy.Round(0, 1, 0)
         self._events: deque[machine.Event] = deque()
         self._is_handling = False
         self.ended = asyncio.Event()
@@ -216,16 +215,17 @@ class OutgoingMigration:
         self._round_number += 1
         if self.machine.phase is Phase.FINISHING:
             self._pass()
-        began_ns, bytes_before = time.monotonic_ns(), senders.total(Count.WIRE_BYTES)
+        began_ns, ram_before = time.monotonic_ns(), senders.sent_ram_bytes
+        wire_before = senders.total(Count.WIRE_BYTES)
         _, sent_ns = await senders.send_round(self._round_number)
         now_ns = time.monotonic_ns()
         if self.machine.phase is Phase.FINISHING:
             self.numbers.phases.send = sent_ns - began_ns
             self.numbers.phases.acknowledge = now_ns - sent_ns
         harvest_ns = max(lane.progress[Count.HARVEST_NS] for lane in senders.lanes)
-        sent_bytes = senders.total(Count.WIRE_BYTES) - bytes_before
-        self._last_round = policy.Round(harvest_ns, now_ns - began_ns, sent_bytes)
-        self._model.learn(self._last_round)
+        ram_bytes = senders.sent_ram_bytes - ram_before
+        wire_bytes = senders.total(Count.WIRE_BYTES) - wire_before
+        self._model.learn(policy.Round(harvest_ns, now_ns - began_ns, ram_bytes, wire_bytes))
         self.handle(machine.RoundAcknowledged())
 
     async def _harvest(self) -> None:

@@ -145,6 +145,12 @@ class SenderGroup:
         """A counter's sum over all lanes."""
         return sum(lane.progress[count] for lane in self.lanes)
 
+    @property
+    def sent_ram_bytes(self) -> int:
+        """RAM that was dealt with: sent as it is or shorter, or left out as unchanged."""
+        deltas = self.total(Count.DELTA_HITS) - self.total(Count.DELTA_OVERFLOWS)
+        return (self.total(Count.PAGES) + deltas + self.total(Count.ELIDED_PAGES)) * PAGE_SIZE
+
     def count_up(self, numbers: MigrationNumbers) -> None:
         """Refresh the totals from the workers' counters, at any time."""
         numbers.channels = numbers.channels or [ChannelSample() for _ in self.lanes]
