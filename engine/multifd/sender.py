@@ -29,7 +29,7 @@ from engine.memory.tracking import (
     WriteProtected,
     hash_tables,
 )
-from engine.multifd.channel import Channel, Superseded
+from engine.multifd.channel import Channel, SocketChannel, StreamChannel, Superseded
 from engine.multifd.progress import Budget, Count, Progress
 from engine.multifd.worker import Inbox, blocks_of, run_worker
 
@@ -59,6 +59,7 @@ class Sender:
         self._inbox = inbox
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._channel: Channel | None = None
+        self._stream_fd = -1  #: in place of ZeroMQ, until its channel has it
         self._round: RoundTotals | None = None
         self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
@@ -84,10 +85,8 @@ class Sender:
         self._news, self._room = zmq.Poller(), zmq.Poller()
         for poller in (self._news, self._room):
             poller.register(self._inbox, zmq.POLLIN)
-            if channel is not None:
-                poller.register(channel.monitor, zmq.POLLIN)
         if channel is not None:
-            self._room.register(channel.socket, zmq.POLLOUT)
+            channel.watch(self._news, self._room)
 
     def _wait(self, poller: zmq.Poller) -> None:
         """Sleep until `poller` wakes; take orders, follow the connection."""
@@ -95,13 +94,15 @@ class Sender:
         ready = dict(poller.poll())
         if self._inbox.fileno() in ready:
             self._take_orders()
-        if channel is not None and channel is self._channel and channel.monitor in ready:
+        if channel is not None and channel is self._channel and channel.has_news(ready):
             self._follow_channel(channel)
 
     def _take_orders(self) -> None:
         while (taken := self._inbox.take()) is not None:
             order, fds = taken
             match order:
+                case wire.UseStream():
+                    self._stream_fd = fds[0]
                 case wire.PrepareSender():
                     self._prepare(order, fds)
                     self._inbox.report(wire.Ready())
@@ -112,6 +113,8 @@ class Sender:
                     self._harvest(order)
                 case wire.SendRound():
                     self._round = RoundTotals(order.round_number)
+                case wire.EndChannel():
+                    self._end_channel()
 
     def _prepare(self, order: wire.PrepareSender, fds: Sequence[int]) -> None:
         """Map what was lent; from now on this worker is sender `index` of `count`."""
@@ -165,8 +168,14 @@ class Sender:
     def _open(self, order: wire.OpenChannel) -> None:
         """Drop what was being sent and make the channel anew; control repeats the round's order."""
         self._drop_channel()
+        if self._stream_fd >= 0:
+            channel = StreamChannel(self._stream_fd, order.incarnation)
+            self._stream_fd = -1
+            self._watch(channel)
+            self._follow_channel(channel)
+            return
         try:
-            self._watch(Channel(self._context, order))
+            self._watch(SocketChannel(self._context, order))
         except zmq.ZMQError as exc:
             self._report_broken(order.incarnation, str(exc))
 
@@ -179,6 +188,21 @@ class Sender:
             return
         except (ConnectionError, ChannelError) as exc:
             self._lose_channel(str(exc.__cause__ or exc))
+
+    def _end_channel(self) -> None:
+        """Of a stream, between two rounds: nothing of ours follows."""
+        channel = self._channel
+        if channel is None:
+            return  # lost a moment ago
+        try:
+            self._send(self._packet(wire.PacketKind.CHANNEL_END), [])
+        except Superseded:
+            return
+        except (ConnectionError, ChannelError) as exc:
+            self._lose_channel(str(exc.__cause__ or exc))
+            return
+        self._drop_channel()
+        self._inbox.report(wire.ChannelEnded(channel.incarnation))
 
     def _lose_channel(self, reason: str) -> None:
         assert self._channel is not None
@@ -317,10 +341,8 @@ class Sender:
         while True:
             self._wait_for_room(channel)
             try:
-                channel.socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
-                break
-            except zmq.Again:
-                continue
+                if channel.send(parts):
+                    break
             except zmq.ZMQError as exc:
                 raise ChannelError(self._order.index, "sending") from exc
         self._progress.add(Count.PACKETS, 1)

@@ -47,6 +47,14 @@ class OpenChannel(Message, frozen=True):
     incarnation: int
 
 
+class UseStream(Message, frozen=True):
+    """Control -> worker, its first order: the channel is the descriptor beside this one."""
+
+
+class EndChannel(Message, frozen=True):
+    """Control -> sender of a stream: send CHANNEL_END and touch the stream no more."""
+
+
 class Harvest(Message, frozen=True):
     """Control -> sender: move what the tracker found into the dirty bitmap."""
 
@@ -96,13 +104,19 @@ class RoundSent(Message, frozen=True):
     payload_bytes: int
 
 
+class ChannelEnded(Message, frozen=True):
+    """Worker -> control: CHANNEL_END was sent, or has come; the stream is control's again."""
+
+    incarnation: int
+
+
 class WorkerFailed(Message, frozen=True):
     """Worker -> control: an expected failure ends the worker."""
 
     reason: str
 
 
-SenderOrder = PrepareSender | OpenChannel | Harvest | SendRound
-ReceiverOrder = PrepareReceiver
-SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | WorkerFailed
-ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | WorkerFailed
+SenderOrder = UseStream | PrepareSender | OpenChannel | Harvest | SendRound | EndChannel
+ReceiverOrder = UseStream | PrepareReceiver
+SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | WorkerFailed
+ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed

@@ -34,6 +34,7 @@ class PacketKind(enum.IntEnum):
     OPEN = 1  #: first packet of an incarnation of a channel
     PAGES = 2
     ROUND_END = 3  #: all of the round was sent before; the counts are this channel's totals of it
+    CHANNEL_END = 4  #: of a stream: RAM is complete, what follows is control's
 
 
 class CodecId(enum.IntEnum):
