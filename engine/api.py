@@ -393,6 +393,8 @@ class Control:
         socket = info["socket-address"][0]
         if socket["type"] == "unix":
             return f"unix:{socket['path']}"
+        if socket["type"] == "vsock":
+            return f"vsock:{socket['cid']}:{socket['port']}"
         host = f"[{socket['host']}]" if ":" in socket["host"] else socket["host"]
         return f"tcp:{host}:{socket['port']}"
 
