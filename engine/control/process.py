@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from engine import wire
@@ -67,7 +67,7 @@ class ControlProcess:
         uuid: str = "",
         journal: Journal | None = None,
         is_unknown: bool = False,
-        inherited: frozenset[int] = frozenset(),
+        inherited: Iterable[int] = (),
     ) -> None:
         """
         :param uuid: the machine's, in lower case with dashes; empty: it has none.
@@ -75,7 +75,8 @@ class ControlProcess:
         :param is_unknown: the process before this one was killed while the right to run was on
             its way, and nobody has said who has it.
         :param inherited: numbers of the descriptors that the process was started with."""
-        self.guest, self.uuid, self.inherited = guest, uuid, inherited
+        self.guest, self.uuid = guest, uuid
+        self._inherited = set(inherited)
         self.notifiers = Notifiers()
         self._journal, self.inherits_unknown = journal, is_unknown
         self.leaves_guest = False  #: at the end a guest that was taken over goes on
@@ -298,7 +299,7 @@ class ControlProcess:
     def _route_to(self, address: Target, named: Callable[[str], int]) -> Route:
         if isinstance(address, Address):
             return Conversation(address)
-        sources = Sources(named, self.fdsets, self.inherited)
+        sources = Sources(named, self.fdsets, self._inherited)
         return StreamRoute(address, sources, answers=self.capability("return-path"))
 
     def _check_transport(self, address: Target) -> None:
@@ -318,7 +319,7 @@ class ControlProcess:
         self.check_incoming()
         self._check_transport(address)
         self.exit_on_error = exit_on_error
-        sources = Sources(named, self.fdsets, self.inherited)
+        sources = Sources(named, self.fdsets, self._inherited)
         incoming = IncomingMigration(self, address, sources)
         try:
             incoming.start()

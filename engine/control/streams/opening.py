@@ -48,11 +48,11 @@ class Sources:
     """Where descriptors come from.
 
     :ivar named: takes a client's descriptor by its name, which is then the caller's.
-    :ivar inherited: numbers of those that the process was started with."""
+    :ivar inherited: numbers of those that the process was started with, and that nobody took."""
 
     named: Callable[[str], int] = no_names
     fdsets: FdSets = field(default_factory=FdSets)
-    inherited: frozenset[int] = frozenset()
+    inherited: set[int] = field(default_factory=set)
 
 
 class Stream:
@@ -238,15 +238,18 @@ def open_destination(address: StreamAddress, sources: Sources) -> Stream | None:
 
 
 def _by_name_or_number(name: str, sources: Sources) -> int:
-    """A number is one that the process was started with; others are its own affair."""
+    """A number is one that the process was started with; others are its own affair. Nothing is left
+    at that number, so that whoever writes there sees us close it."""
     if not (name.isascii() and name.isdigit()):
         return sources.named(name)
     if len(name) > 9 or int(name) not in sources.inherited:
         return no_names(name)
-    try:
-        return os.dup(int(name))
-    except OSError:
-        return no_names(name)
+    sources.inherited.discard(int(name))
+    fd = os.dup(int(name))
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(nothing, int(name), inheritable=False)
+    os.close(nothing)
+    return fd
 
 
 def _opened(address: FileAddress, sources: Sources) -> Stream:

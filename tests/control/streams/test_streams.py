@@ -19,6 +19,7 @@ from engine.control.status import Status
 from engine.errors import MigrationError, UsageError
 from tests.conformance.peers import Client
 from tests.control.streams.rig import (
+    GUEST,
     SLOW,
     WRITING,
     Couple,
@@ -102,6 +103,19 @@ def test_both_ways_through_a_program(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     path.unlink()
+
+
+def test_a_program_that_compresses_keeps_it_and_gives_it_back(tmp_path: Path) -> None:
+    file = tmp_path / "guest.gz"
+
+    async def scenario() -> None:
+        async with couple("", tmp_path) as both:
+            await (await both.source.migrate(f"exec:gzip -1 >{file}")).result()
+            both.incoming = f"exec:gzip -dc {file}"
+            await both.listen()
+            await check_arrived(both)
+
+    asyncio.run(scenario())
 
 
 def test_the_bandwidth_limit_holds_and_back_pressure_reaches_the_sender(tmp_path: Path) -> None:
@@ -316,6 +330,40 @@ def test_a_program_that_fails_after_the_whole_stream_leaves_the_outcome_open() -
             assert not (await source.query_guest())["running"]
             await source.execute("cont")
             await runs(source)
+
+    asyncio.run(scenario())
+
+
+def test_control_that_dies_behind_the_last_byte_leaves_no_second_guest(
+    tmp_path: Path,
+) -> None:
+    """The whole stream is out and may run somewhere: here the guest stands until its user looked."""
+    file, rundir = tmp_path / "f", Path(os.environ["XDG_RUNTIME_DIR"]) / "guest"
+    rundir.mkdir(mode=0o700)
+
+    async def scenario() -> None:
+        async with engine.Control.start(f"{WRITING},rundir={rundir}") as source:
+            await source.migrate(f"exec:cat >{file}; sleep 1000")
+            await until_status(source, "device")
+            async with asyncio.timeout(30):
+                while not any("sleep" in p.name() for p in parts(source, "sleep 1000")):
+                    await asyncio.sleep(0.02)
+            program = parts(source, "sleep 1000")
+            source.kill()
+            await source.wait()
+            for process in program:
+                process.kill()
+            async with asyncio.timeout(30):
+                while not (orphans := list(rundir.glob("guest-*.sock"))):
+                    await asyncio.sleep(0.02)
+            async with engine.Control.start(f"workload:socket={orphans[0]}") as adopted:
+                assert not (await adopted.query_guest())["running"]
+                assert (await adopted.execute("query-migrate"))["x-handover"] == "unknown"
+                await adopted.execute("cont")
+                await runs(adopted)
+        async with engine.Control.start(GUEST, f"file:{file}") as destination:
+            assert await until_status(destination, "completed", "failed") == "completed"
+            await runs(destination)
 
     asyncio.run(scenario())
 
