@@ -64,7 +64,7 @@ class Stream:
     """
 
     def __init__(self, fd: int, answer_fd: int = -1, child: Child | None = None) -> None:
-        """Take all of it over, also when this raises.
+        """Take all of it over, unless this raises.
 
         :raise OSError: the descriptor is not open."""
         self.fd, self.answer_fd, self.child = fd, answer_fd, child
