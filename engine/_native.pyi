@@ -13,6 +13,7 @@ Every function raises ValueError when sizes, indices or alignment do not fit (ne
 memory), OSError with the kernel's errno when a system call fails, and releases the GIL while it
 works."""
 
+from collections.abc import Sequence
 from typing import NewType
 
 from typing_extensions import Buffer
@@ -21,6 +22,10 @@ Slice = tuple[int, int, int, int]
 
 PAGE_SIZE: int  #: 4096
 BATCH_WALK_PAGES_MAX: int  #: no batch has more pages, zero ones included
+DELTA_PAGES_MAX: int  #: of one delta_batch
+DELTA_BYTES_MAX: int  #: longest delta that delta_batch can be asked for: less than a page
+DELTA_LENGTH_BYTES: int  #: before each delta of a batch: its length, little-endian
+SPLIT_PAGES_MAX: int  #: of one split_compressible
 UFFD_USER_MODE_ONLY: int
 UFFD_FEATURE_MISSING_SHMEM: int
 UFFD_FEATURE_MISSING_HUGETLBFS: int
@@ -32,7 +37,8 @@ UFFD_REGISTER_MISSING: int
 UFFD_REGISTER_WP: int
 
 def kernel_names(kind: str) -> list[str]:
-    """Names this CPU can run for `kind` ("zero_scan"), the measured default first; has "scalar"."""
+    """Names this CPU can run for `kind` ("zero_scan", "xbzrle"), the measured default first; has
+    "scalar"."""
 
 def zero_scan(name: str, pages: Buffer, is_zero: Buffer, page_size: int) -> int:
     """Set `is_zero[i]` to 1 or 0 for each page; return how many are zero. `name` is a demand."""
@@ -88,9 +94,43 @@ def take_batch(
 def gather(ram: Buffer, runs: Buffer, run_count: int) -> bytes:
     """Copy the runs' pages, in order, into one new bytes object (allocated without clearing)."""
 
+def split_compressible(
+    ram: Buffer, runs: Buffer, run_count: int, out_runs: Buffer
+) -> tuple[int, int, int]:
+    """Sort up to SPLIT_PAGES_MAX pages by what a codec would gain, from 256 sampled bytes of each.
+
+    Writes to `out_runs` the runs of pages worth compressing, then those of the others (random,
+    encrypted, compressed already), both in the order of `runs`, adjacent pages merged. `out_runs`
+    has room for a run of each page; it may be `runs` itself. A heuristic: about one random page in
+    10**6 counts as compressible; text, pointers, integers, code and sparse pages always do.
+
+    :return: (compressible runs, compressible pages, raw runs).
+    """
+
 def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count: int) -> None:
     """Store the seeded 128-bit hash of each page of the private copy `pages` (the runs' pages in
     order) at `hashes[16 * page_index]`."""
+
+def gather_changed(
+    ram: Buffer,
+    seed: int,
+    hashes: Buffer,
+    known: Buffer,
+    runs: Buffer,
+    run_count: int,
+    out_pages: Buffer,
+    out_runs: Buffer,
+) -> tuple[int, int, int]:
+    """Copy the runs' pages one after the other to `out_pages`, but leave out each whose `known` bit
+    is set and whose seeded 128-bit hash is the one at `hashes[16 * page_index]`; write the runs of
+    the others to `out_runs`, their hashes and known bits back. What is hashed is the copy. The
+    outputs need room for all pages, and a run of each.
+
+    :return: (pages copied, runs, pages left out).
+    """
+
+def forget_pages(known: Buffer, runs: Buffer, run_count: int) -> None:
+    """Clear the known bits of pages that are sent another way."""
 
 def hash_scan(
     ram: Buffer,
@@ -104,6 +144,67 @@ def hash_scan(
     """Set the dirty bit of each page of the slice from `first_page` on whose `candidates` bit is
     set and whose hash differs from `hashes`; return bits newly set. Pages whose candidates bit is
     clear are not touched, nor are pages that are dirty."""
+
+# -- source: deltas -----------------------------------------------------------------------------
+
+def xbzrle_encode(name: str, old_page: Buffer, new_page: Buffer, output: Buffer) -> int:
+    """Write QEMU's XBZRLE delta between two pages that nobody writes meanwhile to `output`; return
+    its length, 0 when they are alike, -1 when it has no room. `name` is a demand."""
+
+DeltaCache = NewType("DeltaCache", object)
+"""Capsule: copies of the pages that one sender's destination has, QEMU's direct-mapped cache. Its
+memory is taken page by page and goes with the last reference. RuntimeError when two threads use it
+at the same time."""
+
+def delta_cache_new(slices: Sequence[Slice], page_count: int) -> DeltaCache:
+    """Make an empty cache of `page_count` pages, a power of two, for a worker's slice of each RAM
+    block. Slots are numbered by the slices' own pages: as many as they have never conflict."""
+
+def delta_cache_resize(cache: DeltaCache, page_count: int) -> None:
+    """Change the size, keeping the pages that fit; of two for one slot the one sent later. OSError:
+    no memory, and nothing changed."""
+
+def delta_cache_forget(cache: DeltaCache) -> None:
+    """Forget all pages and give their memory back."""
+
+def delta_cache_get(cache: DeltaCache, block_index: int, page: int) -> bytes | None:
+    """What the cache has of a page."""
+
+def delta_cache_set_zero(
+    cache: DeltaCache, block_index: int, generation: int, runs: Buffer, run_count: int
+) -> None:
+    """The runs' pages are sent as zero pages; they come into the cache by the rule of delta_batch,
+    and take no memory."""
+
+def delta_cache_drop(cache: DeltaCache, block_index: int, runs: Buffer, run_count: int) -> None:
+    """The runs' pages are sent another way: forget them."""
+
+def delta_batch(
+    cache: DeltaCache,
+    block_index: int,
+    generation: int,
+    ram: Buffer,
+    runs: Buffer,
+    run_count: int,
+    delta_bytes_max: int,
+    full_pages: Buffer,
+    full_runs: Buffer,
+    deltas: Buffer,
+    delta_runs: Buffer,
+) -> tuple[int, int, int, int, int, int, int, int]:
+    """Deal up to DELTA_PAGES_MAX pages of a block to full pages and deltas.
+
+    Each page is read once, into a copy that is what is compared, sent and kept; the RAM may be
+    written meanwhile. A page that is not in the cache goes as it is, and takes its slot unless
+    another page has been sent from there in this `generation` or the one before. One that is there
+    and unchanged goes nowhere; else it goes as a delta, or as it is when the delta is longer than
+    `delta_bytes_max`, and the cache has it. Full pages are copied one after the other to
+    `full_pages`, deltas to `deltas`, each behind its length (little-endian uint16). For each page
+    the outputs need room for a page, a run, DELTA_LENGTH_BYTES + `delta_bytes_max`, and a run.
+
+    :return: (full pages, full runs, delta pages, delta runs, bytes of deltas with their lengths,
+        unchanged pages, misses, overflows); full pages are misses and overflows.
+    """
 
 # -- source: dirty tracking ---------------------------------------------------------------------
 
@@ -164,16 +265,26 @@ def place(
     A full file system is OSError(ENOMEM or ENOSPC), never SIGBUS; pages that were not placed then
     have no `placed` bit."""
 
+def delta_apply(
+    ram: Buffer, placed: Buffer, deltas: Buffer, runs: Buffer, run_count: int, page_count: int
+) -> None:
+    """Apply a batch of deltas to the runs' pages, in place, in a page-aligned mapping that is not
+    registered with a userfaultfd.
+
+    Runs and deltas are all checked before the first byte is written: a delta for each page, each
+    within its page, and no byte left over. A page whose `placed` bit is clear counts as zero; it
+    gets its bit and memory first (a full file system is OSError(ENOMEM or ENOSPC))."""
+
 def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count: int) -> int:
     """Zero the runs' pages whose `placed` bit is set (others are holes already); return how many.
     All runs are checked before the first byte is written."""
 
 def packet_runs_check(
-    data_runs: Buffer, gathered_count: int, zero_runs: Buffer, page_count: int
+    data_runs: Buffer, encoded_count: int, gathered_count: int, zero_runs: Buffer, page_count: int
 ) -> None:
-    """Check all runs of a packet against a block: the gathered ones (the first `gathered_count`
-    data runs), the direct ones and the zero ones must each be ascending, and no page be there
-    twice.
+    """Check all runs of a packet against a block: the encoded ones (the first `encoded_count` data
+    runs), the gathered ones (the next `gathered_count`), the direct ones and the zero ones must
+    each be ascending, and no page be there twice.
 
     :raise ValueError: names the first run that is wrong."""
 

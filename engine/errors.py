@@ -5,6 +5,7 @@
     |-- StateError        an event that the state machine does not allow; carries the story
     |-- MemoryRefused     RAM cannot be had, mapped, tracked or placed
     |-- WireError         bytes from a peer were wrong
+    |   `-- CodecError    a payload does not decode to what its header says
     |-- ChannelError      a channel to the peer failed
     |-- WorkerLost        a worker process died or did not answer
     |-- GuestError        the guest refused, died or did not answer
@@ -48,6 +49,10 @@ class MemoryRefused(MigrationError):
 
 class WireError(MigrationError):
     """Bytes from a peer were wrong; the connection they came on is given up, the guest is not."""
+
+
+class CodecError(WireError):
+    """A payload does not decode to what its header says."""
 
 
 class ChannelError(MigrationError):

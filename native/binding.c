@@ -12,6 +12,9 @@
 #include "batch.h"
 #include "bitmap.h"
 #include "budget.h"
+#include "compressibility.h"
+#include "delta_cache.h"
+#include "elision.h"
 #include "linux_abi.h"
 #include "page_hash.h"
 #include "pages.h"
@@ -19,6 +22,7 @@
 #include "tracking.h"
 #include "userfault.h"
 #include "workload.h"
+#include "xbzrle.h"
 #include "zero_scan.h"
 
 /* -- converters for PyArg_ParseTuple("O&"): a wrong value is a ValueError, never a wrapped one ----- */
@@ -252,16 +256,21 @@ static PyObject *none_or_error(int64_t rc)
 
 static PyObject *native_kernel_names(PyObject *module, PyObject *args)
 {
-    const char *kind, *name;
+    const char *kind, *name, *(*name_at)(size_t);
     PyObject *names;
 
     (void)module;
     if (!PyArg_ParseTuple(args, "s:kernel_names", &kind))
         return NULL;
-    if (strcmp(kind, "zero_scan") != 0)
-        return PyErr_Format(PyExc_ValueError, "no kernels of kind '%s'; there is: zero_scan", kind);
+    if (strcmp(kind, "zero_scan") == 0)
+        name_at = zero_scan_name;
+    else if (strcmp(kind, "xbzrle") == 0)
+        name_at = xbzrle_name;
+    else
+        return PyErr_Format(PyExc_ValueError, "no kernels of kind '%s'; there are: zero_scan, xbzrle",
+                            kind);
     names = PyList_New(0);
-    for (size_t i = 0; names && (name = zero_scan_name(i)); ++i) {
+    for (size_t i = 0; names && (name = name_at(i)); ++i) {
         PyObject *item = PyUnicode_FromString(name);
 
         if (!item || PyList_Append(names, item) < 0)
@@ -269,6 +278,15 @@ static PyObject *native_kernel_names(PyObject *module, PyObject *args)
         Py_XDECREF(item);
     }
     return names;
+}
+
+/* 1, or 0 and a ValueError that says why a kernel cannot be had. */
+static int kernel_is_there(const char *kind, const char *name, int selected)
+{
+    if (selected < 0)
+        PyErr_Format(PyExc_ValueError, "%s kernel '%s' %s", kind, name,
+                     selected == -EINVAL ? "is not known" : "does not run on this CPU");
+    return selected == 0;
 }
 
 static int zero_scan_fits(const Py_buffer *pages, const Py_buffer *is_zero, uint64_t page_size)
@@ -293,16 +311,12 @@ static PyObject *native_zero_scan(PyObject *module, PyObject *args)
     uint64_t page_size;
     zero_scan_fn *kernel = NULL;
     int64_t rc = 0;
-    int selected;
 
     (void)module;
     if (!PyArg_ParseTuple(args, "sy*w*O&:zero_scan", &name, &pages, &is_zero, to_size, &page_size))
         return NULL;
-    selected = zero_scan_select(name, &kernel);
-    if (selected < 0)
-        PyErr_Format(PyExc_ValueError, "zero_scan kernel '%s' %s", name,
-                     selected == -EINVAL ? "is not known" : "does not run on this CPU");
-    else if (zero_scan_fits(&pages, &is_zero, page_size)) {
+    if (kernel_is_there("zero_scan", name, zero_scan_select(name, &kernel)) &&
+        zero_scan_fits(&pages, &is_zero, page_size)) {
         Py_BEGIN_ALLOW_THREADS
         rc = (int64_t)kernel(pages.buf, (size_t)is_zero.len, (size_t)page_size, is_zero.buf);
         Py_END_ALLOW_THREADS
@@ -504,6 +518,52 @@ static PyObject *native_gather(PyObject *module, PyObject *args)
     return result;
 }
 
+/* Whether one call may take so many pages. */
+static int batch_is_small(uint64_t total, uint64_t pages_max)
+{
+    if (total <= pages_max)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "runs of %llu pages; at most %llu are taken at once",
+                 (unsigned long long)total, (unsigned long long)pages_max);
+    return 0;
+}
+
+/* Whether `buffer` has `unit` bytes for each of so many pages. */
+static int has_room(const Py_buffer *buffer, const char *what, uint64_t total, size_t unit)
+{
+    if ((uint64_t)buffer->len / unit >= total)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%s of %zd bytes has no room for %zu bytes of each of %llu pages",
+                 what, buffer->len, unit, (unsigned long long)total);
+    return 0;
+}
+
+static PyObject *native_split_compressible(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, runs, output;
+    uint64_t run_count, total;
+    struct split_runs split;
+    PyObject *result = NULL;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*O&w*:split_compressible", &ram, &runs, to_u64, &run_count,
+                          &output))
+        return NULL;
+    if (runs_fit(&runs, run_count, (uint64_t)ram.len / PAGE_BYTES, &total) &&
+        batch_is_small(total, SPLIT_PAGES_MAX) && has_room(&output, "out_runs", total, RUN_BYTES)) {
+        Py_BEGIN_ALLOW_THREADS
+        split = split_compressible(ram.buf, runs.buf, (size_t)run_count, output.buf);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("(nKn)", (Py_ssize_t)split.compressible_runs,
+                               (unsigned long long)split.compressible_pages,
+                               (Py_ssize_t)split.raw_runs);
+    }
+    PyBuffer_Release(&output);
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&ram);
+    return result;
+}
+
 static PyObject *native_hash_pages(PyObject *module, PyObject *args)
 {
     Py_buffer pages, hashes, runs;
@@ -522,6 +582,61 @@ static PyObject *native_hash_pages(PyObject *module, PyObject *args)
     PyBuffer_Release(&runs);
     PyBuffer_Release(&hashes);
     PyBuffer_Release(&pages);
+    return PyErr_Occurred() ? NULL : none_or_error(0);
+}
+
+static PyObject *native_gather_changed(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, hashes, known, runs, pages, changed;
+    struct elision to = {0};
+    PyObject *result = NULL;
+    uint64_t run_count, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O&w*w*y*O&w*w*:gather_changed", &ram, to_u64, &to.seed, &hashes,
+                          &known, &runs, to_u64, &run_count, &pages, &changed))
+        return NULL;
+    if (runs_fit(&runs, run_count, (uint64_t)ram.len / PAGE_BYTES, &total) &&
+        pages_fit(&hashes, "hashes", (uint64_t)ram.len / PAGE_BYTES, PAGE_HASH_BYTES) &&
+        bitmap_fits(&known, "known bitmap", (uint64_t)ram.len / PAGE_BYTES) &&
+        has_room(&pages, "out_pages", total, PAGE_BYTES) &&
+        has_room(&changed, "out_runs", total, RUN_BYTES)) {
+        to.hashes = hashes.buf;
+        to.known = known.buf;
+        to.output = pages.buf;
+        to.changed = run_table_over(&changed);
+        Py_BEGIN_ALLOW_THREADS
+        gather_changed(&to, ram.buf, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("(KnK)", (unsigned long long)to.changed.pages,
+                               (Py_ssize_t)to.changed.count,
+                               (unsigned long long)(total - to.changed.pages));
+    }
+    PyBuffer_Release(&changed);
+    PyBuffer_Release(&pages);
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&known);
+    PyBuffer_Release(&hashes);
+    PyBuffer_Release(&ram);
+    return result;
+}
+
+static PyObject *native_forget_pages(PyObject *module, PyObject *args)
+{
+    Py_buffer known, runs;
+    uint64_t run_count, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*y*O&:forget_pages", &known, &runs, to_u64, &run_count))
+        return NULL;
+    if (bitmap_fits(&known, "known bitmap", 0) &&
+        runs_fit(&runs, run_count, (uint64_t)known.len * 8, &total)) {
+        Py_BEGIN_ALLOW_THREADS
+        forget_pages(known.buf, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&known);
     return PyErr_Occurred() ? NULL : none_or_error(0);
 }
 
@@ -551,6 +666,337 @@ static PyObject *native_hash_scan(PyObject *module, PyObject *args)
     PyBuffer_Release(&hashes);
     PyBuffer_Release(&ram);
     return count_or_error(rc);
+}
+
+/* -- deltas --------------------------------------------------------------------------------------- */
+
+#define DELTA_CACHE_CAPSULE "engine._native.DeltaCache"
+
+struct held_cache {
+    struct delta_cache *cache;
+    int is_used; /* by a thread without the GIL */
+};
+
+static void release_cache(PyObject *capsule)
+{
+    struct held_cache *held = PyCapsule_GetPointer(capsule, DELTA_CACHE_CAPSULE);
+
+    delta_cache_free(held->cache);
+    PyMem_Free(held);
+}
+
+static int to_delta_cache(PyObject *object, void *output)
+{
+    struct held_cache *held = PyCapsule_GetPointer(object, DELTA_CACHE_CAPSULE);
+
+    *(struct held_cache **)output = held;
+    if (held && held->is_used)
+        PyErr_SetString(PyExc_RuntimeError, "another thread uses the delta cache");
+    return held && !held->is_used;
+}
+
+/* The slice of a block; NULL and a ValueError when there is none. */
+static const struct page_slice *cached_block(const struct held_cache *held, uint64_t index)
+{
+    const struct page_slice *slice = delta_cache_block(held->cache, index);
+
+    if (!slice)
+        PyErr_Format(PyExc_ValueError, "the cache knows no block %llu", (unsigned long long)index);
+    return slice;
+}
+
+static PyObject *native_xbzrle_encode(PyObject *module, PyObject *args)
+{
+    Py_buffer old_page, new_page, output;
+    xbzrle_encode_fn *kernel = NULL;
+    const char *name;
+    int64_t length = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sy*y*w*:xbzrle_encode", &name, &old_page, &new_page, &output))
+        return NULL;
+    if (kernel_is_there("xbzrle", name, xbzrle_select(name, &kernel)) &&
+        payload_fits(&old_page, "old_page", 1) && payload_fits(&new_page, "new_page", 1)) {
+        size_t used = kernel(old_page.buf, new_page.buf, output.buf, (size_t)output.len);
+
+        length = used == XBZRLE_OVERFLOW ? -1 : (int64_t)used;
+    }
+    PyBuffer_Release(&output);
+    PyBuffer_Release(&new_page);
+    PyBuffer_Release(&old_page);
+    return PyErr_Occurred() ? NULL : PyLong_FromLongLong(length);
+}
+
+/* A sequence of slices as a new array; NULL if an error is set. */
+static struct page_slice *to_slices(PyObject *sequence, Py_ssize_t count)
+{
+    struct page_slice *slices = PyMem_Calloc((size_t)count + 1, sizeof *slices);
+
+    if (!slices)
+        return (struct page_slice *)PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        int is_slice = item && to_slice(item, &slices[i]);
+
+        Py_XDECREF(item);
+        if (!is_slice) {
+            PyMem_Free(slices);
+            return NULL;
+        }
+    }
+    return slices;
+}
+
+static PyObject *cache_error(int rc, uint64_t slot_count)
+{
+    if (rc == -EINVAL)
+        return PyErr_Format(PyExc_ValueError,
+                            "a cache of %llu pages; a power of two up to 2**32 is allowed",
+                            (unsigned long long)slot_count);
+    return os_error(rc);
+}
+
+static PyObject *native_delta_cache_new(PyObject *module, PyObject *args)
+{
+    struct held_cache *held;
+    struct page_slice *slices;
+    PyObject *sequence, *capsule;
+    Py_ssize_t count;
+    uint64_t slot_count;
+    int rc;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OO&:delta_cache_new", &sequence, to_u64, &slot_count))
+        return NULL;
+    count = PySequence_Size(sequence);
+    if (count < 0)
+        return NULL;
+    if ((size_t)count > DELTA_BLOCKS_MAX)
+        return PyErr_Format(PyExc_ValueError, "%zd blocks; at most %zu are allowed", count,
+                            DELTA_BLOCKS_MAX);
+    held = PyMem_Calloc(1, sizeof *held);
+    if (!held)
+        return PyErr_NoMemory();
+    slices = to_slices(sequence, count);
+    if (!slices) {
+        PyMem_Free(held);
+        return NULL;
+    }
+    rc = delta_cache_new(&held->cache, slices, (size_t)count, slot_count);
+    PyMem_Free(slices);
+    capsule = rc < 0 ? cache_error(rc, slot_count)
+                     : PyCapsule_New(held, DELTA_CACHE_CAPSULE, release_cache);
+    if (!capsule) {
+        delta_cache_free(held->cache);
+        PyMem_Free(held);
+    }
+    return capsule;
+}
+
+static PyObject *native_delta_cache_resize(PyObject *module, PyObject *args)
+{
+    struct held_cache *held;
+    uint64_t slot_count;
+    int rc;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&:delta_cache_resize", to_delta_cache, &held, to_u64,
+                          &slot_count))
+        return NULL;
+    held->is_used = 1;
+    Py_BEGIN_ALLOW_THREADS
+    rc = delta_cache_resize(held->cache, slot_count);
+    Py_END_ALLOW_THREADS
+    held->is_used = 0;
+    return rc < 0 ? cache_error(rc, slot_count) : none_or_error(0);
+}
+
+static PyObject *native_delta_cache_forget(PyObject *module, PyObject *args)
+{
+    struct held_cache *held;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&:delta_cache_forget", to_delta_cache, &held))
+        return NULL;
+    held->is_used = 1;
+    Py_BEGIN_ALLOW_THREADS
+    delta_cache_forget(held->cache);
+    Py_END_ALLOW_THREADS
+    held->is_used = 0;
+    return none_or_error(0);
+}
+
+static PyObject *native_delta_cache_get(PyObject *module, PyObject *args)
+{
+    struct held_cache *held;
+    const struct page_slice *block;
+    unsigned char page_bytes[PAGE_BYTES];
+    uint64_t block_index, page;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&:delta_cache_get", to_delta_cache, &held, to_u64,
+                          &block_index, to_u64, &page))
+        return NULL;
+    block = cached_block(held, block_index);
+    if (!block)
+        return NULL;
+    if (page >= block->page_count)
+        return PyErr_Format(PyExc_ValueError, "page %llu is not within %llu",
+                            (unsigned long long)page, (unsigned long long)block->page_count);
+    if (!delta_cache_get(held->cache, block_index, page, page_bytes))
+        Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize((const char *)page_bytes, (Py_ssize_t)PAGE_BYTES);
+}
+
+static PyObject *native_delta_cache_set_zero(PyObject *module, PyObject *args)
+{
+    struct held_cache *held;
+    const struct page_slice *block;
+    Py_buffer runs;
+    uint64_t block_index, generation, run_count, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&y*O&:delta_cache_set_zero", to_delta_cache, &held, to_u64,
+                          &block_index, to_size, &generation, &runs, to_u64, &run_count))
+        return NULL;
+    block = cached_block(held, block_index);
+    if (block && runs_fit(&runs, run_count, block->page_count, &total)) {
+        held->is_used = 1;
+        Py_BEGIN_ALLOW_THREADS
+        delta_cache_set_zero(held->cache, block_index, generation, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+        held->is_used = 0;
+    }
+    PyBuffer_Release(&runs);
+    return PyErr_Occurred() ? NULL : none_or_error(0);
+}
+
+static PyObject *native_delta_cache_drop(PyObject *module, PyObject *args)
+{
+    struct held_cache *held;
+    const struct page_slice *block;
+    Py_buffer runs;
+    uint64_t block_index, run_count, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&y*O&:delta_cache_drop", to_delta_cache, &held, to_u64,
+                          &block_index, &runs, to_u64, &run_count))
+        return NULL;
+    block = cached_block(held, block_index);
+    if (block && runs_fit(&runs, run_count, block->page_count, &total)) {
+        held->is_used = 1;
+        Py_BEGIN_ALLOW_THREADS
+        delta_cache_drop(held->cache, block_index, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+        held->is_used = 0;
+    }
+    PyBuffer_Release(&runs);
+    return PyErr_Occurred() ? NULL : none_or_error(0);
+}
+
+/* What a delta batch writes to. */
+struct delta_output {
+    Py_buffer full_pages, full_runs, deltas, delta_runs;
+};
+
+static int delta_output_fits(const struct delta_output *output, uint64_t delta_bytes_max,
+                             uint64_t total)
+{
+    if (delta_bytes_max == 0 || delta_bytes_max > DELTA_BYTES_MAX) {
+        PyErr_Format(PyExc_ValueError, "delta_bytes_max %llu; 1 to %zu are allowed",
+                     (unsigned long long)delta_bytes_max, DELTA_BYTES_MAX);
+        return 0;
+    }
+    return has_room(&output->full_pages, "full_pages", total, PAGE_BYTES) &&
+           has_room(&output->full_runs, "full_runs", total, RUN_BYTES) &&
+           has_room(&output->deltas, "deltas", total, DELTA_LENGTH_BYTES + (size_t)delta_bytes_max) &&
+           has_room(&output->delta_runs, "delta_runs", total, RUN_BYTES);
+}
+
+static PyObject *delta_batch_result(const struct delta_batch *batch)
+{
+    return Py_BuildValue("(KnKnKKKK)", (unsigned long long)batch->full.pages,
+                         (Py_ssize_t)batch->full.count, (unsigned long long)batch->delta.pages,
+                         (Py_ssize_t)batch->delta.count, (unsigned long long)batch->deltas_size,
+                         (unsigned long long)batch->unchanged_pages,
+                         (unsigned long long)batch->miss_pages,
+                         (unsigned long long)batch->overflow_pages);
+}
+
+static PyObject *native_delta_batch(PyObject *module, PyObject *args)
+{
+    struct held_cache *held;
+    const struct page_slice *block;
+    struct delta_output output;
+    struct delta_batch batch = {0};
+    Py_buffer ram, runs;
+    PyObject *result = NULL;
+    uint64_t run_count, delta_bytes_max, total;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&y*y*O&O&w*w*w*w*:delta_batch", to_delta_cache, &held, to_u64,
+                          &batch.block_index, to_size, &batch.generation, &ram, &runs, to_u64,
+                          &run_count, to_u64, &delta_bytes_max, &output.full_pages,
+                          &output.full_runs, &output.deltas, &output.delta_runs))
+        return NULL;
+    block = cached_block(held, batch.block_index);
+    if (block && pages_fit(&ram, "ram", block->page_count, PAGE_BYTES) &&
+        runs_fit(&runs, run_count, block->page_count, &total) &&
+        batch_is_small(total, DELTA_PAGES_MAX) &&
+        delta_output_fits(&output, delta_bytes_max, total)) {
+        batch.ram = ram.buf;
+        batch.delta_bytes_max = (size_t)delta_bytes_max;
+        batch.full_pages = output.full_pages.buf;
+        batch.deltas = output.deltas.buf;
+        batch.full = run_table_over(&output.full_runs);
+        batch.delta = run_table_over(&output.delta_runs);
+        held->is_used = 1;
+        Py_BEGIN_ALLOW_THREADS
+        delta_batch(held->cache, &batch, runs.buf, (size_t)run_count);
+        Py_END_ALLOW_THREADS
+        held->is_used = 0;
+        result = delta_batch_result(&batch);
+    }
+    PyBuffer_Release(&output.delta_runs);
+    PyBuffer_Release(&output.deltas);
+    PyBuffer_Release(&output.full_runs);
+    PyBuffer_Release(&output.full_pages);
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&ram);
+    return result;
+}
+
+static PyObject *native_delta_apply(PyObject *module, PyObject *args)
+{
+    Py_buffer ram, placed, deltas, runs;
+    struct placement to = {.uffd = -1};
+    uint64_t run_count, page_count, total = 0, bad_delta = 0;
+    int rc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*w*y*y*O&O&:delta_apply", &ram, &placed, &deltas, &runs, to_u64,
+                          &run_count, to_u64, &page_count))
+        return NULL;
+    if (is_aligned(&ram, "ram", PAGE_BYTES) && pages_fit(&ram, "ram", page_count, PAGE_BYTES) &&
+        bitmap_fits(&placed, "placed bitmap", page_count) &&
+        runs_fit(&runs, run_count, page_count, &total)) {
+        to.ram = ram.buf;
+        to.placed = placed.buf;
+        Py_BEGIN_ALLOW_THREADS
+        rc = place_deltas(&to, deltas.buf, (size_t)deltas.len, runs.buf, (size_t)run_count, total,
+                          &bad_delta);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&runs);
+    PyBuffer_Release(&deltas);
+    PyBuffer_Release(&placed);
+    PyBuffer_Release(&ram);
+    if (PyErr_Occurred())
+        return NULL;
+    if (rc == -EINVAL)
+        return PyErr_Format(PyExc_ValueError, "delta %llu of %llu is wrong, or bytes are left over",
+                            (unsigned long long)bad_delta, (unsigned long long)total);
+    return none_or_error(rc);
 }
 
 /* -- dirty tracking ------------------------------------------------------------------------------- */
@@ -735,26 +1181,29 @@ static PyObject *native_packet_runs_check(PyObject *module, PyObject *args)
     Py_buffer data, zero;
     struct packet_runs runs;
     struct page_range bad;
-    uint64_t gathered_count, page_count;
+    uint64_t encoded_count, gathered_count, page_count;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*O&y*O&:packet_runs_check", &data, to_u64, &gathered_count, &zero,
-                          to_u64, &page_count))
+    if (!PyArg_ParseTuple(args, "y*O&O&y*O&:packet_runs_check", &data, to_u64, &encoded_count, to_u64,
+                          &gathered_count, &zero, to_u64, &page_count))
         return NULL;
     if (page_count_fits(page_count) && run_count_fits(&data, "data_runs") &&
         run_count_fits(&zero, "zero_runs")) {
         size_t data_count = (size_t)data.len / RUN_BYTES;
 
-        if (gathered_count > data_count)
-            PyErr_Format(PyExc_ValueError, "%llu of %zu runs are gathered",
-                         (unsigned long long)gathered_count, data_count);
+        if (encoded_count > data_count || gathered_count > data_count - encoded_count)
+            PyErr_Format(PyExc_ValueError, "%llu of %zu runs are encoded and %llu gathered",
+                         (unsigned long long)encoded_count, data_count,
+                         (unsigned long long)gathered_count);
         else {
-            const unsigned char *first = data.buf;
+            const unsigned char *encoded = data.buf;
+            const unsigned char *gathered = encoded + encoded_count * RUN_BYTES;
+            const unsigned char *direct = gathered + gathered_count * RUN_BYTES;
 
             runs = (struct packet_runs){
-                {first, first + gathered_count * RUN_BYTES, zero.buf},
-                {(size_t)gathered_count, data_count - (size_t)gathered_count,
-                 (size_t)zero.len / RUN_BYTES},
+                {encoded, gathered, direct, zero.buf},
+                {(size_t)encoded_count, (size_t)gathered_count,
+                 data_count - (size_t)(encoded_count + gathered_count), (size_t)zero.len / RUN_BYTES},
             };
             if (packet_runs_check(&runs, page_count, &bad) < 0) /* some thousand instructions */
                 PyErr_Format(PyExc_ValueError,
@@ -1210,7 +1659,19 @@ static PyMethodDef METHODS[] = {
     {"bitmap_set_data", native_bitmap_set_data, METH_VARARGS, NULL},
     {"take_batch", native_take_batch, METH_VARARGS, NULL},
     {"gather", native_gather, METH_VARARGS, NULL},
+    {"split_compressible", native_split_compressible, METH_VARARGS, NULL},
+    {"xbzrle_encode", native_xbzrle_encode, METH_VARARGS, NULL},
+    {"delta_cache_new", native_delta_cache_new, METH_VARARGS, NULL},
+    {"delta_cache_resize", native_delta_cache_resize, METH_VARARGS, NULL},
+    {"delta_cache_forget", native_delta_cache_forget, METH_VARARGS, NULL},
+    {"delta_cache_get", native_delta_cache_get, METH_VARARGS, NULL},
+    {"delta_cache_set_zero", native_delta_cache_set_zero, METH_VARARGS, NULL},
+    {"delta_cache_drop", native_delta_cache_drop, METH_VARARGS, NULL},
+    {"delta_batch", native_delta_batch, METH_VARARGS, NULL},
+    {"delta_apply", native_delta_apply, METH_VARARGS, NULL},
     {"hash_pages", native_hash_pages, METH_VARARGS, NULL},
+    {"gather_changed", native_gather_changed, METH_VARARGS, NULL},
+    {"forget_pages", native_forget_pages, METH_VARARGS, NULL},
     {"hash_scan", native_hash_scan, METH_VARARGS, NULL},
     {"pagemap_scan_supported", native_pagemap_scan_supported, METH_VARARGS, NULL},
     {"pagemap_scan", native_pagemap_scan, METH_VARARGS, NULL},
@@ -1251,6 +1712,10 @@ static int add_constants(PyObject *module)
     } CONSTANTS[] = {
         {"PAGE_SIZE", (long)PAGE_BYTES},
         {"BATCH_WALK_PAGES_MAX", (long)BATCH_WALK_PAGES_MAX},
+        {"DELTA_PAGES_MAX", (long)DELTA_PAGES_MAX},
+        {"DELTA_BYTES_MAX", (long)DELTA_BYTES_MAX},
+        {"DELTA_LENGTH_BYTES", (long)DELTA_LENGTH_BYTES},
+        {"SPLIT_PAGES_MAX", (long)SPLIT_PAGES_MAX},
         {"UFFD_USER_MODE_ONLY", UFFD_USER_MODE_ONLY_FLAG},
         {"UFFD_FEATURE_MISSING_SHMEM", UFFD_FEATURE_MISSING_SHMEM},
         {"UFFD_FEATURE_MISSING_HUGETLBFS", UFFD_FEATURE_MISSING_HUGETLBFS},

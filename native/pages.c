@@ -51,21 +51,21 @@ int runs_check(const unsigned char *runs, size_t run_count, uint64_t page_count,
 
 int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, struct page_range *bad)
 {
-    size_t at[3] = {0, 0, 0};
+    size_t at[PACKET_TABLES] = {0};
     uint64_t end = 0; /* of the runs so far, which are taken in the order of their first pages */
 
     for (;;) {
         struct page_range next = {UINT64_MAX, 0};
-        size_t from = 3;
+        size_t from = PACKET_TABLES;
 
-        for (size_t i = 0; i < 3; ++i) {
+        for (size_t i = 0; i < PACKET_TABLES; ++i) {
             if (at[i] < runs->counts[i] &&
                 run_at(runs->tables[i], at[i]).first_page < next.first_page) {
                 next = run_at(runs->tables[i], at[i]);
                 from = i;
             }
         }
-        if (from == 3)
+        if (from == PACKET_TABLES)
             return 0;
         if (next.first_page < end || next.page_count == 0 ||
             next.first_page + next.page_count > page_count) {

@@ -53,14 +53,16 @@ static inline struct page_range run_at(const unsigned char *runs, size_t index)
 int runs_check(const unsigned char *runs, size_t run_count, uint64_t page_count,
                uint64_t *total_pages, size_t *bad_run);
 
-/* Check the three run tables of one packet: gathered, direct and zero runs. Each must be ascending by
- * itself, and no page may be in two runs, whichever their tables.
+enum { PACKET_TABLES = 4 };
+
+/* Check the run tables of one packet: encoded, gathered, direct and zero runs. Each must be ascending
+ * by itself, and no page may be in two runs, whichever their tables.
  *
  * Returns 0, or -EINVAL when a run is empty, ends behind `page_count`, or has a page that was there
  * before or comes out of order; `bad` is that run. */
 struct packet_runs {
-    const unsigned char *tables[3];
-    size_t counts[3];
+    const unsigned char *tables[PACKET_TABLES];
+    size_t counts[PACKET_TABLES];
 };
 
 int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, struct page_range *bad);

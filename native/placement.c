@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include "linux_abi.h"
+#include "xbzrle.h"
 
 /* Runs are placed in chunks of this many bitmap words: 16 MiB. */
 #define CHUNK_WORDS ((uint64_t)64)
@@ -99,19 +100,28 @@ static int place_uffd(const struct placement *to, const unsigned char *payload, 
     return 0;
 }
 
+/* Have memory for pages that may be holes. */
+static int populate(unsigned char *start, size_t size)
+{
+    while (madvise(start, size, MADVISE_POPULATE_WRITE) < 0) {
+        if (errno == EFAULT) /* what would have been SIGBUS: no room in the file system */
+            return -ENOSPC;
+        if (errno != EINTR && errno != EAGAIN)
+            return -errno;
+    }
+    return 0;
+}
+
 /* Copy pages [*page, end) through the plain mapping, after their memory was had when `is_fresh`. */
 static int place_memcpy(const struct placement *to, const unsigned char *payload, uint64_t *page,
                         uint64_t end, bool is_fresh, struct placed_pages *counts)
 {
     unsigned char *start = to->ram + *page * PAGE_BYTES;
     size_t size = (end - *page) * PAGE_BYTES;
+    int rc = is_fresh ? populate(start, size) : 0;
 
-    while (is_fresh && madvise(start, size, MADVISE_POPULATE_WRITE) < 0) {
-        if (errno == EFAULT) /* what would have been SIGBUS: no room in the file system */
-            return -ENOSPC;
-        if (errno != EINTR && errno != EAGAIN)
-            return -errno;
-    }
+    if (rc < 0)
+        return rc;
     memcpy(start, payload, size);
     counts->copied += end - *page;
     *page = end;
@@ -162,6 +172,43 @@ int place_runs(const struct placement *to, const unsigned char *payload,
         }
     }
     return 0;
+}
+
+/* Set the page's bit; when it was clear, have its memory. */
+static int own_page(const struct placement *to, uint64_t page)
+{
+    uint64_t bit = UINT64_C(1) << (page % 64);
+    int rc;
+
+    if (atomic_fetch_or(&to->placed[page / 64], bit) & bit)
+        return 0;
+    rc = populate(to->ram + page * PAGE_BYTES, PAGE_BYTES);
+    if (rc < 0)
+        atomic_fetch_and(&to->placed[page / 64], ~bit);
+    return rc;
+}
+
+int place_deltas(const struct placement *to, const unsigned char *deltas, size_t size,
+                 const unsigned char *runs, size_t run_count, uint64_t page_count,
+                 uint64_t *bad_delta)
+{
+    int rc = deltas_check(deltas, size, page_count, bad_delta);
+
+    for (size_t i = 0; rc == 0 && i < run_count; ++i) {
+        struct page_range run = run_at(runs, i);
+
+        for (uint64_t n = 0; n < run.page_count; ++n) {
+            size_t length = delta_length(deltas);
+
+            rc = own_page(to, run.first_page + n);
+            if (rc < 0)
+                break;
+            deltas += DELTA_LENGTH_BYTES;
+            xbzrle_apply(deltas, length, to->ram + (run.first_page + n) * PAGE_BYTES);
+            deltas += length;
+        }
+    }
+    return rc;
 }
 
 uint64_t clear_runs(unsigned char *ram, const bitmap_word *placed, const unsigned char *runs,

@@ -32,6 +32,16 @@ struct placed_pages {
 int place_runs(const struct placement *to, const unsigned char *payload,
                const unsigned char *runs, size_t run_count, struct placed_pages *counts);
 
+/* Make the runs' pages, in order, what a batch of deltas (xbzrle.h) says. The caller checked the runs,
+ * of `page_count` pages, against the RAM; the deltas are all checked before a byte is written.
+ *
+ * A page whose bit is clear reads as zero; its bit is set and it is given memory before the delta is
+ * applied. Returns 0, or -EINVAL and the index of the first wrong delta (`page_count`: bytes are left
+ * over), or -ENOMEM or -ENOSPC or -errno; the pages before the failing one then have their deltas. */
+int place_deltas(const struct placement *to, const unsigned char *deltas, size_t size,
+                 const unsigned char *runs, size_t run_count, uint64_t page_count,
+                 uint64_t *bad_delta);
+
 /* Zero the runs' pages whose bit is set; return how many. The caller checked the runs. */
 uint64_t clear_runs(unsigned char *ram, const bitmap_word *placed, const unsigned char *runs,
                     size_t run_count);

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
 from engine.errors import UsageError
 from engine.sizes import parse_size
+from perf import adapt, compress, compresstable, delta, live, peer
 from perf import clients as crowd
-from perf import live, peer
+from perf.codec import parse_codec
 from perf.image import KINDS
-from perf.pair import QEMU
-from perf.report import publish
+from perf.links import check_possible, make_link, parse_rate, rate_text
+from perf.pair import QEMU, Contender
+from perf.report import machine, publish
 
 as_json = click.option("--json", "as_json", is_flag=True, help="JSON lines instead of tables")
 
@@ -43,6 +45,7 @@ def _repeat(once: Callable[[], Awaitable[dict[str, float]]], runs: int) -> dict[
 @click.option("--pairs", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--image", default="both", show_default=True, type=click.Choice([*KINDS, "both"]))
 @click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--codec", default="none", show_default=True, help="of both, like zstd:1")
 @click.option("--hugetlb", is_flag=True, help="RAM on 2 MiB huge pages (needs root)")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
 @as_json
@@ -51,20 +54,162 @@ def bench_peer(
     pairs: int,
     image: str,
     channels: int,
+    codec: str,
     hugetlb: bool,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """The same image moved by a real QEMU and by ramferry, in turn, guests stopped."""
+    """The same image moved by a real QEMU and by ramferry, in turn, guests stopped.
+
+    With a codec that QEMU lacks (lz4, auto) ramferry is compared with itself without one."""
+    chosen = parse_codec(codec)
     if shutil.which(QEMU) is None:
         raise UsageError(f"{QEMU} is not installed; on Debian: apt install qemu-system-x86")
-    results: dict[str, Any] = {}
-    for kind in KINDS if image == "both" else [image]:
-        results[kind] = peer.measure(kind, parse_size(size), pairs, channels, hugetlb=hugetlb)
+    results: dict[str, peer.Measured] = {}
+    for kind in ("mixed", "random") if image == "both" else (image,):
+        results[kind] = peer.measure(
+            kind, parse_size(size), pairs, channels, chosen, hugetlb=hugetlb
+        )
         context = {"image": kind, "size": size, "channels": channels, "hugetlb": hugetlb}
-        peer.report(results[kind], as_json=as_json, **context)
+        peer.report(results[kind], chosen, as_json=as_json, **context)
     if plot is not None:
-        peer.plot(plot, results)
+        peer.plot(plot, results, chosen)
+
+
+def _listed(text: str) -> list[str]:
+    """A list with commas, each once, in its order."""
+    return list(dict.fromkeys(one.strip() for one in text.split(",") if one.strip()))
+
+
+def _progress(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@bench.command("compress")
+@click.option("--rates", default="100M,1G,2.5G,10G,unshaped", show_default=True, help="or loopback")
+@click.option("--images", default="text,heap,random,mixed", show_default=True)
+@click.option("--codecs", default="none,lz4,zstd:1,zstd:3,zlib:1,auto", show_default=True)
+@click.option("--qemu-codecs", default="none,zstd:1", show_default=True, help="'': without QEMU")
+@click.option("--size", default="2G", show_default=True)
+@click.option("--pairs", default=3, show_default=True, type=click.IntRange(1), help="repeats")
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
+def bench_compress(
+    rates: str,
+    images: str,
+    codecs: str,
+    qemu_codecs: str,
+    size: str,
+    pairs: int,
+    channels: int,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Total times, wire bytes and CPU of codecs on shaped links (needs root), QEMU's beside.
+
+    Guests stand still. Where 2 GiB would take a slow link too long a smaller image is moved and
+    the figures are scaled; the table says so. What an engine lacks is skipped with a line."""
+    if unknown := [image for image in _listed(images) if image not in KINDS]:
+        raise UsageError(f"image '{unknown[0][:100]}': one of {', '.join(KINDS)}")
+    contenders = [Contender("ramferry", parse_codec(one)) for one in _listed(codecs)]
+    if shutil.which(QEMU) is None:
+        _progress(f"without QEMU's columns: {QEMU} is not installed")
+    else:
+        contenders += [Contender("qemu", parse_codec(one)) for one in _listed(qemu_codecs)]
+    speeds = [compress.compress_rate(one) for one in _listed(rates)]
+    rows = compress.rows_of(speeds, _listed(images), parse_size(size))
+    if any(rate != compress.LOOPBACK_RATE for rate in speeds):
+        check_possible()
+    refused = compress.lacking(contenders)
+    for contender, reason in refused.items():
+        _progress(f"skipped: {contender}: {reason}")
+    contenders = [one for one in contenders if one not in refused]
+    if not (rows and contenders):
+        raise UsageError("nothing is left to measure")
+    cells = compress.measure(rows, contenders, pairs, channels, _progress)
+    compresstable.show(cells)
+    if json_path is not None:
+        data = {"bench": "compress", **machine(), **compress.as_data(cells, refused)}
+        json_path.write_text(json.dumps(data, indent=1) + "\n")
+    if plot is not None:
+        compresstable.heat_map(plot, cells)
+
+
+@bench.command("adapt")
+@click.option("--size", default="4G", show_default=True)
+@click.option("--image", default="mixed", show_default=True, type=click.Choice([*KINDS]))
+@click.option("--codec", default="auto", show_default=True)
+@click.option("--rates", default="10G,1G", show_default=True, help="before and after the change")
+@click.option("--change", "change_s", default=1.0, show_default=True, help="seconds after begin")
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
+@as_json
+def bench_adapt(
+    size: str,
+    image: str,
+    codec: str,
+    rates: str,
+    change_s: float,
+    channels: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """A link that changes its rate in mid-run (needs root), and when the codec followed."""
+    speeds = [parse_rate(one) for one in rates.split(",")]
+    if len(speeds) != 2:
+        raise UsageError(f"--rates {rates[:100]}: two rates, like 10G,1G")
+    before, after = speeds
+    chosen = parse_codec(codec)
+    check_possible()
+    for reason in compress.lacking([Contender("ramferry", chosen)]).values():
+        _progress(f"skipped: ramferry {chosen}: {reason}")
+        return
+    trace = adapt.measure(parse_size(size), image, chosen, (before, after), change_s, channels)
+    context = {"codec": str(chosen), "image": image, "size": size, "rates": rates}
+    publish("adapt", adapt.figures(trace), as_json=as_json, **context)
+    if plot is not None:
+        title = f"{chosen}, {image} image: {rate_text(before)}, then {rate_text(after)}"
+        adapt.plot(plot, trace, title)
+
+
+@bench.command("delta")
+@click.option("--size", default="256M", show_default=True)
+@click.option("--words", default=4, show_default=True, type=click.IntRange(0, 508), help="a write")
+@click.option("--contents", default="heap", show_default=True, help="of the guest's pages")
+@click.option("--rate", "link_rate", default="1G", show_default=True, help="of the link")
+@click.option("--limit", default=300, show_default=True, help="downtime-limit, ms")
+@click.option("--patience", default=30.0, show_default=True, help="s; then it does not converge")
+@as_json
+def bench_delta(
+    size: str,
+    words: int,
+    contents: str,
+    link_rate: str,
+    limit: int,
+    patience: float,
+    as_json: bool,
+) -> None:
+    """The highest write rate that converges, without and with xbzrle (needs root)."""
+    guest = delta.Guest(parse_size(size), words, contents, limit)
+    modes = {"none": False, "xbzrle": True}
+    with make_link(parse_rate(link_rate)) as link:
+        if (reason := delta.refusal()) is not None:
+            _progress(f"skipped: ramferry xbzrle: {reason}")
+            modes.pop("xbzrle")
+        for name, xbzrle in modes.items():
+            try:
+                trials, best = delta.highest(
+                    lambda rate, xbzrle=xbzrle: delta.trial(  # type: ignore[misc]
+                        link, guest, rate, patience, xbzrle=xbzrle
+                    ),
+                    delta.rates(),
+                )
+            except delta.NoDeltas as exc:
+                _progress(f"skipped: ramferry xbzrle: {exc}")
+                continue
+            context = {"mode": name, "size": size, "words": words, "link": link_rate}
+            publish("delta", delta.figures(trials, best), as_json=as_json, **context)
 
 
 @bench.command("clients")

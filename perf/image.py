@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -25,16 +26,20 @@ FILES_BYTES_MAX: Final = 32 * 1024 * 1024
 KINDS: Final = {
     "mixed": {"zero": 0.4, "files": 0.3, "heap": 0.2, "random": 0.1},
     "random": {"random": 1.0},
+    "text": {"text": 1.0},
+    "heap": {"heap": 1.0},
 }
+#: Pages of files: of all that a program maps, or of text only.
+FILES: Final = {"files": (".py", ".so", ".pyc"), "text": (".py",)}
 Pages = npt.NDArray[np.uint8]
 
 
-def _files() -> Pages:
+def _files(suffixes: Collection[str]) -> Pages:
     """Bytes of the Python library's own files, in the order of their names."""
     library = Path(sysconfig.get_paths()["stdlib"])
     content = bytearray()
     for path in sorted(library.rglob("*")):
-        if path.suffix in (".py", ".so", ".pyc") and path.is_file():
+        if path.suffix in suffixes and path.is_file():
             content += path.read_bytes()
             if len(content) >= FILES_BYTES_MAX:
                 break
@@ -67,7 +72,8 @@ def kinds_of_pages(kind: str, count: int, seed: int) -> list[str]:
 def write_image(path: Path, size: int, kind: str, seed: int = 1) -> None:
     """Write an image of `size` bytes (whole pages) of a kind of `KINDS`."""
     random = np.random.default_rng(seed)
-    files, count = _files(), size // PAGE
+    count = size // PAGE
+    files = {name: _files(FILES[name]) for name in KINDS[kind].keys() & FILES.keys()}
     kinds = np.array(kinds_of_pages(kind, count, seed))
     with path.open("w+b") as file:
         file.truncate(size)
@@ -77,8 +83,8 @@ def write_image(path: Path, size: int, kind: str, seed: int = 1) -> None:
             piece = kinds[first : first + PIECE_PAGES]
             pages = np.zeros((len(piece), PAGE), dtype=np.uint8)
             for name, number in zip(*np.unique(piece, return_counts=True), strict=True):
-                if name == "files":
-                    pages[piece == name] = files[random.integers(0, len(files), number)]
+                if name in files:
+                    pages[piece == name] = files[name][random.integers(0, len(files[name]), number)]
                 elif name == "heap":
                     pages[piece == name] = _heap(random, int(number))
                 elif name == "random":

@@ -4,27 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import psutil
-from qemu.qmp import QMPClient, QMPError
+from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from engine.errors import MigrationError
+from perf.codec import NONE, Codec
+from perf.links import Link
 
 START_WAIT_S: Final = 30.0
 RUN_WAIT_S: Final = 300.0
 IDLE_S: Final = 0.3
 IDLE_USED_S: Final = 0.003  #: who used less in that time has nothing to do
 QEMU: Final = "qemu-system-x86_64"
+LOOPBACK: Final = "127.0.0.1"
+PROBE_SIZE: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An engine with a codec."""
+
+    engine: str
+    codec: Codec = NONE
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.codec}"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How two sides are connected.
+
+    :ivar link: None is the loopback."""
+
+    channels: int = 2
+    link: Link | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +63,8 @@ class Run:
     :ivar cpu_s: of the same, from `migrate` until both sides are idle again: the ends of
         ramferry's workers, which unmap RAM, count; QEMU unmaps it when it ends.
     :ivar cpu_to_exit_s: of the same, from `migrate` until all have ended.
+    :ivar wire_bytes: sent by the source, as the engine itself says.
+    :ivar link_bytes: sent by the source, as its end of the link counts; 0 on the loopback.
     """
 
     total_time_ms: int
@@ -47,6 +75,8 @@ class Run:
     normal_pages: int
     zero_pages: int
     different_pages: int
+    wire_bytes: int
+    link_bytes: int
 
 
 def command(engine: str, ram: Path, size: int, qmp: Path, *, incoming: bool) -> list[str]:
@@ -118,23 +148,43 @@ async def side(line: list[str], qmp: Path) -> AsyncIterator[Side]:
             await process.wait()
 
 
-async def migrate_once(engine: str, image: Path, size: int, channels: int) -> Run:
-    """Move the image once, guests stopped, no compression, no limit; compare every page after.
+async def refusals(engine: str, codecs: Iterable[Codec]) -> dict[Codec, str]:
+    """Those of the codecs that an engine cannot do, and what it says to them."""
+    refused = {}
+    with tempfile.TemporaryDirectory(prefix="ramferry-bench-") as directory:
+        ram, qmp = Path(directory) / "ram", Path(directory) / "qmp"
+        ram.touch()
+        os.truncate(ram, PROBE_SIZE)
+        async with side(command(engine, ram, PROBE_SIZE, qmp, incoming=False), qmp) as one:
+            for codec in codecs:
+                try:
+                    await one.client.execute("migrate-set-parameters", {**codec.parameters()})
+                except ExecuteError as exc:
+                    refused[codec] = str(exc)
+    return refused
+
+
+async def migrate_once(contender: Contender, image: Path, size: int, way: Way) -> Run:
+    """Move the image once, guests stopped, no limit; compare every page after.
 
     :raise MigrationError: an engine failed."""
     directory = Path(tempfile.mkdtemp(prefix="ramferry-bench-"))
     ram = image.parent / f"{directory.name}-ram"
     try:
-        lines = [
-            command(engine, where, size, directory / name, incoming=incoming)
+        source_line, destination_line = (
+            command(contender.engine, where, size, directory / name, incoming=incoming)
             for name, where, incoming in (("s", image, False), ("d", ram, True))
-        ]
+        )
+        if way.link is not None:
+            source_line = way.link.source.inside(source_line)
+            destination_line = way.link.destination.inside(destination_line)
         ended_s = _ended_children_cpu_s()
         async with (
-            side(lines[0], directory / "s") as source,
-            side(lines[1], directory / "d") as destination,
+            side(source_line, directory / "s") as source,
+            side(destination_line, directory / "d") as destination,
         ):
-            run = await _migrate(source, destination, image, ram, channels)
+            run = await _migrate(source, destination, contender.codec, way)
+            run = replace(run, different_pages=different_pages(image, ram))
         used_s = _ended_children_cpu_s() - ended_s
         return replace(run, cpu_to_exit_s=used_s - run.cpu_before_migrate_s)
     finally:
@@ -142,36 +192,52 @@ async def migrate_once(engine: str, image: Path, size: int, channels: int) -> Ru
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def _migrate(source: Side, destination: Side, image: Path, ram: Path, channels: int) -> Run:
-    """All but `cpu_to_exit_s`, which is known when both sides have ended."""
-    capabilities = [{"capability": name, "state": True} for name in ("multifd", "events")]
+async def prepare(
+    source: Side,
+    destination: Side,
+    way: Way,
+    parameters: Mapping[str, object],
+    capabilities: Sequence[str] = ("multifd", "events"),
+) -> str:
+    """Set both sides, let the destination wait; return the URI for the source."""
+    wanted = [{"capability": name, "state": True} for name in capabilities]
     for one in (source, destination):
-        parameters = {"max-bandwidth": 0, "multifd-channels": channels}
-        await one.client.execute("migrate-set-parameters", parameters)
-        await one.client.execute("migrate-set-capabilities", {"capabilities": capabilities})
-    await source.client.execute("stop")
-    await destination.client.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        chosen = {"max-bandwidth": 0, "multifd-channels": way.channels, **parameters}
+        await one.client.execute("migrate-set-parameters", chosen)
+        await one.client.execute("migrate-set-capabilities", {"capabilities": wanted})
+    host = LOOPBACK if way.link is None else way.link.destination.address
+    await destination.client.execute("migrate-incoming", {"uri": f"tcp:{host}:0"})
     info: Any = await destination.client.execute("query-migrate")
-    port = info["socket-address"][0]["port"]
+    return f"tcp:{host}:{info['socket-address'][0]['port']}"
+
+
+async def _migrate(source: Side, destination: Side, codec: Codec, way: Way) -> Run:
+    """All but `cpu_to_exit_s` and `different_pages`, which are known later."""
+    await source.client.execute("stop")
+    uri = await prepare(source, destination, way, codec.parameters())
     before_s = await _settled_cpu_s(source, destination)
+    link_before = way.link.source.sent_bytes() if way.link else 0
     ends = [asyncio.ensure_future(one.end_of_migration()) for one in (source, destination)]
     began = time.monotonic()
-    await source.client.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
+    await source.client.execute("migrate", {"uri": uri})
     statuses = await asyncio.wait_for(asyncio.gather(*ends), RUN_WAIT_S)
     wall_time_ms = (time.monotonic() - began) * 1000
     if statuses != ["completed", "completed"]:
         raise MigrationError(f"a benchmark's migration ended as {statuses}")
+    link_bytes = way.link.source.sent_bytes() - link_before if way.link else 0
     cpu_s = await _settled_cpu_s(source, destination) - before_s
     answer: Any = await source.client.execute("query-migrate")
     return Run(
-        answer["total-time"],
-        wall_time_ms,
-        before_s,
-        cpu_s,
-        0.0,
-        answer["ram"]["normal"],
-        answer["ram"]["duplicate"],
-        different_pages(image, ram),
+        total_time_ms=answer["total-time"],
+        wall_time_ms=wall_time_ms,
+        cpu_before_migrate_s=before_s,
+        cpu_s=cpu_s,
+        cpu_to_exit_s=0.0,
+        normal_pages=answer["ram"]["normal"],
+        zero_pages=answer["ram"]["duplicate"],
+        different_pages=0,
+        wire_bytes=answer["ram"]["transferred"],
+        link_bytes=link_bytes,
     )
 
 

@@ -23,7 +23,7 @@ def ramferry(*arguments: str | bytes, timeout: float = 60.0) -> subprocess.Compl
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["demo", "--codec", "lz4"], "--codec none"),
+        (["demo", "--codec", "lz5"], "'none', 'lz4'"),
         (["demo", "--postcopy"], "no postcopy yet"),
         (["demo", "--size", "1"], "multiple of 4096"),
         (["demo", "--size", "much"], "size=much is not allowed"),

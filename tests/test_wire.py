@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,20 +25,35 @@ runs = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 8)), max_siz
 
 @st.composite
 def pages_packets(draw: st.DrawFn) -> wire.Packet:
+    """PAGES of any kind, or DELTAS."""
     data, zero = draw(runs), draw(runs)
-    pages = sum(count for _, count in data)
+    kind = draw(st.sampled_from([wire.PacketKind.PAGES, wire.PacketKind.DELTAS]))
+    if kind is wire.PacketKind.DELTAS:
+        data, zero = data or [(7, 1)], []
+    encoded = draw(st.integers(0, len(data))) if kind is wire.PacketKind.PAGES else len(data)
+    pages, encoded_pages = (sum(count for _, count in part) for part in (data, data[:encoded]))
+    plain_bytes, codec = encoded_pages * 4096, wire.CodecId.RAW
+    if kind is wire.PacketKind.DELTAS:
+        plain_bytes = draw(st.integers(3 * pages, 4098 * pages))
+    payload_bytes = plain_bytes
+    if encoded and (kind is wire.PacketKind.PAGES or draw(st.booleans())):
+        codec = draw(st.sampled_from([one for one in wire.CodecId if one is not wire.CodecId.RAW]))
+        payload_bytes = draw(st.integers(1, plain_bytes - 1))
     return wire.Packet(
-        wire.PacketKind.PAGES,
+        kind,
         draw(st.binary(min_size=16, max_size=16)),
         channel_id=draw(st.integers(1, 255)),
         incarnation=draw(st.integers(1, 2**32 - 1)),
         sequence=draw(st.integers(1, 2**64 - 1)),
         round_number=draw(st.integers(1, 2**32 - 1)),
         block_id=draw(st.integers(1, 2**16 - 1)),
+        codec=codec,
         pages=pages,
         zero_pages=sum(count for _, count in zero),
-        payload_bytes=pages * 4096,
-        gathered_runs=draw(st.integers(0, len(data))),
+        payload_bytes=payload_bytes + (pages - encoded_pages) * 4096,
+        encoded_runs=encoded,
+        gathered_runs=draw(st.integers(0, len(data) - encoded)),
+        plain_bytes=plain_bytes,
         data_runs=run_table(data),
         zero_runs=run_table(zero),
     )
@@ -55,8 +71,42 @@ def test_a_packet_decodes_to_itself(packet: wire.Packet) -> None:
 @given(pages_packets())
 def test_payload_frames_hold_exactly_the_pages_of_the_runs(packet: wire.Packet) -> None:
     assert sum(packet.frame_sizes()) == packet.payload_bytes
-    direct = len(packet.data_runs) // wire.RUN.size - packet.gathered_runs
-    assert len(packet.frame_sizes()) == direct + bool(packet.gathered_runs)
+    groups = [bool(packet.encoded_runs), bool(packet.gathered_runs)]
+    direct = len(packet.data_runs) // wire.RUN.size - packet.encoded_runs - packet.gathered_runs
+    assert len(packet.frame_sizes()) == direct + sum(groups)
+
+
+def encoded_packet(**other: Any) -> wire.Packet:
+    """Two pages in 100 bytes of zstd, and one raw page."""
+    fields: dict[str, Any] = {
+        "codec": wire.CodecId.ZSTD, "pages": 3, "payload_bytes": 4196, "encoded_runs": 1,
+        "plain_bytes": 8192, "data_runs": run_table([(0, 2), (4, 1)]),
+    }  # fmt: skip
+    kind = other.pop("kind", wire.PacketKind.PAGES)
+    return wire.Packet(kind, SESSION, 1, 1, 2, **fields | other)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"plain_bytes": 8191}, {"plain_bytes": 2**32 - 1}, {"plain_bytes": 0},
+        {"payload_bytes": 4096}, {"payload_bytes": 4096 + 8192}, {"payload_bytes": 0},
+        {"payload_bytes": 2**64 - 1}, {"codec": wire.CodecId.RAW}, {"encoded_runs": 0},
+        {"encoded_runs": 2}, {"encoded_runs": 3}, {"gathered_runs": 2},
+        {"kind": wire.PacketKind.DELTAS},
+        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 8},
+        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 512 * 4098 + 1},
+        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 9, "payload_bytes": 9},
+        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 9, "payload_bytes": 8,
+         "zero_pages": 1, "zero_runs": b"\x09\0\0\0\x01\0\0\0"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_encoded_must_shrink_and_promise_what_its_pages_hold(wrong: dict[str, Any]) -> None:
+    assert wire.decode_packet(encoded_packet().encode()) == encoded_packet()
+
+    with pytest.raises(WireError, match="encoded"):
+        wire.decode_packet(encoded_packet(**wrong).encode())
 
 
 @given(pages_packets(), st.data())
@@ -210,7 +260,7 @@ def test_block_names_have_qemus_limits(name: str) -> None:
 
 
 def test_the_header_layout_is_frozen() -> None:
-    assert wire.HEADER.size == 76
+    assert wire.HEADER.size == 80
     assert open_packet().encode() == (
-        b"rfpk\x01\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(32)
+        b"rfpk\x02\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(36)
     )

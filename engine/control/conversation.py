@@ -11,6 +11,7 @@ import logging
 from typing import Any, Final, TypeVar
 
 from engine import wire
+from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.host import Host
 from engine.control.mainchannel import SourceEnd
 from engine.control.route import Agreement
@@ -42,10 +43,11 @@ def hello_of(host: Host, session: bytes) -> wire.Hello:
         session,
         PAGE_SIZE,
         shapes,
-        host.parameters.multifd_channels,
+        channels_of(host),
         guest.kind,
         guest.is_running,
         host.uuid if host.capability("validate-uuid") else "",
+        codecs_of(compression_of(host)),
     )
 
 
@@ -71,7 +73,7 @@ class Conversation:
         welcome = await self._greet(hello_of(host, session))
         await host.guest.connect_handover(self._address.reach(welcome.handover), session)
         endpoints = [self._address.reach(endpoint) for endpoint in welcome.endpoints]
-        return Agreement(endpoints, welcome.placement)
+        return Agreement(endpoints, welcome.codecs, welcome.placement)
 
     async def _greet(self, hello: wire.Hello) -> wire.Welcome:
         """Connect the main channel and agree.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from engine import wire
+from engine.compress.codecs import CODEC_IDS
 from engine.control.host import Host
 from engine.errors import PeerRefused
 from engine.memory.blocks import PAGE_SIZE
@@ -26,6 +27,9 @@ def check_fits(host: Host, hello: wire.Hello, *, is_stream: bool) -> None:
         raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
     if hello.guest_kind != guest.kind:
         raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
+    if lacking := sorted(set(hello.codecs) - set(CODEC_IDS.values())):
+        known = ", ".join(CODEC_IDS)
+        raise PeerRefused(f"codec ids {lacking} are unknown here; this build knows {known}")
     if hello.channels > 1 and is_stream:
         raise PeerRefused(f"{hello.channels} channels on one stream")
     _check_uuid(host.uuid, wire.cut(hello.uuid))

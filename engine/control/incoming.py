@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from engine import wire
+from engine.compress.codecs import CODEC_IDS
 from engine.control.fitting import check_fits
 from engine.control.host import Host
 from engine.control.mainchannel import ConnectionLost, DestinationEnd
@@ -298,6 +299,7 @@ class IncomingMigration:
                 [lane.endpoint for lane in self._lanes],
                 handover,
                 self.placement,
+                tuple(CODEC_IDS.values()),
             )
         )
 

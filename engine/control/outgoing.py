@@ -16,6 +16,7 @@ from typing import Any
 
 from engine import wire
 from engine.control import machine, policy
+from engine.control.compression import compression_of
 from engine.control.dirtysync import DirtySync
 from engine.control.host import Host
 from engine.control.machine import Effect, Heal, Outgoing, Phase
@@ -47,6 +48,7 @@ class OutgoingMigration:
         self.numbers = MigrationNumbers()
         self._session = os.urandom(wire.SESSION_BYTES)
         self._senders: SenderGroup | None = None
+        self._codecs: tuple[int, ...] = ()  #: that the destination can decode
         self._sync: DirtySync | None = None
         self._work: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -194,7 +196,7 @@ class OutgoingMigration:
         guest, settings = self._host.guest, self._host.parameters
         self._spawn(self._watch_guest())
         agreement = await self._route.connect(self._host, self._session)
-        self.numbers.placement = agreement.placement
+        self.numbers.placement, self._codecs = agreement.placement, agreement.codecs
         wanted = settings.x_tracker
         tracking = await guest.start_tracking(None if wanted == "auto" else TrackerName(wanted))
         self.numbers.tracker, self.numbers.tracker_reason = tracking.name.value, tracking.reason
@@ -207,7 +209,7 @@ class OutgoingMigration:
             stream_fd=agreement.stream_fd,
             is_acknowledged=agreement.is_acknowledged,
         )
-        senders.budget.rate_bytes_per_s = settings.max_bandwidth
+        self.settings_changed()
         self._spawn(self._route.listen(senders))
         self._spawn(self._sample())
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
@@ -459,10 +461,16 @@ class OutgoingMigration:
         if self._senders is not None and not is_over:
             self._senders.count_up(self.numbers)
 
-    def bandwidth_changed(self) -> None:
-        """`max-bandwidth` was set: it holds from now on, except during the switchover."""
-        if self._senders is not None and not self.is_switching_over:
+    def settings_changed(self) -> None:
+        """Parameters were set: `max-bandwidth` holds from now on, except during the switchover;
+        another codec from the next batch on."""
+        if self._senders is None:
+            return
+        if not self.is_switching_over:
             self._senders.budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
+        if self._host.capability("xbzrle"):
+            self.numbers.xbzrle_cache_bytes = self._host.parameters.xbzrle_cache_size
+        self._senders.compress(compression_of(self._host), self._codecs)
 
     def worker_pids(self) -> dict[int, int]:
         """Process ids of the senders at work, by channel."""

@@ -176,6 +176,7 @@ def _integer_range(low: int | str, high: int) -> str:
 PERCENT_1_99: Final = _integer_range(1, 99)
 SIZE_MAX_TEXT: Final = "an integer in the range of 0 to <SIZE_MAX> bytes/second"
 NEXT_MIGRATION: Final = "at the next migration"
+NEXT_BATCH: Final = "at the next batch"
 NEXT_ROUND: Final = "at the end of the round"
 NEXT_CONNECTION: Final = "at the next connection"
 ON_ARRIVAL: Final = "when the guest starts at the destination"
@@ -191,9 +192,9 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("announce-step", Kind.SIZE, 100, low=1, high=10_000, range_text="a value between 0 and 10000",
               unit="ms", hmp_unit="ms", effective=ON_ARRIVAL, help="increase of the delay after each announcement"),
     Parameter("compress-level", Kind.UINT8, 1, 0, 9, is_hidden=True, effective=NEXT_MIGRATION,
-              deprecated="multifd-zlib-level or multifd-zstd-level", help="kept; level of the old compression"),
+              deprecated="multifd-zlib-level or multifd-zstd-level", help="level of the old compression (zlib)"),
     Parameter("compress-threads", Kind.UINT8, 8, 1, 255, is_hidden=True, effective=NEXT_MIGRATION,
-              deprecated="multifd-channels", help="kept; threads of the old compression"),
+              deprecated="multifd-channels", help="channels of a migration with the old compression"),
     Parameter("compress-wait-thread", Kind.BOOL, True, is_hidden=True, effective=NEXT_MIGRATION,
               deprecated="multifd-compression", help="kept; wait for a free thread of the old compression"),
     Parameter("decompress-threads", Kind.UINT8, 2, 1, 255, is_hidden=True, effective=NEXT_MIGRATION,
@@ -223,16 +224,17 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("multifd-channels", Kind.UINT8, 2, 1, 255, acts=True, effective=NEXT_MIGRATION,
               help="number of parallel channels, each with a worker process on either side"),
     Parameter("xbzrle-cache-size", Kind.SIZE, 64 * MIB, PAGE_BYTES, 2**63, unit="bytes", hmp_unit="bytes",
-              range_text="a power of two no less than the target page size", help="size of the XBZRLE cache"),
+              range_text="a power of two no less than the target page size", acts=True, effective=NEXT_BATCH,
+              help="size of the XBZRLE caches of all channels together"),
     Parameter("max-postcopy-bandwidth", Kind.SIZE, 0, unit="bytes/second",
               help="limit of the background pages of postcopy; 0: unlimited"),
     Parameter("max-cpu-throttle", Kind.UINT8, 99, 1, 99, unit="%", acts=True, effective=NEXT_ROUND,
               range_text=_integer_range("cpu_throttle_initial", 99), help="largest throttle of auto-converge"),
-    Parameter("multifd-compression", Kind.ENUM, "none", values=("none",), lacks=("zlib", "zstd"),
-              effective=NEXT_MIGRATION, help="compression of the channels"),
-    Parameter("multifd-zlib-level", Kind.UINT8, 1, 0, 9, effective=NEXT_MIGRATION, help="zlib level"),
-    Parameter("multifd-qatzip-level", Kind.UINT8, 1, 1, 9, effective=NEXT_MIGRATION, help="QATzip level"),
-    Parameter("multifd-zstd-level", Kind.UINT8, 1, 0, 20, effective=NEXT_MIGRATION, help="zstd level"),
+    Parameter("multifd-compression", Kind.ENUM, "none", values=("none", "zlib", "zstd", "lz4", "auto"),
+              acts=True, effective=NEXT_BATCH, help="codec of the channels; auto: what moves the most RAM per second"),
+    Parameter("multifd-zlib-level", Kind.UINT8, 1, 0, 9, acts=True, effective=NEXT_BATCH, help="zlib level"),
+    Parameter("multifd-qatzip-level", Kind.UINT8, 1, 1, 9, help="kept; there is no QATzip here"),
+    Parameter("multifd-zstd-level", Kind.UINT8, 1, 0, 20, acts=True, effective=NEXT_BATCH, help="zstd level"),
     Parameter("block-bitmap-mapping", Kind.MAPPING, [], is_hidden=True, effective=NEXT_MIGRATION,
               help="checked and kept; there are no block devices here"),
     Parameter("x-vcpu-dirty-limit-period", Kind.UINT64, 1000, 1, 1000, unit="ms", hmp_unit="ms", effective=NEXT_MIGRATION,
@@ -255,6 +257,12 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
               help="destination: the handover listens at this TCP port, channel i at base + 1 + i; 0: any free ports"),
     Parameter("x-heal-limit", Kind.UINT8, 8, high=255, is_ours=True, acts=True, effective=NEXT_MIGRATION,
               help="how many channels and workers may be made anew in one migration"),
+    Parameter("multifd-lz4-acceleration", Kind.UINT16, 1, 1, 65535, is_ours=True, acts=True, effective=NEXT_BATCH,
+              help="acceleration of lz4; larger is faster and leaves more"),
+    Parameter("x-multifd-zstd-fast", Kind.UINT8, 0, 0, 50, is_ours=True, acts=True, effective=NEXT_BATCH,
+              help="zstd's fast levels (its -1 to -50) instead of multifd-zstd-level; 0: off"),
+    Parameter("x-compress-cpu-percent", Kind.UINT8, 100, 1, 100, unit="%", is_ours=True, acts=True, effective=NEXT_BATCH,
+              help="share of this host's CPUs that auto may spend on encoding"),
     Parameter("x-on-stall", Kind.ENUM, "nothing", is_ours=True, acts=True, effective=NEXT_ROUND,
               values=("nothing", "throttle", "switchover", "cancel"),
               help="what to do, besides X_MIGRATION_STALLED, when the rounds do not shrink any more"),

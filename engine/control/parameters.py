@@ -85,6 +85,10 @@ class Parameters:
         """The value of a parameter of the table, also of one that queries do not show."""
         return self._values.get(name, BY_NAME[name].default)
 
+    def is_set(self, name: str) -> bool:
+        """Whether a parameter that queries do not show by default was set."""
+        return name in self._values
+
     def replace(self, changes: Mapping[str, Any]) -> Parameters:
         return Parameters({**self._values, **changes})
 

@@ -20,6 +20,7 @@ from engine.control.capabilities import (
     is_capability,
     no_dirty_limit,
 )
+from engine.control.compression import channels_of
 from engine.control.conversation import Conversation
 from engine.control.dirtylimit import DirtyLimit
 from engine.control.dirtyrate import DirtyRate
@@ -149,14 +150,14 @@ class ControlProcess:
 
     def _settings_changed(self) -> None:
         if self.outgoing is not None:
-            self.outgoing.bandwidth_changed()
+            self.outgoing.settings_changed()
         self._warm()
 
     def _warm(self) -> None:
         """Start the interpreters before they are waited for; if that cannot be, they start then."""
         pool = self.receivers if self.waits_for_incoming else self.senders
         try:
-            pool.warm(min(self.parameters.multifd_channels, WARM_WORKERS_MAX))
+            pool.warm(min(channels_of(self), WARM_WORKERS_MAX))
         except (MigrationError, OSError) as exc:
             log.warning("workers are not started ahead: %s", exc)
 

@@ -9,6 +9,7 @@ and in the same instant the order to send the round again: nobody else orders it
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Final
 import msgspec
 
 from engine import wire
+from engine.control.compression import compression_info, delta_statistics, lacking_codecs
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
 from engine.control.statistics import ChannelSample, MigrationNumbers
 from engine.errors import MigrationError, WorkerLost
@@ -27,6 +29,8 @@ from engine.memory.bitmaps import PageBitmaps, shared_memory
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.tracking import hash_table_bytes
 from engine.multifd.progress import Budget, Count, Progress
+
+log = logging.getLogger("ramferry.source")
 
 #: No byte and no acknowledgement for so long ends the migration (heartbeats notice most deaths
 #: sooner).
@@ -127,6 +131,7 @@ class SenderGroup:
         self._hash_seed = int.from_bytes(os.urandom(8), "little")
         self._tracking: Tracking | None = None
         self._detect_zero = True
+        self._compress = wire.Compress("none")
         self._hashes_fd = -1
         self.lanes: list[Lane] = []
         with ExitStack() as stack:  # hundreds of descriptors: when one cannot be had, none is kept
@@ -162,6 +167,9 @@ class SenderGroup:
         numbers.pages, numbers.zero_pages = self.total(Count.PAGES), self.total(Count.ZERO_PAGES)
         numbers.wire_bytes = self.total(Count.WIRE_BYTES)
         numbers.payload_bytes = self.total(Count.PAYLOAD_BYTES)
+        channels = [lane.progress for lane in self.lanes]
+        numbers.compression = compression_info(channels)
+        numbers.xbzrle.now = delta_statistics(channels)
         numbers.remaining_bytes = self.dirty.count() * PAGE_SIZE
 
     # -- start and end ---------------------------------------------------------------------------
@@ -215,10 +223,22 @@ class SenderGroup:
             ),
             fds,
         )
+        self._order(lane, self._compress)
         if lane.unanswered:
             self._forget_harvests(lane)
         if lane.harvest_due:
             self._order_harvest(lane)
+
+    def compress(self, wanted: wire.Compress, known: Sequence[int]) -> None:
+        """From the next batch on, on all lanes; as before if the destination does not know how.
+
+        :param known: codec ids that it can decode."""
+        if lacking := lacking_codecs(wanted, known):
+            log.warning("the destination cannot decode %s; nothing is changed", lacking)
+        elif wanted != self._compress:
+            self._compress = wanted
+            for lane in self.lanes:
+                self._order(lane, wanted)
 
     async def end(self) -> None:
         """Kill all senders and give everything back. Idempotent."""

@@ -28,6 +28,7 @@ class DemoOptions:
 
     size: str = "1G"
     channels: int = 2
+    codec: str = "none"
     max_bandwidth: str = "0"
     downtime_limit: int = 300
     rate: str = "200M"
@@ -38,6 +39,7 @@ class DemoOptions:
     def source_settings(self) -> list[str]:
         return [
             f"multifd-channels={self.channels}",
+            f"multifd-compression={self.codec}",
             f"max-bandwidth={parse_size(self.max_bandwidth)}",
             f"downtime-limit={self.downtime_limit}",
             f"x-tracker={self.tracker}",

@@ -62,14 +62,16 @@ class Placer:
         """What is in use, for people."""
         return "memcpy" if self._uffd < 0 else "UFFDIO_COPY"
 
-    def check(self, index: int, data_runs: bytes, gathered_count: int, zero_runs: bytes) -> None:
+    def check(
+        self, index: int, data_runs: bytes, encoded: int, gathered: int, zero_runs: bytes
+    ) -> None:
         """Check all runs of a packet before any of its pages is placed.
 
         :raise WireError: a run is not within the block, out of order, or has a page that another
             has; nothing was written."""
         block = self._blocks[index]
         try:
-            _native.packet_runs_check(data_runs, gathered_count, zero_runs, block.page_count)
+            _native.packet_runs_check(data_runs, encoded, gathered, zero_runs, block.page_count)
         except ValueError as exc:
             raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
 
@@ -92,6 +94,25 @@ class Placer:
                 f"cannot place pages in RAM block '{block.name}': {exc.strerror}"
             ) from exc
         return fresh
+
+    def apply_deltas(
+        self, index: int, deltas: memoryview, runs: memoryview, run_count: int
+    ) -> None:
+        """Change the runs' pages by their deltas (`native/xbzrle.h`).
+
+        :raise WireError: a run or a delta is wrong; nothing was written.
+        :raise MemoryRefused: the memory behind the block is full; the pages are in doubt."""
+        block = self._blocks[index]
+        try:
+            _native.delta_apply(
+                self._ram[index], self._placed[index], deltas, runs, run_count, block.page_count
+            )
+        except ValueError as exc:
+            raise WireError(f"deltas for RAM block '{block.name}': {exc}") from exc
+        except OSError as exc:
+            raise MemoryRefused(
+                f"cannot place pages in RAM block '{block.name}': {exc.strerror}"
+            ) from exc
 
     def clear(self, index: int, runs: memoryview, run_count: int) -> int:
         """Make the runs' pages zero; return how many had to be written.

@@ -15,6 +15,7 @@ from typing import TypeVar
 from engine import _native
 from engine.memory.bitmaps import shared_memory
 from engine.memory.blocks import PAGE_SIZE
+from engine.wire import CodecId
 
 
 class Count(enum.IntEnum):
@@ -32,6 +33,18 @@ class Count(enum.IntEnum):
     STRANGERS = 9  #: messages dropped because they were not the peer's
     HARVEST_NS = 10  #: how long the last harvest took
     HARVEST_PAGES = 11  #: looked at by harvests so far: moves as long as one is under way
+    TRIED_BYTES = 12  #: given to codecs, whether it helped or not
+    PLAIN_BYTES = 13  #: that a codec made shorter, before
+    ENCODED_BYTES = 14  #: and after
+    ENCODE_NS = 15  #: of this worker's CPU time, making packets
+    CODEC = 16  #: `CodecId` of the newest batch's choice
+    LEVEL = 17  #: and its level, as a two's complement
+    DELTA_BYTES = 18  #: of XBZRLE; this and the next as `xbzrle-cache` counts them
+    DELTA_HITS = 19
+    DELTA_MISSES = 20
+    DELTA_OVERFLOWS = 21
+    DELTA_UNCHANGED = 22  #: pages that the destination had as they were
+    BATCHES = 23  #: batches by choice: word BATCHES + CodecId
 
 
 class Progress:
@@ -49,6 +62,15 @@ class Progress:
 
     def __getitem__(self, count: Count) -> int:
         return self._words[count]
+
+    def batches(self, codec: CodecId) -> int:
+        """How many batches got this codec, whether it helped or not."""
+        return self._words[Count.BATCHES + codec]
+
+    def chosen(self, codec: CodecId, level: int) -> None:
+        """The next batch gets this codec. Only the worker that owns the page calls this."""
+        self._words[Count.BATCHES + codec] += 1
+        self._words[Count.CODEC], self._words[Count.LEVEL] = codec, level % 2**64
 
     def add(self, count: Count, amount: int) -> None:
         """Only the worker that owns the page calls this."""

@@ -14,6 +14,7 @@ from typing import Final
 import zmq
 
 from engine import unixsocket, wire
+from engine.compress.codecs import decoders
 from engine.errors import ChannelError, MemoryRefused, UsageError, WireError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.placement import Placer
@@ -41,6 +42,7 @@ class Receiver:
         self._may_repeat = False  #: its acknowledgement may have been lost with its incarnation
         self._round_number = 0  #: going on; 0 until its first packet
         self._complaints = Complaints()
+        self._decoders = decoders()
         self._clear_round()
 
     def run(self) -> None:
@@ -222,16 +224,24 @@ class Receiver:
         self._round_number = number
 
     def _place(self, packet: wire.Packet, payload: list[memoryview]) -> None:
+        """Place all pages; everything is checked and decoded before the first byte is written."""
         index, runs = packet.block_id - 1, memoryview(packet.data_runs)
-        self._placer.check(index, packet.data_runs, packet.gathered_runs, packet.zero_runs)
-        fresh = 0
-        split = packet.gathered_runs * wire.RUN.size
-        if split:
-            fresh += self._placer.place(index, payload[0], runs[:split], packet.gathered_runs)
-            payload = payload[1:]
-        for frame in payload:
-            fresh += self._placer.place(index, frame, runs[split : split + wire.RUN.size], 1)
-            split += wire.RUN.size
+        self._placer.check(
+            index, packet.data_runs, packet.encoded_runs, packet.gathered_runs, packet.zero_runs
+        )
+        if packet.encoded_runs and packet.codec is not wire.CodecId.RAW:
+            plain = self._decoders[packet.codec].decode(payload[0], packet.plain_bytes)
+            payload[0] = memoryview(plain)
+        if packet.kind is wire.PacketKind.DELTAS:
+            self._placer.apply_deltas(index, payload[0], runs, packet.encoded_runs)
+            return
+        groups = [1] * (len(runs) // wire.RUN.size - packet.encoded_runs - packet.gathered_runs)
+        groups = [one for one in (packet.encoded_runs, packet.gathered_runs) if one] + groups
+        fresh = start = 0
+        for frame, count in zip(payload, groups, strict=True):
+            end = start + count * wire.RUN.size
+            fresh += self._placer.place(index, frame, runs[start:end], count)
+            start = end
         if packet.zero_runs:
             zero_runs = memoryview(packet.zero_runs)
             self._placer.clear(index, zero_runs, len(zero_runs) // wire.RUN.size)

@@ -11,11 +11,15 @@ import select
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import zmq
 
 from engine import _native, wire
+from engine.compress.choice import policy_of
+from engine.compress.codecs import Codec
+from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE
@@ -30,11 +34,12 @@ from engine.memory.tracking import (
     hash_tables,
 )
 from engine.multifd.channel import Channel, SocketChannel, StreamChannel, Superseded
+from engine.multifd.deltas import Deltas
+from engine.multifd.hostload import HostLoad
+from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
 from engine.multifd.worker import Inbox, blocks_of, run_worker
 
-#: Runs of at least so many pages are lent to ZeroMQ, shorter ones are copied together.
-DIRECT_RUN_PAGES_MIN: Final = 64
 #: Under a limit a batch is at most what may go in so much time, so that the rate holds in any
 #: second.
 PACING_NS: Final = 5_000_000
@@ -52,6 +57,17 @@ class RoundTotals:
         self.cursor = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One batch, as `take_batch` left it in the run tables."""
+
+    block_index: int
+    data_count: int
+    zero_count: int
+    pages: int
+    zero_pages: int
+
+
 class Sender:
     """The loop's state between orders; owns everything that `PrepareSender` lent it."""
 
@@ -61,6 +77,9 @@ class Sender:
         self._channel: Channel | None = None
         self._stream_fd = -1  #: in place of ZeroMQ, until its channel has it
         self._round: RoundTotals | None = None
+        self._policy: Policy = Fixed(Arm("none"))
+        self._load = HostLoad()
+        self._sent_ns = self._waited_ns = 0  #: of the batch before: its end, and how long it waited
         self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._watch(None)
@@ -109,6 +128,9 @@ class Sender:
                     self._open(wire.OpenChannel(order.endpoint, order.incarnation))
                 case wire.OpenChannel():
                     self._open(order)
+                case wire.Compress():
+                    self._policy = policy_of(order, self._order.count)
+                    self._deltas.resize(order.xbzrle_cache_bytes)
                 case wire.Harvest():
                     self._harvest(order)
                 case wire.SendRound():
@@ -130,6 +152,7 @@ class Sender:
         self._in_flight = PageBitmaps(self._blocks, shared["in_flight"])
         self._progress = Progress(shared["progress"])
         self._budget = Budget(shared["budget"])
+        self._deltas = Deltas(self._slices, self._progress)
         self._harvester = self._make_harvester(order, shared, tracker_fds)
 
     def _make_harvester(
@@ -168,6 +191,7 @@ class Sender:
     def _open(self, order: wire.OpenChannel) -> None:
         """Drop what was being sent and make the channel anew; control repeats the round's order."""
         self._drop_channel()
+        self._deltas.forget()
         if self._stream_fd >= 0:
             channel = StreamChannel(self._stream_fd, order.incarnation)
             self._stream_fd = -1
@@ -237,7 +261,7 @@ class Sender:
             if cursor >= self._blocks[i].page_count:
                 totals.block_index, totals.cursor = i + 1, 0
             if pages or zero_pages:
-                self._send_pages(totals, i, data_count, zero_count, pages, zero_pages)
+                self._send_taken(totals, Taken(i, data_count, zero_count, pages, zero_pages))
         except Superseded:
             return
         except (ConnectionError, ChannelError) as exc:
@@ -250,54 +274,121 @@ class Sender:
         paced = rate * PACING_NS // (1_000_000_000 * PAGE_SIZE)
         return max(PACED_PAGES_MIN, min(wire.BATCH_PAGES_MAX, paced))
 
-    def _send_pages(
-        self, totals: RoundTotals, i: int, data_count: int, zero_count: int, pages: int, zeros: int
-    ) -> None:
-        gathered_count, frames = self._payload(i, data_count)
-        packet = self._packet(
-            wire.PacketKind.PAGES,
-            round_number=totals.round_number,
-            block_id=i + 1,
-            pages=pages,
-            zero_pages=zeros,
-            payload_bytes=pages * PAGE_SIZE,
-            gathered_runs=gathered_count,
-            data_runs=bytes(self._data_runs[: data_count * wire.RUN.size]),
-            zero_runs=bytes(self._zero_runs[: zero_count * wire.RUN.size]),
+    def _send_taken(self, totals: RoundTotals, taken: Taken) -> None:
+        """Send what `_data_runs` and `_zero_runs` hold, in one packet or two."""
+        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        arm = self._policy.choose(began_ns)
+        payloads = self._payloads(totals.round_number, taken, arm.codec)
+        zero_runs = bytes(self._zero_runs[: taken.zero_count * wire.RUN.size])
+        self._harvester.sent_zeros(taken.block_index, self._zero_runs, taken.zero_count)
+        self._deltas.sent_zeros(
+            taken.block_index, totals.round_number, self._zero_runs, taken.zero_count
         )
-        self._harvester.sent_zeros(i, self._zero_runs, zero_count)
-        self._send(packet, frames)
+        encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
+        for payload in payloads:
+            if payload.pages or zero_runs:
+                self._send_payload(totals, taken, payload, zero_runs)
+            zero_runs = b""
+        if taken.pages:
+            self._learn(arm, taken, payloads, encode_ns, cpu_ns)
+
+    def _payloads(self, round_number: int, taken: Taken, codec: Codec | None) -> list[Payload]:
+        """Of the taken data runs; the first may have no pages."""
+        i, count = taken.block_index, taken.data_count
+        ram, runs = self._views[i], self._data_runs
+        if self._harvester.needs_private_copy:
+            copy = _native.gather(ram, runs, count)
+            self._harvester.sent(i, copy, runs, count)
+            return [copied_payload(copy, runs, count, codec)]
+        if self._deltas.are_due(round_number):
+            return self._deltas.payloads(i, round_number, ram, runs, count, codec)
+        if codec is not None and count:
+            return [encoded_payload(ram, runs, count, codec)]
+        return [lent_payload(ram, runs, count)]
+
+    def _send_payload(
+        self, totals: RoundTotals, taken: Taken, payload: Payload, zero_runs: bytes
+    ) -> None:
+        packet = self._packet(
+            payload.kind,
+            round_number=totals.round_number,
+            block_id=taken.block_index + 1,
+            codec=payload.codec,
+            pages=payload.pages,
+            zero_pages=taken.zero_pages if zero_runs else 0,
+            payload_bytes=payload.payload_bytes,
+            encoded_runs=payload.encoded_runs,
+            gathered_runs=payload.gathered_runs,
+            plain_bytes=payload.plain_bytes,
+            data_runs=payload.data_runs,
+            zero_runs=zero_runs,
+        )
+        self._send(packet, payload.frames)
         totals.packets += 1
-        totals.pages += pages
-        totals.zero_pages += zeros
+        totals.pages += packet.pages
+        totals.zero_pages += packet.zero_pages
         totals.payload_bytes += packet.payload_bytes
-        self._progress.add(Count.PAGES, pages)
-        self._progress.add(Count.ZERO_PAGES, zeros)
-        self._progress.add(Count.PAYLOAD_BYTES, packet.payload_bytes)
+        self._count(packet, payload)
 
-    def _payload(self, i: int, data_count: int) -> tuple[int, list[bytes | memoryview]]:
-        """Frames of the taken data runs: short runs copied together, long ones lent as they are.
+    def _count(self, packet: wire.Packet, payload: Payload) -> None:
+        progress = self._progress
+        if packet.kind is wire.PacketKind.PAGES:
+            progress.add(Count.PAGES, packet.pages)
+        progress.add(Count.ZERO_PAGES, packet.zero_pages)
+        progress.add(Count.PAYLOAD_BYTES, packet.payload_bytes)
+        progress.add(Count.GATHERED_PAGES, payload.copied_pages)
+        progress.add(Count.TRIED_BYTES, len(payload.tried))
+        if payload.codec is not wire.CodecId.RAW:
+            progress.add(Count.PLAIN_BYTES, payload.plain_bytes)
+            progress.add(Count.ENCODED_BYTES, payload.encoded_bytes)
 
-        Lent pages may be written while ZeroMQ still reads them; they are then dirty again."""
-        table = self._data_runs.cast("I")
-        counts = table[1 : 2 * data_count : 2].tolist()
-        if self._harvester.needs_private_copy or (counts and max(counts) < DIRECT_RUN_PAGES_MIN):
-            copy = _native.gather(self._ram[i], self._data_runs, data_count)
-            self._harvester.sent(i, copy, self._data_runs, data_count)
-            self._progress.add(Count.GATHERED_PAGES, len(copy) // PAGE_SIZE)
-            return data_count, [copy] if data_count else []
-        runs = list(zip(table[0 : 2 * data_count : 2].tolist(), counts, strict=True))
-        short = [run for run in runs if run[1] < DIRECT_RUN_PAGES_MIN]
-        direct = [run for run in runs if run[1] >= DIRECT_RUN_PAGES_MIN]
-        frames: list[bytes | memoryview] = []
-        if short:
-            for position, (first, count) in enumerate(short + direct):
-                wire.RUN.pack_into(self._data_runs, position * wire.RUN.size, first, count)
-            frames.append(_native.gather(self._ram[i], self._data_runs, len(short)))
-            self._progress.add(Count.GATHERED_PAGES, len(frames[0]) // PAGE_SIZE)
-        view = self._views[i]
-        frames.extend(view[a * PAGE_SIZE : (a + n) * PAGE_SIZE] for a, n in direct)
-        return len(short), frames
+    def _learn(
+        self, arm: Arm, taken: Taken, payloads: Sequence[Payload], encode_ns: int, cpu_ns: int
+    ) -> None:
+        """Tell the policy, and whoever looks, what became of a batch."""
+        now_ns = time.monotonic_ns()
+        waited_ns = self._progress[Count.STALLED_NS] + self._progress[Count.PACED_NS]
+        self._progress.add(Count.ENCODE_NS, cpu_ns)
+        self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
+        self._policy.learn(
+            Done(
+                arm,
+                at_ns=now_ns,
+                ram_bytes=taken.pages * PAGE_SIZE,
+                tried_bytes=sum(len(payload.tried) for payload in payloads),
+                encoded_bytes=sum(payload.encoded_bytes for payload in payloads),
+                wire_bytes=sum(payload.payload_bytes for payload in payloads),
+                encode_ns=encode_ns,
+                cpu_ns=cpu_ns,
+                total_ns=now_ns - (self._sent_ns or now_ns),
+                waited_ns=waited_ns - self._waited_ns,
+                busy_share=self._load.busy_share(now_ns),
+            )
+        )
+        self._sent_ns, self._waited_ns = now_ns, waited_ns
+        payload = payloads[0]
+        if payload.tried and (other := self._policy.probe(now_ns)) is not None:
+            self._probe(arm, other, payload, encode_ns)
+
+    def _probe(self, used: Arm, other: Arm, payload: Payload, encode_ns: int) -> None:
+        """Encode the pages of the batch once more, to learn; nothing of it is sent."""
+        assert other.codec is not None
+        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        encoded = other.codec.encode(payload.tried)
+        now_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns() - began_cpu_ns
+        self._progress.add(Count.ENCODE_NS, cpu_ns)
+        self._policy.learn_probe(
+            Probe(
+                other,
+                used,
+                at_ns=now_ns,
+                tried_bytes=len(payload.tried),
+                encoded_bytes=len(payload.tried if encoded is None else encoded),
+                used_bytes=payload.encoded_bytes,
+                encode_ns=encode_ns - payload.codec_ns + now_ns - began_ns,
+                cpu_ns=cpu_ns,
+            )
+        )
 
     def _end_round(self, totals: RoundTotals) -> None:
         assert self._channel is not None
@@ -325,7 +416,7 @@ class Sender:
             self._channel.sequence, **fields,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _send(self, packet: wire.Packet, frames: list[bytes | memoryview]) -> None:
+    def _send(self, packet: wire.Packet, frames: Sequence[Frame]) -> None:
         """Queue one packet when bandwidth and the channel allow.
 
         :raise ConnectionError: the channel is lost.
@@ -334,10 +425,11 @@ class Sender:
         channel = self._channel
         assert channel is not None
         header = packet.encode()
-        wire_bytes = len(header) + packet.payload_bytes * (packet.kind is wire.PacketKind.PAGES)
-        if packet.kind is wire.PacketKind.PAGES:  # the others are few and short
-            self._pace(channel, wire_bytes)
-        parts: list[bytes | memoryview] = [header, *frames]
+        wire_bytes = len(header)
+        if packet.kind in (wire.PacketKind.PAGES, wire.PacketKind.DELTAS):
+            wire_bytes += packet.payload_bytes
+            self._pace(channel, wire_bytes)  # the others are few and short
+        parts: list[Frame] = [header, *frames]
         while True:
             self._wait_for_room(channel)
             try:

@@ -40,7 +40,7 @@ class StreamReader:
 
 def frames_of(packet: wire.Packet, payload: memoryview) -> list[memoryview]:
     """The payload as the frames that the header speaks of; one frame where their sizes differ."""
-    sizes = packet.frame_sizes() if packet.kind is wire.PacketKind.PAGES else []
+    sizes = packet.frame_sizes()
     if sum(sizes) != len(payload):
         return [payload]
     frames, at = [], 0

@@ -19,6 +19,7 @@ class Hello(Message, frozen=True):
     guest_kind: str
     runs: bool  #: the guest was running: start it after the handover
     uuid: str = ""  #: the source's, with the capability `validate-uuid`
+    codecs: tuple[int, ...] = ()  #: of `CodecId`: what the pages may be encoded with
 
 
 class Reopen(Message, frozen=True):
@@ -55,6 +56,7 @@ class Welcome(Message, frozen=True):
     endpoints: list[str]
     handover: str
     placement: str
+    codecs: tuple[int, ...] = ()  #: of `CodecId`: all that can be decoded here
 
 
 class Refused(Message, frozen=True):

@@ -12,8 +12,7 @@ from engine.wire.messages import BlockShape, Message
 
 class PrepareSender(Message, frozen=True):
     """Control -> sender. Beside it: the descriptors that `SENDER_FDS` names, then the RAM blocks'
-    and,
-    where the tracker has them, the pagemap or bitmap descriptor of each block."""
+    and, where the tracker has them, the pagemap or bitmap descriptor of each block."""
 
     index: int
     count: int
@@ -53,6 +52,21 @@ class UseStream(Message, frozen=True):
 
 class EndChannel(Message, frozen=True):
     """Control -> sender of a stream: send CHANNEL_END and touch the stream no more."""
+
+
+class Compress(Message, frozen=True):
+    """Control -> sender: encode like this from the next batch on; before the first, nothing is
+    encoded. `codec` is a value of `multifd-compression`; levels are those of the parameters.
+
+    :ivar xbzrle_cache_bytes: of this sender; 0: no deltas.
+    """
+
+    codec: str
+    zlib_level: int = 1
+    zstd_level: int = 1
+    lz4_acceleration: int = 1
+    cpu_percent: int = 100
+    xbzrle_cache_bytes: int = 0
 
 
 class Harvest(Message, frozen=True):
@@ -116,7 +130,7 @@ class WorkerFailed(Message, frozen=True):
     reason: str
 
 
-SenderOrder = UseStream | PrepareSender | OpenChannel | Harvest | SendRound | EndChannel
+SenderOrder = UseStream | PrepareSender | OpenChannel | Compress | Harvest | SendRound | EndChannel
 ReceiverOrder = UseStream | PrepareReceiver
 SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | WorkerFailed
 ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed

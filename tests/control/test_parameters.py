@@ -130,7 +130,7 @@ def test_outside_of_a_range_qemus_text_is_answered(
         ({"compress-wait-thread": 1}, "Invalid parameter type for 'compress-wait-thread', expected: boolean"),
         ({"cpr-exec-command": "a"}, "Invalid parameter type for 'cpr-exec-command', expected: array"),
         ({"cpr-exec-command": ["a", 1]}, "Invalid parameter type for 'cpr-exec-command[1]', expected: string"),
-        ({"multifd-compression": "zstd"}, "this build of ramferry has no multifd-compression 'zstd' yet; it has: none"),
+        ({"mode": "cpr-reboot"}, "this build of ramferry has no mode 'cpr-reboot' yet; it has: normal"),
         ({"mode": "cpr-reboot", "nope": 1}, "Parameter 'nope' is unexpected"),
         ({"mode": "cpr-reboot", "announce-step": 0}, "Parameter 'announce_step' expects a value between 0 and 10000"),
         ({"direct-io": 1}, "Invalid parameter type for 'direct-io', expected: boolean"),

@@ -151,7 +151,7 @@ def test_a_worker_that_lives_gets_no_harvest_twice() -> None:
             return rig.worker.kinds()
 
     orders = asyncio.run(scenario())
-    assert orders == ["PrepareSender", "SendRound", "OpenChannel", "Harvest"]
+    assert orders == ["PrepareSender", "Compress", "SendRound", "OpenChannel", "Harvest"]
 
 
 def test_a_worker_that_dies_in_a_harvest_makes_its_slice_dirty_and_the_next_harvests_again() -> (
@@ -168,7 +168,7 @@ def test_a_worker_that_dies_in_a_harvest_makes_its_slice_dirty_and_the_next_harv
 
     totals, orders, dirty = asyncio.run(scenario())
     assert totals == HarvestTotals(PAGES, 3)
-    assert orders == ["PrepareSender", "Harvest"]
+    assert orders == ["PrepareSender", "Compress", "Harvest"]
     assert dirty == PAGES
 
 
@@ -210,7 +210,7 @@ def test_a_round_that_begins_in_the_instant_of_opening_is_ordered_once() -> None
             return rig.worker.kinds()
 
     orders = asyncio.run(scenario())
-    assert orders == ["PrepareSender", "SendRound", "OpenChannel", "SendRound"]
+    assert orders == ["PrepareSender", "Compress", "SendRound", "OpenChannel", "SendRound"]
 
 
 def test_what_was_lost_is_dirty_before_the_round_is_ordered_again() -> None:
@@ -225,7 +225,7 @@ def test_what_was_lost_is_dirty_before_the_round_is_ordered_again() -> None:
             return rig.worker.orders, rig.group.dirty.count(), rig.group.in_flight.count()
 
     orders, dirty, in_flight = asyncio.run(scenario())
-    assert orders[2:] == [
+    assert orders[3:] == [
         wire.SendRound(2),
         wire.OpenChannel("tcp://127.0.0.1:1", 2),
         wire.SendRound(2),
@@ -241,7 +241,7 @@ def test_a_lane_that_is_lost_after_its_part_was_acknowledged_sends_nothing_again
             await settle()
             return rig.worker.kinds()
 
-    assert asyncio.run(scenario()) == ["PrepareSender", "SendRound", "OpenChannel"]
+    assert asyncio.run(scenario()) == ["PrepareSender", "Compress", "SendRound", "OpenChannel"]
 
 
 def test_totals_of_another_round_are_not_believed() -> None:
@@ -281,7 +281,8 @@ def test_a_harvest_during_a_round_and_a_heal_during_both_lose_nothing() -> None:
     totals, orders, dirty, delivered = asyncio.run(scenario())
     assert totals == HarvestTotals(12 + 10, 2)  # in flight on a lost lane counts as dirty
     assert orders == [
-        "PrepareSender", "SendRound", "SendRound", "Harvest", "OpenChannel", "SendRound",
+        "PrepareSender", "Compress", "SendRound", "SendRound", "Harvest", "OpenChannel",
+        "SendRound",
     ]  # fmt: skip
     assert dirty == 21
     assert delivered == PAGES

@@ -189,6 +189,23 @@ def test_a_full_file_system_is_an_error_and_never_a_signal(
         destination.close()
 
 
+def test_deltas_on_a_full_file_system_are_an_error_and_never_a_signal(tiny_tmpfs: Path) -> None:
+    fd = os.open(tiny_tmpfs / "ram", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    destination = Destination(fd, PAGES, with_uffd=False)
+    try:
+        with pytest.raises(OSError, match=r"memory|space") as caught:
+            _native.delta_apply(
+                destination.ram, destination.placed, b"\x03\x00\x00\x01x" * PAGES,
+                table_of([(0, PAGES)]), 1, PAGES,
+            )  # fmt: skip
+        assert caught.value.errno in (errno.ENOMEM, errno.ENOSPC)
+        marked = pages_of(destination.placed)
+        assert 0 < len(marked) <= 32
+        assert all(destination.ram[page * PAGE] == ord("x") for page in marked)
+    finally:
+        destination.close()
+
+
 @needs_uffd
 def test_registration_errors_carry_the_kernels_errno() -> None:
     uffd = uffd_for_shared_memory()

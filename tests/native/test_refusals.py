@@ -33,6 +33,15 @@ def ram(pages: int = 128) -> mmap.mmap:
     return mmap.mmap(-1, pages * PAGE)
 
 
+CACHE = _native.delta_cache_new([SLICE], 2)
+PAGES_OUT = (bytearray(PAGE), words(1), bytearray(4097), words(1))
+
+
+def deltas_out(index: int, size: int) -> tuple[bytearray, ...]:
+    """The outputs of a delta batch of one page, one of them of another size."""
+    return (*PAGES_OUT[:index], bytearray(size), *PAGES_OUT[index + 1 :])
+
+
 CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("zero_scan", ("scalar", bytes(PAGE), words(), PAGE), "16 flags do not fit 4096 bytes"),
     ("zero_scan", ("scalar", bytes(PAGE), bytearray(1), 0), "page size 0"),
@@ -75,9 +84,64 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("gather", (bytes(2 * PAGE - 1), table_of([(0, 2)]), 1), "run 0"),
     ("gather", (bytes(PAGE), RUN, 2), "run table of 8 bytes does not hold 2 runs"),
     ("gather", (bytes(PAGE), RUN, 2**64 - 1), "does not hold"),
+    ("split_compressible", (bytes(PAGE), RUN, 2, words()), "run table of 8 bytes does not hold 2"),
+    ("split_compressible", (bytes(PAGE - 1), RUN, 1, words()), "run 0"),
+    (
+        "split_compressible",
+        (ram(), table_of([(0, 3)]), 1, words()),
+        "no room for 8 bytes of each of 3",
+    ),
+    ("split_compressible", (bytes(513 * PAGE), table_of([(0, 513)]), 1, words(513)), "at most 512"),
+    ("xbzrle_encode", ("fastest", bytes(PAGE), bytes(PAGE), words()), "'fastest' is not known"),
+    ("xbzrle_encode", ("scalar", bytes(PAGE - 1), bytes(PAGE), words()), "old_page of 4095 bytes"),
+    ("xbzrle_encode", ("scalar", bytes(PAGE), bytes(PAGE + 1), words()), "new_page of 4097 bytes"),
+    ("delta_cache_new", ([SLICE], 3), "a cache of 3 pages; a power of two"),
+    ("delta_cache_new", ([SLICE], 0), "a cache of 0 pages"),
+    ("delta_cache_new", ([SLICE], 2**33), "a cache of 8589934592 pages"),
+    ("delta_cache_new", ([(128, 63, 0, 1)], 1), "is impossible"),
+    ("delta_cache_resize", (CACHE, 5), "a cache of 5 pages"),
+    ("delta_cache_get", (CACHE, 1, 0), "the cache knows no block 1"),
+    ("delta_cache_get", (CACHE, 0, 128), "page 128 is not within 128"),
+    ("delta_cache_set_zero", (CACHE, 2**64 - 1, 1, RUN, 1), "knows no block"),
+    ("delta_cache_set_zero", (CACHE, 0, 2**63, RUN, 1), "is not in the range"),
+    ("delta_cache_set_zero", (CACHE, 0, 1, table_of([(127, 2)]), 1), "run 0"),
+    ("delta_cache_drop", (CACHE, 1, RUN, 1), "knows no block"),
+    ("delta_cache_drop", (CACHE, 0, RUN, 2), "does not hold 2 runs"),
+    ("delta_batch", (CACHE, 1, 1, ram(), RUN, 1, 4095, *PAGES_OUT), "knows no block"),
+    ("delta_batch", (CACHE, 0, 1, ram(127), RUN, 1, 4095, *PAGES_OUT), "ram of"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN, 2, 4095, *PAGES_OUT), "does not hold 2 runs"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN, 1, 0, *PAGES_OUT), "delta_bytes_max 0"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN, 1, PAGE, *PAGES_OUT), "delta_bytes_max 4096"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN * 513, 513, 9, *PAGES_OUT), "at most 512"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN, 1, 4095, *deltas_out(0, PAGE - 1)), "full_pages of"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN, 1, 4095, *deltas_out(1, 7)), "full_runs of"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN, 1, 4095, *deltas_out(2, 4096)), "deltas of"),
+    ("delta_batch", (CACHE, 0, 1, ram(), RUN, 1, 4095, *deltas_out(3, 7)), "delta_runs of"),
+    ("delta_apply", (ram(127), words(), b"", RUN, 0, 128), "ram of"),
+    ("delta_apply", (ram(), words(1), b"", RUN, 0, 128), "placed bitmap"),
+    ("delta_apply", (ram(), words(), b"", table_of([(128, 1)]), 1, 128), "run 0"),
+    ("delta_apply", (ram(), words(), b"", RUN, 1, 128), "delta 0 of 1 is wrong"),
+    ("delta_apply", (memoryview(ram())[8:], words(), b"", RUN, 0, 1), "not aligned"),
     ("hash_pages", (bytes(PAGE), 1, bytearray(15), RUN, 1), "run 0"),
     ("hash_pages", (bytes(PAGE - 1), 1, bytearray(16), RUN, 1), "pages of 4095 bytes"),
     ("hash_pages", (bytes(PAGE), 2**64, bytearray(16), RUN, 1), "is not in the range"),
+    ("gather_changed", (ram(1), 1, words(), words(), RUN, 2, *PAGES_OUT[:2]), "not hold 2 runs"),
+    (
+        "gather_changed",
+        (ram(1), 1, words(), words(), table_of([(1, 1)]), 1, *PAGES_OUT[:2]),
+        "run 0",
+    ),
+    ("gather_changed", (ram(2), 1, words(), words(), RUN, 1, *PAGES_OUT[:2]), "hashes of 16 bytes"),
+    ("gather_changed", (ram(1), 1, words(), odd(), RUN, 1, *PAGES_OUT[:2]), "known bitmap"),
+    ("gather_changed", (ram(65), 1, words(130), words(1), RUN, 1, *PAGES_OUT[:2]), "known bitmap"),
+    ("gather_changed", (ram(1), 1, words(), words(), RUN, 1, words(1), words(1)), "out_pages of 8"),
+    (
+        "gather_changed",
+        (ram(1), 1, words(), words(), RUN, 1, *deltas_out(1, 7)[:2]),
+        "out_runs of 7",
+    ),
+    ("forget_pages", (words(1), table_of([(63, 2)]), 1), "run 0"),
+    ("forget_pages", (odd(), RUN, 1), "known bitmap is not aligned"),
     ("hash_scan", (ram(127), 1, bytes(2048), words(), words(), SLICE), "ram of"),
     ("hash_scan", (ram(), 1, bytes(2047), words(), words(), SLICE), "hashes of 2047 bytes"),
     ("hash_scan", (ram(), 1, bytes(2048), words(1), words(), SLICE), "candidates bitmap"),
@@ -106,9 +170,11 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("budget_take", (memoryview(bytearray(25))[1:], 1, 1, 1), "budget is not aligned"),
     ("budget_take", (words(2), 1, 1, 1), "budget of 16 bytes"),
     ("budget_set_rate", (words(2), 1, 1), "budget of 16 bytes"),
-    ("packet_runs_check", (bytes(9), 0, b"", 128), "data_runs of 9 bytes is not whole runs"),
-    ("packet_runs_check", (RUN, 2, b"", 128), "2 of 1 runs are gathered"),
-    ("packet_runs_check", (RUN, 0, b"", 2**40), "more than the 2\\*\\*32"),
+    ("packet_runs_check", (bytes(9), 0, 0, b"", 128), "data_runs of 9 bytes is not whole runs"),
+    ("packet_runs_check", (RUN, 0, 2, b"", 128), "0 of 1 runs are encoded and 2 gathered"),
+    ("packet_runs_check", (RUN, 1, 1, b"", 128), "1 of 1 runs are encoded and 1 gathered"),
+    ("packet_runs_check", (RUN, 2**63, 2**63, b"", 128), "are encoded and"),
+    ("packet_runs_check", (RUN, 0, 0, b"", 2**40), "more than the 2\\*\\*32"),
     ("pagemap_scan", (0, 0, words(), SLICE, 2**40), "beyond the 2\\*\\*32"),
     ("budget_take", (words(), -1, 1, 1), "-1 is not in the range"),
     ("punch_hole", (0, -1, 1), "-1 is not in the range"),

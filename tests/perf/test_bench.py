@@ -16,8 +16,8 @@ import pytest
 from engine.errors import MigrationError
 from perf.image import KINDS, kinds_of_pages, write_image
 from perf.live import _windows
-from perf.pair import QEMU, Run, different_pages
-from perf.peer import Pair, check_pair
+from perf.pair import QEMU, Contender, Run, different_pages
+from perf.peer import Pair, check_pair, check_run, figures_of
 from perf.report import spread
 
 process = pytest.mark.process
@@ -81,24 +81,47 @@ def test_spread_names_the_median() -> None:
 
 
 def run(**changes: int) -> Run:
-    return replace(Run(100, 110.0, 0.5, 0.2, 0.3, 1000, 500, 0), **changes)
+    return replace(Run(100, 110.0, 0.5, 0.2, 0.3, 1000, 500, 0, 4_000_000, 0), **changes)
 
 
 @pytest.mark.parametrize(
-    ("qemu", "ours", "says"),
+    ("theirs", "ours", "says"),
     [
-        ({}, {"different_pages": 1}, "1 pages are wrong"),
-        ({"different_pages": 9}, {}, "QEMU left 9 pages different"),
-        ({"normal_pages": 1200}, {}, "QEMU moved 1200 normal pages, ramferry 1000"),
-        ({}, {"zero_pages": 800}, "QEMU moved 500 zero pages, ramferry 800"),
+        ({"normal_pages": 1200}, {}, "the other moved 1200 normal pages, ramferry 1000"),
+        ({}, {"zero_pages": 800}, "the other moved 500 zero pages, ramferry 800"),
     ],
 )
 def test_a_pair_that_did_not_do_the_same_work_is_no_figure(
-    qemu: dict[str, int], ours: dict[str, int], says: str
+    theirs: dict[str, int], ours: dict[str, int], says: str
 ) -> None:
     check_pair(Pair(run(normal_pages=1070), run(), "qemu"))
     with pytest.raises(MigrationError, match=says):
-        check_pair(Pair(run(**qemu), run(**ours), "qemu"))
+        check_pair(Pair(run(**theirs), run(**ours), "qemu"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "allowed", "wrong", "says"),
+    [
+        ("ramferry", 0, 1, "1 pages are wrong"),
+        ("qemu", 8, 9, "QEMU left 9 pages different"),
+    ],
+)
+def test_a_run_that_left_wrong_pages_is_no_figure(
+    engine: str, allowed: int, wrong: int, says: str
+) -> None:
+    check_run(Contender(engine), allowed)
+    with pytest.raises(MigrationError, match=says):
+        check_run(Contender(engine), wrong)
+
+
+def test_ratios_are_above_one_where_ramferry_needs_less() -> None:
+    pairs = [Pair(run(total_time_ms=300), run(wire_bytes=8_000_000), "none")] * 3
+
+    figures = figures_of(pairs, "none")
+
+    assert figures["total_time_ratio_none_to_ramferry"] == [3.0] * 3
+    assert figures["wire_bytes_ratio_none_to_ramferry"] == [0.5] * 3
+    assert figures["ramferry_wire_bytes"] == [8_000_000.0] * 3
 
 
 @process

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from engine import wire
+from engine.compress.codecs import CODEC_IDS
 from engine.control.conversation import ANSWER_WAIT_S, hello_of
 from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
@@ -73,7 +74,12 @@ class StreamRoute:
         hello = msgspec.structs.replace(hello_of(host, session), channels=1)
         stream, writer = self._need()
         await writer.send(wire.StreamHello(hello, self._answers))
-        return Agreement(["stream"], stream_fd=stream.fd, is_acknowledged=self._answers)
+        return Agreement(
+            ["stream"],
+            tuple(CODEC_IDS.values()),
+            stream_fd=stream.fd,
+            is_acknowledged=self._answers,
+        )
 
     async def reopen(self, index: int, incarnation: int) -> str:
         raise MigrationError("a stream that broke cannot be made anew")

@@ -1,0 +1,102 @@
+"""Which codec the next batch gets: who decides, what it is told, and the one that never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.compress.codecs import Codec
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One choice; without a codec, pages go as they are.
+
+    :ivar kind: makes the codec of `level`, for one user.
+    """
+
+    name: str
+    level: int = 0
+    kind: Callable[[int], Codec] | None = None
+    codec: Codec | None = field(default=None, compare=False)
+
+    def made(self) -> Arm:
+        """The same with a codec of its own."""
+        codec = self.kind(self.level) if self.kind else None
+        return Arm(self.name, self.level, self.kind, codec)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of one batch.
+
+    :ivar ram_bytes: non-zero pages that it carried.
+    :ivar tried_bytes: of these, given to the codec.
+    :ivar encoded_bytes: what they became; `tried_bytes` when that was in vain.
+    :ivar wire_bytes: what the channel took for all of it.
+    :ivar encode_ns: making the packet; `cpu_ns` is that in CPU time.
+    :ivar total_ns: from the end of the batch before to the end of this one.
+    :ivar waited_ns: of `total_ns`, until the channel or the bandwidth limit let it go.
+    :ivar busy_share: of the host's CPU time, 0 to 1, lately.
+    """
+
+    arm: Arm
+    at_ns: int
+    ram_bytes: int
+    tried_bytes: int
+    encoded_bytes: int
+    wire_bytes: int
+    encode_ns: int
+    cpu_ns: int
+    total_ns: int
+    waited_ns: int
+    busy_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The same pages, encoded a second time and not sent.
+
+    :ivar used: the arm that they were sent with, and `used_bytes` what they became.
+    """
+
+    arm: Arm
+    used: Arm
+    at_ns: int
+    tried_bytes: int
+    encoded_bytes: int
+    used_bytes: int
+    encode_ns: int
+    cpu_ns: int
+
+
+class Policy(Protocol):
+    """Decides for one channel, batch by batch."""
+
+    def choose(self, now_ns: int) -> Arm:
+        """What the next batch gets."""
+
+    def probe(self, now_ns: int) -> Arm | None:
+        """What to encode that batch's pages with once more, to learn; usually nothing."""
+
+    def learn(self, done: Done) -> None: ...
+
+    def learn_probe(self, probe: Probe) -> None: ...
+
+
+class Fixed:
+    """Always the same, and never curious."""
+
+    def __init__(self, arm: Arm) -> None:
+        self._arm = arm.made()
+
+    def choose(self, _now_ns: int) -> Arm:
+        return self._arm
+
+    def probe(self, _now_ns: int) -> Arm | None:
+        return None
+
+    def learn(self, done: Done) -> None: ...
+
+    def learn_probe(self, probe: Probe) -> None: ...
