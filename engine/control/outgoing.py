@@ -68,9 +68,7 @@ class OutgoingMigration:
     # -- events ----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start; `ended` comes in any case.
-
-        :raise MigrationError: it has failed at once."""
+        """:raise MigrationError: it has failed at once, and `ended` comes."""
         self.handle(machine.Start())
         try:
             self._route.open()
@@ -80,8 +78,7 @@ class OutgoingMigration:
 
     @property
     def may_continue(self) -> bool:
-        """It completed without a word from the destination: the guest may be made to run here by
-        the word of somebody who knows that it does not run there."""
+        """It completed without a word from the destination: `cont` is the operator's."""
         return self._route.is_one_way and self.status is Status.COMPLETED
 
     def handle(self, event: machine.Event) -> None:

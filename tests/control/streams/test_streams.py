@@ -337,7 +337,7 @@ def test_a_program_that_fails_after_the_whole_stream_leaves_the_outcome_open() -
 def test_control_that_dies_behind_the_last_byte_leaves_no_second_guest(
     tmp_path: Path,
 ) -> None:
-    """The whole stream is out and may run somewhere: here the guest stands until its user looked."""
+    """The whole stream may run somewhere: here the guest stands until its user has looked."""
     file, rundir = tmp_path / "f", Path(os.environ["XDG_RUNTIME_DIR"]) / "guest"
     rundir.mkdir(mode=0o700)
 
