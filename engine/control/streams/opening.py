@@ -74,6 +74,9 @@ class Stream:
         self.is_socket = stat.S_ISSOCK(mode)
         if stat.S_ISREG(mode):
             self.start = os.lseek(fd, 0, os.SEEK_CUR)
+        if stat.S_ISFIFO(mode):
+            with contextlib.suppress(OSError):  # this user has many large ones already
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         for one in {fd, answer_fd} - {-1}:
             if os.get_blocking(one):
                 self._was_blocking.append(one)
@@ -194,8 +197,8 @@ def _open_file(path: str, flags: int, sources: Sources, doing: str) -> int:
 
 def _spawned(args: tuple[str, ...], *, answers: bool) -> Stream:
     """Its stdin is the stream; what it prints is the answers, or nobody's."""
-    out_read, out_write = _pipe()
-    answer_read, answer_write = _pipe() if answers else (-1, subprocess.DEVNULL)
+    out_read, out_write = os.pipe()
+    answer_read, answer_write = os.pipe() if answers else (-1, subprocess.DEVNULL)
     try:
         child = Child(args, out_read, answer_write)
     except MigrationError:
@@ -204,13 +207,6 @@ def _spawned(args: tuple[str, ...], *, answers: bool) -> Stream:
     finally:
         _close(out_read, answer_write)
     return Stream(out_write, answer_read, child)
-
-
-def _pipe() -> tuple[int, int]:
-    read, write = os.pipe()
-    with contextlib.suppress(OSError):  # this user has many large ones already
-        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    return read, write
 
 
 def _close(*fds: int) -> None:
@@ -272,8 +268,8 @@ def _opened(address: FileAddress, sources: Sources) -> Stream:
 
 def _spawned_reader(args: tuple[str, ...]) -> Stream:
     """Its stdout is the stream; what answers there are, it reads."""
-    in_read, in_write = _pipe()
-    answer_read, answer_write = _pipe()
+    in_read, in_write = os.pipe()
+    answer_read, answer_write = os.pipe()
     try:
         child = Child(args, answer_read, in_write)
     except MigrationError:

@@ -63,6 +63,23 @@ def test_a_guest_that_writes_arrives_whole(way: str, settings: list[str], tmp_pa
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    "settings", [["multifd-compression=zstd"], ["xbzrle=on", "multifd-compression=lz4"]],
+    ids=["zstd", "xbzrle-lz4"],
+)  # fmt: skip
+def test_codecs_and_deltas_go_through_a_stream_too(settings: list[str], tmp_path: Path) -> None:
+    guest = "workload:size=24M,rate=10M,pattern=random,contents=text"
+
+    async def scenario() -> None:
+        async with couple("pipe", tmp_path, *settings, guest=guest) as both:
+            statistics = await (await both.migrate(max_bandwidth=40_000_000)).result()
+            assert statistics.raw["x-compression"]["encoded-bytes"] > 0
+            assert statistics.transferred_bytes < statistics.normal_pages * 4096
+            await check_arrived(both)
+
+    asyncio.run(scenario())
+
+
 def test_both_ways_through_a_program(tmp_path: Path) -> None:
     """`exec:` on both sides with a return path: two programs and a socket between them."""
     path = tmp_path / "s"
