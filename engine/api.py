@@ -367,6 +367,18 @@ class Control:
         except QMPError as exc:
             raise MigrationError(f"the control process (pid {self.pid}) is gone") from exc
 
+    async def give(self, name: str, fd: int) -> None:
+        """Give the process a copy of a descriptor, for `migrate` and `migrate-incoming` with
+        `fd:NAME`; `fd` stays the caller's.
+
+        :raise UsageError: the process refused the name.
+        :raise MigrationError: the process is gone."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as exc:
+            raise MigrationError(f"the control process (pid {self.pid}) is gone") from exc
+        await self.execute("getfd", fdname=name)
+
     @contextlib.contextmanager
     def listen(self) -> Iterator[AsyncIterator[dict[str, Any]]]:
         """QMP events from now on: STOP, RESUME, MIGRATION, MIGRATION_PASS.
@@ -383,6 +395,8 @@ class Control:
         socket = info["socket-address"][0]
         if socket["type"] == "unix":
             return f"unix:{socket['path']}"
+        if socket["type"] == "vsock":
+            return f"vsock:{socket['cid']}:{socket['port']}"
         host = f"[{socket['host']}]" if ":" in socket["host"] else socket["host"]
         return f"tcp:{host}:{socket['port']}"
 
