@@ -178,9 +178,10 @@ class Sender:
     def _compress(self, order: wire.Compress) -> None:
         """From the next batch on; what is kept of pages comes on top of a worker's memory."""
         hash_bytes = sum(block.page_count for block in self._blocks) * HASH_BYTES
-        allow_private_memory(order.xbzrle_cache_bytes + hash_bytes)
+        cache_bytes = order.xbzrle_cache_bytes // self._order.count
+        allow_private_memory(cache_bytes + hash_bytes)
         self._policy = policy_of(order, self._order.count)
-        self._deltas.resize(order.xbzrle_cache_bytes)
+        self._deltas.resize(cache_bytes)
         self._elision.set(order.elide)
 
     def _harvest(self, order: wire.Harvest) -> None:

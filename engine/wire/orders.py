@@ -58,7 +58,7 @@ class Compress(Message, frozen=True):
     """Control -> sender: encode like this from the next batch on; before the first, nothing is
     encoded. `codec` is a value of `multifd-compression`; levels are those of the parameters.
 
-    :ivar xbzrle_cache_bytes: of this sender; 0: no deltas.
+    :ivar xbzrle_cache_bytes: of all senders together; 0: no deltas.
     """
 
     codec: str
