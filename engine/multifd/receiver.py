@@ -17,7 +17,8 @@ from engine.errors import ChannelError, MemoryRefused, UsageError, WireError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.placement import Placer
 from engine.multifd.progress import Count, Progress
-from engine.multifd.worker import Complaints, Inbox, blocks_of, log, run_worker, set_channel_options
+from engine.multifd.worker import set_channel_options
+from engine.worker import Complaints, Inbox, blocks_of, log, run_worker
 
 
 class Receiver:

@@ -31,7 +31,7 @@ from engine.memory.tracking import (
 )
 from engine.multifd.channel import Channel, Superseded
 from engine.multifd.progress import Budget, Count, Progress
-from engine.multifd.worker import Inbox, blocks_of, run_worker
+from engine.worker import Inbox, blocks_of, run_worker
 
 #: Runs of at least so many pages are lent to ZeroMQ, shorter ones are copied together.
 DIRECT_RUN_PAGES_MIN: Final = 64
