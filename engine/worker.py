@@ -29,6 +29,8 @@ log = logging.getLogger("ramferry.worker")
 #: so a hostile peer is bounded here: the worker dies and is replaced, the host is not harmed.
 PRIVATE_MEMORY_MAX_BYTES: Final = 512 * 1024 * 1024
 
+PROMPT_NICE: Final = -20
+
 COMPLAINT_INTERVAL_NS: Final = 5_000_000_000
 
 T = TypeVar("T")
@@ -124,13 +126,16 @@ def blocks_of(shapes: Sequence[wire.BlockShape], fds: Sequence[int]) -> list[Ram
     ]
 
 
-def run_worker(role: str, loop: Callable[[int], None]) -> int:
+def run_worker(role: str, loop: Callable[[int], None], *, is_prompt: bool = False) -> int:
     """Process entry: run `loop` on the inherited socket until control is gone or the loop ends.
 
     Expected failures were reported by the loop; what arrives here ends the process with one
-    line."""
-    with contextlib.suppress(OSError):  # pre-empt each other and vCPUs less: 6 % less CPU time
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    line. `is_prompt`: somebody waits for each thing that the worker does."""
+    with contextlib.suppress(OSError):
+        if is_prompt:
+            os.setpriority(os.PRIO_PROCESS, 0, PROMPT_NICE)  # who may not, competes as others do
+        else:  # pre-empt each other and vCPUs less: 6 % less CPU time
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     logging.basicConfig(format=f"ramferry {role}[{os.getpid()}]: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for control, which then stops us
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -15,6 +15,7 @@
  * fault beyond wait in the kernel, unread. */
 #define DEMANDS_MAX ((size_t)1024)
 #define ADVANCES_MAX ((size_t)64) /* prefetches and rests */
+#define PREFETCH_PAGES_MAX ((uint64_t)128) /* on their way; a demand's answer may be behind them */
 #define RESTS_MAX ((size_t)4)
 #define REST_PAGES ((uint64_t)64)
 #define NEWS_MAX ((size_t)64)
@@ -38,6 +39,7 @@ struct fault_service {
     struct stream stream;
     uint64_t last_request;
     size_t open_count, demand_count, rest_count;
+    uint64_t prefetch_pages; /* without an answer */
     struct request open[DEMANDS_MAX + ADVANCES_MAX];
     size_t news_first, news_count;
     struct news news[NEWS_MAX];
@@ -167,6 +169,7 @@ static void ask(struct fault_service *service, uint8_t kind, uint64_t block, uin
     *request = (struct request){++service->last_request, block, first, end, kind};
     service->demand_count += kind == FRAME_DEMAND;
     service->rest_count += kind == FRAME_REST;
+    service->prefetch_pages += kind == FRAME_PREFETCH ? end - first : 0;
     if (kind == FRAME_DEMAND)
         statistics_add(service->words, FAULT_OPEN, 1);
     if (service->is_connected && stream_room(&service->stream) >= sizeof(struct frame))
@@ -200,6 +203,7 @@ void faults_reconnect(struct fault_service *service)
             service->open[kept++] = service->open[i];
     service->open_count = service->demand_count = kept;
     service->rest_count = 0;
+    service->prefetch_pages = 0;
     service->rest_block = service->rest_page = 0;
     for (size_t i = 0; i < kept; ++i) {
         service->open[i].id = ++service->last_request;
@@ -226,7 +230,8 @@ uint64_t faults_prefetch(struct fault_service *service, uint64_t index, uint64_t
     uint64_t unit = block->to.unit_pages, asked = 0, page = first_page / unit * unit;
     uint64_t end = first_page + page_count;
 
-    while (page < end && has_room(service, FRAME_PREFETCH)) {
+    while (page < end && service->prefetch_pages < PREFETCH_PAGES_MAX &&
+           has_room(service, FRAME_PREFETCH)) {
         uint64_t from = page;
 
         while (page < end && page - from < FRAME_PAGES_MAX && !has_bit(block->demanded, page) &&
@@ -389,6 +394,8 @@ static int take_answer(struct fault_service *service, const struct frame *frame,
     if (*error < 0)
         return 0; /* it stays open */
     request->next += frame->page_count;
+    if (request->kind == FRAME_PREFETCH)
+        service->prefetch_pages -= frame->page_count;
     if (request->kind == FRAME_DEMAND)
         clear_bit(block->demanded, frame->first_page);
     if (request->next == request->end)
