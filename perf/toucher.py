@@ -92,7 +92,7 @@ class Guest:
                     _native.zero_scan(name, start, flag, 256)
                     took_ns[i] = time.monotonic_ns() - began_ns
                 found = ram[at : at + PAGE]
-                if found != expected[at : at + PAGE] and found[: len(MARK)] != MARK:
+                if found != expected[at : at + PAGE] and bytes(found[: len(MARK)]) != MARK:
                     wrong.append(order[i])
                 if touches.writes:
                     found[: len(MARK)] = MARK

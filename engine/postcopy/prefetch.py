@@ -16,7 +16,8 @@ WINDOW_PAGES_MIN: Final = 8
 STREAMS_MAX: Final = 8
 HISTORY: Final = 16  #: faults that are remembered
 STRIDE_PAGES_MAX: Final = 64
-NEAR_PAGES: Final = 32  #: two faults so close together make a cluster
+NEAR_PAGES: Final = 32  #: faults so close together make a cluster, if no stream comes of them
+CLUSTER_FAULTS: Final = 3
 AROUND_PAGES: Final = 8  #: fetched for one, aligned
 
 
@@ -58,11 +59,11 @@ class Prefetcher:
         if self.pages_max == 0:
             return []
         stream = self._find(block, page) or self._detect(block, page)
-        near = any(b == block and 0 < abs(page - p) <= NEAR_PAGES for b, p in self._history)
+        near = sum(b == block and 0 < abs(page - p) <= NEAR_PAGES for b, p in self._history)
         self._history.append((block, page))
         if stream is not None:
             return self._follow(stream, page)
-        if near:
+        if near >= CLUSTER_FAULTS - 1:
             first = page - page % AROUND_PAGES
             return [Span(block, first, min(AROUND_PAGES, self.pages_max))]
         return []
