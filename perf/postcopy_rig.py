@@ -18,7 +18,7 @@ from engine import wire
 from engine.control.pool import Worker
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import RamBlock
-from engine.postcopy.statistics import FaultStatistics, PageStatistics
+from engine.postcopy.statistics import FaultCount, FaultStatistics, PageStatistics
 from perf.toucher import MESSAGE_BYTES_MAX, Touches, command
 
 SESSION: Final = b"session-postcopy"
@@ -148,6 +148,17 @@ class Rig:
         _, pages = await self.start_pages()
         await pages.next(wire.FaultChannelOpened)
         return faults, pages
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for what a service does to shared memory and tells nobody; a guest goes on a moment
+        before its fault is counted."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    async def settled(self) -> None:
+        """Every demand has its answer, and is counted."""
+        await self.until(lambda: self.fault_statistics[FaultCount.OPEN] == 0)
 
     def reconnect(self, pages: Worker[wire.PagesReport]) -> None:
         """Order the channel to be made anew."""

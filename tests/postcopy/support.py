@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import random
 from collections.abc import Coroutine, Iterator
@@ -41,9 +42,7 @@ def source(page_count: int, *, zero_every: int = 0, hugetlb: bool = False) -> It
         for start in range(0, page_count, step):
             first = start + bool(zero_every)
             data = content[first * PAGE : (start + step) * PAGE]
-            if hugetlb:
-                import mmap
-
+            if hugetlb:  # takes no pwrite
                 with mmap.mmap(fd, page_count * PAGE) as ram:
                     ram[first * PAGE : first * PAGE + len(data)] = data
             else:

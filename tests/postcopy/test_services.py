@@ -19,7 +19,10 @@ from engine.postcopy.statistics import FaultCount, PageCount
 from perf.background import pushing
 from perf.postcopy_rig import Heard, Rig, rig
 from perf.toucher import Touches
+from tests.hugepages import huge_pages
 from tests.postcopy.support import PAGE, all_dirty, destination, needs_uffd, run, source
+
+__all__ = ["huge_pages"]
 
 pytestmark = [pytest.mark.process, needs_uffd]
 
@@ -44,6 +47,7 @@ def test_every_page_a_guest_touches_is_the_sources(
                 assert (answer["touched"], answer["wrong"]) == (PAGES, [])
                 assert marked == {"marked": PAGES}
                 assert made.received.count() == PAGES
+                await made.settled()
                 check_statistics(made, threads, prefetch)
 
     run(scenario())
@@ -74,6 +78,7 @@ def test_prefetch_spares_a_sweep_most_of_its_faults() -> None:
                 all_dirty(made)
                 await made.start()
                 await made.toucher.ask(Touches(stride=1))
+                await made.settled()
                 return made.fault_statistics[FaultCount.WAITS]
 
     assert run(faults(64)) * 3 < run(faults(0)) == PAGES
@@ -94,7 +99,9 @@ def test_what_is_received_as_zero_is_a_hole_until_it_is_touched() -> None:
                 answer = await made.toucher.ask(Touches(writes=True))
                 assert answer["wrong"] == []
                 assert await made.toucher.ask(None) == {"marked": PAGES}
-                assert made.fault_statistics[FaultCount.ZERO_PAGES] == PAGES // 2
+                counts = made.fault_statistics
+                await made.until(lambda: counts[FaultCount.ZERO_PAGES] == PAGES // 2)
+                await made.settled()
                 assert made.fault_statistics[FaultCount.DEMAND_PAGES] == PAGES // 2
 
     run(scenario())
@@ -106,6 +113,7 @@ def test_all_blocked_time_needs_all_vcpus() -> None:
             async with rig(fd, vcpus=vcpus) as made:
                 await made.start()
                 await made.toucher.ask(Touches())
+                await made.settled()
                 counts = made.fault_statistics
                 return counts[FaultCount.ANY_BLOCKED_NS], counts[FaultCount.ALL_BLOCKED_NS]
 
@@ -180,6 +188,29 @@ def test_a_unix_channel_does_as_well() -> None:
                 answer = await made.toucher.ask(Touches())
                 assert answer["wrong"] == []
         path.unlink()  # control's: its worker was killed
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_huge_pages_fault_and_come_whole_through_cuts() -> None:
+    async def scenario() -> None:
+        with source(4 * 512, zero_every=512, hugetlb=True) as fd:
+            async with rig(fd, hugetlb=True, prefetch_pages_max=64) as made:
+                all_dirty(made)
+                worker, faults = await made.start_faults()
+                pages, heard = await made.start_pages()
+                await heard.next(wire.FaultChannelOpened)
+                cutting = asyncio.create_task(keep_cutting(made, pages, 5))
+                answer = await made.toucher.ask(Touches(threads=2, writes=True, pause_us=20))
+                cutting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await cutting
+                assert answer["wrong"] == []
+                assert await made.toucher.ask(None) == {"marked": 4 * 512}
+                assert made.received.count() == 4 * 512
+                worker.order(wire.FetchRest())
+                await faults.next(wire.AllReceived)
 
     run(scenario())
 
