@@ -96,8 +96,13 @@ def main(role: str, fd: int) -> None:
 
 
 @contextlib.contextmanager
-def pushing(rig: Any, channels: int) -> Iterator[Sequence[subprocess.Popen[bytes]]]:
-    """Push what is dirty over `channels` connections; the processes, senders first."""
+def pushing(
+    rig: Any, channels: int, dirty: PageBitmaps | None = None
+) -> Iterator[Sequence[subprocess.Popen[bytes]]]:
+    """Push what is dirty (the rig's, or `dirty`) over `channels` connections.
+
+    :return: the processes, senders first."""
+    dirty_fd = (dirty or rig.dirty).fd
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for index in range(channels):
@@ -108,7 +113,7 @@ def pushing(rig: Any, channels: int) -> Iterator[Sequence[subprocess.Popen[bytes
                 block = rig.block
                 words = {"size": block.size, "backing": block.backing_page_size,
                          "slice": [index, channels], "address": rig.toucher.address}  # fmt: skip
-                source = [rig.source.fd, rig.dirty.fd, near.fileno()]
+                source = [rig.source.fd, dirty_fd, near.fileno()]
                 processes.insert(0, _start("send", words, source))
                 target = [block.fd, rig.received.fd, far.fileno(), rig.toucher.uffd]
                 processes.append(_start("receive", words, target))
