@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
-from engine import wire
+from engine import _native, wire
 from engine.errors import MigrationError
 from engine.memory.blocks import RamBlock
 
@@ -29,6 +29,9 @@ log = logging.getLogger("ramferry.worker")
 #: so a hostile peer is bounded here: the worker dies and is replaced, the host is not harmed.
 PRIVATE_MEMORY_MAX_BYTES: Final = 512 * 1024 * 1024
 
+#: Postcopy's services. With another load of 6 to 12 on two cores, p99 of a touch was 2.2-19 ms by
+#: default, 0.8-2.8 ms with the short slice (no privilege), 0.15-0.33 ms with the nice value too.
+PROMPT_SLICE_NS: Final = 100_000
 PROMPT_NICE: Final = -20
 
 COMPLAINT_INTERVAL_NS: Final = 5_000_000_000
@@ -133,7 +136,8 @@ def run_worker(role: str, loop: Callable[[int], None], *, is_prompt: bool = Fals
     line. `is_prompt`: somebody waits for each thing that the worker does."""
     with contextlib.suppress(OSError):
         if is_prompt:
-            os.setpriority(os.PRIO_PROCESS, 0, PROMPT_NICE)  # who may not, competes as others do
+            _native.schedule_slice(PROMPT_SLICE_NS)
+            os.setpriority(os.PRIO_PROCESS, 0, PROMPT_NICE)  # needs privilege
         else:  # pre-empt each other and vCPUs less: 6 % less CPU time
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     logging.basicConfig(format=f"ramferry {role}[{os.getpid()}]: %(message)s", stream=sys.stderr)

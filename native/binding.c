@@ -19,6 +19,7 @@
 #include "page_service.h"
 #include "pages.h"
 #include "placement.h"
+#include "schedule.h"
 #include "tracking.h"
 #include "userfault.h"
 #include "workload.h"
@@ -1661,6 +1662,16 @@ static PyObject *native_pages_reason(PyObject *module, PyObject *args)
     return PyUnicode_FromString(pages_reason(service));
 }
 
+static PyObject *native_schedule_slice(PyObject *module, PyObject *args)
+{
+    uint64_t slice_ns;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&:schedule_slice", to_size, &slice_ns))
+        return NULL;
+    return none_or_error(schedule_slice(slice_ns));
+}
+
 /* -- the module ----------------------------------------------------------------------------------- */
 
 static PyMethodDef METHODS[] = {
@@ -1719,6 +1730,7 @@ static PyMethodDef METHODS[] = {
     {"pages_reconnect", native_pages_reconnect, METH_VARARGS, NULL},
     {"pages_run", native_pages_run, METH_VARARGS, NULL},
     {"pages_reason", native_pages_reason, METH_VARARGS, NULL},
+    {"schedule_slice", native_schedule_slice, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
