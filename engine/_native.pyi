@@ -332,7 +332,7 @@ def faults_open(
 
     `statistics` is a page of 64-bit words (engine.postcopy.statistics). `vcpus`: how many threads
     must wait for "all wait", 0 if unknown. With `wants_news`, `faults_run` returns after each fault
-    for `faults_news`."""
+    that is within 256 pages of one of the last 16, for `faults_news`."""
 
 def faults_wake_all(service: FaultService) -> None:
     """Have everyone who waits look again: what a killed predecessor had read is heard again."""

@@ -19,6 +19,11 @@
 #define RESTS_MAX ((size_t)4)
 #define REST_PAGES ((uint64_t)64)
 #define NEWS_MAX ((size_t)64)
+
+/* A fault is news only near one of the last faults: random ones say nothing about the next, and each
+ * costs the prefetcher as long as the answer takes. engine/postcopy/prefetch.py looks no further. */
+#define NEAR_PAGES ((uint64_t)256)
+#define RECENT_MAX ((size_t)16)
 #define EVENTS_MAX ((size_t)16) /* read at once */
 #define UFFDS_MAX ((size_t)256)
 
@@ -41,6 +46,8 @@ struct fault_service {
     size_t open_count, demand_count, rest_count;
     uint64_t prefetch_pages; /* without an answer */
     struct request open[DEMANDS_MAX + ADVANCES_MAX];
+    size_t recent_count; /* of all faults; the last RECENT_MAX are in `recent` */
+    struct news recent[RECENT_MAX];
     size_t news_first, news_count;
     struct news news[NEWS_MAX];
     struct waiting waiting;
@@ -419,11 +426,26 @@ static int take_answers(struct fault_service *service, int channel, int *error)
 
 /* -- faults ---------------------------------------------------------------------------------------- */
 
+/* Whether one of the last faults was near; this one is remembered. */
+static bool is_near(struct fault_service *service, uint64_t block, uint64_t page)
+{
+    bool near = false;
+
+    for (size_t i = 0; i < RECENT_MAX && i < service->recent_count; ++i) {
+        const struct news *recent = &service->recent[i];
+        uint64_t distance = recent->page > page ? recent->page - page : page - recent->page;
+
+        near = near || (recent->block == block && distance <= NEAR_PAGES);
+    }
+    service->recent[service->recent_count++ % RECENT_MAX] = (struct news){block, page};
+    return near;
+}
+
 static void note_news(struct fault_service *service, uint64_t block, uint64_t page)
 {
     size_t last = (service->news_first + service->news_count) % NEWS_MAX;
 
-    if (!service->wants_news)
+    if (!service->wants_news || !is_near(service, block, page))
         return;
     service->news[last] = (struct news){block, page};
     if (service->news_count < NEWS_MAX)

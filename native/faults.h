@@ -48,7 +48,7 @@ struct fault_service;
 
 /* `blocks` are copied; what they point at, and `statistics` (FAULT_WORDS words), must outlive the
  * service. `vcpus`: threads that make up "all", 0 for unknown. `wants_news`: faults_run returns after
- * each fault that was asked for. Returns 0, -EINVAL for too many blocks, or -ENOMEM. */
+ * each fault that was asked for near another one. Returns 0, -EINVAL for too many blocks, or -ENOMEM. */
 int faults_open(struct fault_service **service, const struct fault_block *blocks, size_t count,
                 const unsigned char *session, uint64_t *statistics, uint64_t vcpus,
                 bool wants_news);

@@ -15,7 +15,9 @@ from typing import Final
 WINDOW_PAGES_MIN: Final = 8
 STREAMS_MAX: Final = 8
 HISTORY: Final = 16  #: faults that are remembered
-STRIDE_PAGES_MAX: Final = 64
+STRIDE_PAGES_MAX: Final = 32
+#: From one fault of a stream to the next: native/faults.c tells of no fault that is further away.
+REACH_PAGES_MAX: Final = 256
 NEAR_PAGES: Final = 32  #: faults so close together make a cluster, if no stream comes of them
 CLUSTER_FAULTS: Final = 3
 AROUND_PAGES: Final = 8  #: fetched for one, aligned
@@ -76,7 +78,8 @@ class Prefetcher:
             if stream.block == block and -2 * abs(stream.stride) <= ahead <= reach:
                 self._streams.remove(stream)
                 self._streams.append(stream)  # the first one is the oldest
-                stream.window = min(2 * stream.window, self.pages_max)
+                reach_max = REACH_PAGES_MAX // abs(stream.stride) - 1
+                stream.window = min(2 * stream.window, self.pages_max, reach_max)
                 return stream
         return None
 
@@ -87,7 +90,7 @@ class Prefetcher:
             if before[0] != block or not 0 < abs(stride) <= STRIDE_PAGES_MAX:
                 continue
             if before[1] - stride in pages:
-                window = min(WINDOW_PAGES_MIN, self.pages_max)
+                window = min(WINDOW_PAGES_MIN, self.pages_max, REACH_PAGES_MAX // abs(stride) - 1)
                 stream = Stream(block, stride, page + stride, window)
                 self._streams = [*self._streams[-(STREAMS_MAX - 1) :], stream]
                 return stream
