@@ -362,8 +362,13 @@ static int place(struct fault_service *service, uint64_t index, const struct fra
 {
     struct fault_block *block = &service->blocks[index];
     struct inserted_pages counts = {0, 0};
+    size_t word = cause_word(kind);
     int rc;
 
+    /* A zero page that came in advance while this demand was under way is counted already. */
+    if (frame->kind == FRAME_ZERO && kind == FRAME_DEMAND &&
+        is_received(block->to.received, frame->first_page, frame->page_count))
+        word = FAULT_ZERO_PAGES;
     if (frame->kind == FRAME_ZERO && kind != FRAME_DEMAND) {
         uint32_t run[2] = {frame->first_page, frame->page_count};
         int64_t newly = insert_zero_runs(&block->to, (const unsigned char *)run, 1);
@@ -375,7 +380,7 @@ static int place(struct fault_service *service, uint64_t index, const struct fra
         rc = insert_pages(&block->to, frame->kind == FRAME_ZERO ? NULL : payload,
                           frame->first_page, frame->page_count, &counts);
     }
-    statistics_add(service->words, cause_word(kind), counts.fresh);
+    statistics_add(service->words, word, counts.fresh);
     statistics_add(service->words, FAULT_PRESENT_PAGES, counts.present);
     if (rc == 0)
         waiting_end(&service->waiting, index, frame->first_page, frame->page_count, monotonic_ns());
