@@ -20,7 +20,8 @@ from engine.memory.bitmaps import PageBitmaps
 from engine.memory.placement import Placer
 from engine.multifd.progress import Count, Progress
 from engine.multifd.streamreader import StreamReader, frames_of
-from engine.multifd.worker import Complaints, Inbox, blocks_of, log, run_worker, set_channel_options
+from engine.multifd.worker import set_channel_options
+from engine.worker import Complaints, Inbox, blocks_of, log, run_worker
 
 STREAM: Final = b"stream"  #: in place of the routing id of a ZeroMQ connection
 

@@ -40,7 +40,7 @@ from engine.multifd.elision import Elision
 from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
-from engine.multifd.worker import Inbox, allow_private_memory, blocks_of, run_worker
+from engine.worker import Inbox, allow_private_memory, blocks_of, run_worker
 
 #: Under a limit a batch is at most what may go in so much time, so that the rate holds in any
 #: second.

@@ -18,7 +18,7 @@ from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.channel import SocketChannel
 from engine.multifd.progress import Count
 from engine.multifd.sender import Sender
-from engine.multifd.worker import Inbox, ParentGone
+from engine.worker import Inbox, ParentGone
 from tests.multifd.rig import SenderRig, memory, sender
 
 pytestmark = pytest.mark.process
