@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="JSON lines inste
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def bench() -> None:
     """Measure, and print medians with their spread; figures of other machines differ."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _repeat(once: Callable[[], Awaitable[dict[str, float]]], runs: int) -> dict[str, list[float]]:

@@ -22,7 +22,14 @@ LOOPBACK_RATE: Final = -1  #: no link at all, as `bench peer` has it
 #: A raw image may take so long; on slower links a smaller one stands for it.
 RAW_SECONDS_MAX: Final = 25
 SIZE_MIN: Final = 64 * 1024 * 1024
-FIGURES: Final = ("total_time_ms", "wall_time_ms", "cpu_s", "wire_bytes", "link_bytes")
+FIGURES: Final = (
+    "total_time_ms",
+    "wall_time_ms",
+    "cpu_s",
+    "cpu_to_exit_s",
+    "wire_bytes",
+    "link_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)

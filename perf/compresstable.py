@@ -33,7 +33,7 @@ def table(title: str, cells: Sequence[Cell], text: Callable[[Cell], str]) -> Tab
     """A line a row of the bench, a column a contender, and an empty place where one is lacking."""
     columns = _contenders(cells)
     made = Table(title=title)
-    made.add_column("link, image")
+    made.add_column("link, image", no_wrap=True)
     for column in columns:
         made.add_column(column, justify="right")
     for row, of_row in by_row(cells).items():

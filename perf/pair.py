@@ -29,6 +29,8 @@ IDLE_S: Final = 0.3
 IDLE_USED_S: Final = 0.003  #: who used less in that time has nothing to do
 QEMU: Final = "qemu-system-x86_64"
 LOOPBACK: Final = "127.0.0.1"
+#: Has the kernel end what it runs when this process ends, however it ends.
+END_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "TERM", "--")
 PROBE_SIZE: Final = 4 * 1024 * 1024
 
 
@@ -122,6 +124,8 @@ class Side:
 @contextlib.asynccontextmanager
 async def side(line: list[str], qmp: Path) -> AsyncIterator[Side]:
     """Start a process and connect to its monitor; both are gone afterwards."""
+    if shutil.which(END_WITH_PARENT[0]) is not None:
+        line = [*END_WITH_PARENT, *line]
     process = await asyncio.create_subprocess_exec(*line, stderr=asyncio.subprocess.DEVNULL)
     client = QMPClient(qmp.name)
     try:
@@ -137,10 +141,15 @@ async def side(line: list[str], qmp: Path) -> AsyncIterator[Side]:
                     await asyncio.sleep(0.02)
         yield Side(process, client)
     finally:
+        is_quitting = False
         with contextlib.suppress(QMPError, EOFError, OSError):
             await client.execute("quit")
+            is_quitting = True
         with contextlib.suppress(QMPError, EOFError, OSError):
             await client.disconnect()
+        if not is_quitting:  # it was not connected yet
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), 20)
         if process.returncode is None:

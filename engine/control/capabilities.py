@@ -39,7 +39,7 @@ class Capability:
 _NOT_YET: Final = "this build of ramferry has no {0} yet"
 
 CAPABILITIES: Final[tuple[Capability, ...]] = (
-    Capability("xbzrle", "send differences to cached pages"),
+    Capability("xbzrle", "send what changed in pages of earlier rounds", acts=True),
     Capability("rdma-pin-all", "pin all RAM for RDMA"),
     Capability("auto-converge", "throttle the guest when it dirties more than is sent", acts=True),
     Capability(

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from engine import wire
 from engine.compress.codecs import CODEC_IDS
+from engine.compress.delta import DeltaStatistics
 from engine.control.host import Host
 from engine.multifd.progress import Count, Progress
 from engine.wire import CodecId
@@ -27,6 +28,8 @@ def compression_of(host: Host) -> wire.Compress:
         -settings.x_multifd_zstd_fast or settings.multifd_zstd_level,
         settings.multifd_lz4_acceleration,
         settings.x_compress_cpu_percent,
+        settings.xbzrle_cache_size // channels_of(host) if host.capability("xbzrle") else 0,
+        settings.x_elide_unchanged,
     )
 
 
@@ -50,6 +53,21 @@ def lacking_codecs(wanted: wire.Compress, known: Sequence[int]) -> str:
     return ", ".join(NAMES[CodecId(one)] for one in codecs_of(wanted) if one not in known)
 
 
+def delta_statistics(channels: Sequence[Progress]) -> DeltaStatistics:
+    """XBZRLE's counts of all channels; the size is the parameter's."""
+
+    def total(count: Count) -> int:
+        return sum(progress[count] for progress in channels)
+
+    return DeltaStatistics(
+        encoded_bytes=total(Count.DELTA_BYTES),
+        hit_pages=total(Count.DELTA_HITS),
+        miss_pages=total(Count.DELTA_MISSES),
+        overflow_pages=total(Count.DELTA_OVERFLOWS),
+        unchanged_pages=total(Count.DELTA_UNCHANGED),
+    )
+
+
 def compression_info(channels: Sequence[Progress]) -> dict[str, Any]:
     """`x-compression`: what all channels did with what they sent; sizes in bytes, times in ns."""
 
@@ -60,6 +78,7 @@ def compression_info(channels: Sequence[Progress]) -> dict[str, Any]:
         "tried-bytes": total(Count.TRIED_BYTES),
         "plain-bytes": total(Count.PLAIN_BYTES),
         "encoded-bytes": total(Count.ENCODED_BYTES),
+        "elided-pages": total(Count.ELIDED_PAGES),
         "encode-time": total(Count.ENCODE_NS),
         "channels": [_channel(index, progress) for index, progress in enumerate(channels)],
     }

@@ -462,6 +462,8 @@ class OutgoingMigration:
             return
         if not self.is_switching_over:
             self._senders.budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
+        if self._host.capability("xbzrle"):
+            self.numbers.xbzrle_cache_bytes = self._host.parameters.xbzrle_cache_size
         self._senders.compress(compression_of(self._host), self._need_conversation().codecs)
 
     def worker_pids(self) -> dict[int, int]:

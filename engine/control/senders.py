@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from engine import wire
-from engine.control.compression import compression_info, lacking_codecs
+from engine.control.compression import compression_info, delta_statistics, lacking_codecs
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
 from engine.control.statistics import ChannelSample, MigrationNumbers
 from engine.errors import MigrationError, WorkerLost
@@ -156,7 +156,9 @@ class SenderGroup:
         numbers.pages, numbers.zero_pages = self.total(Count.PAGES), self.total(Count.ZERO_PAGES)
         numbers.wire_bytes = self.total(Count.WIRE_BYTES)
         numbers.payload_bytes = self.total(Count.PAYLOAD_BYTES)
-        numbers.compression = compression_info([lane.progress for lane in self.lanes])
+        channels = [lane.progress for lane in self.lanes]
+        numbers.compression = compression_info(channels)
+        numbers.xbzrle.now = delta_statistics(channels)
         numbers.remaining_bytes = self.dirty.count() * PAGE_SIZE
 
     # -- start and end ---------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from engine.compress.delta import DeltaStatistics
+
 SAMPLE_S: Final = 0.1
 #: The dirty rate is taken over at least so long, as QEMU does it.
 DIRTY_RATE_PERIOD_NS: Final = 1_000_000_000
@@ -40,6 +42,23 @@ class ChannelSample:
 
 
 @dataclass(slots=True)
+class XbzrleNumbers:
+    """`xbzrle-cache`: counts up to now, and rates between the last two syncs of a second."""
+
+    now: DeltaStatistics = field(default_factory=DeltaStatistics)
+    cache_miss_rate: float = 0.0
+    encoding_rate: float = 0.0
+    _before: DeltaStatistics = field(default_factory=DeltaStatistics)
+    _pages_before: int = 0
+
+    def take_rates(self, pages: int) -> None:
+        """:param pages: sent so far, of every kind."""
+        self.cache_miss_rate = self.now.miss_rate(self._before, pages - self._pages_before)
+        self.encoding_rate = self.now.encoding_rate(self._before)
+        self._before, self._pages_before = self.now, pages
+
+
+@dataclass(slots=True)
 class MigrationNumbers:
     """Everything that `query-migrate` shows of a source; times are monotonic ns, sizes bytes."""
 
@@ -66,6 +85,8 @@ class MigrationNumbers:
     limit_throttle_us: int = 0  #: how long a vCPU sleeps in a second, by the dirty limit
     channels: list[ChannelSample] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)  #: as `query-migrate` shows it
+    xbzrle: XbzrleNumbers = field(default_factory=XbzrleNumbers)
+    xbzrle_cache_bytes: int = 0  #: 0: without XBZRLE
     tracker: str = ""
     tracker_reason: str = ""
     placement: str = ""
@@ -89,6 +110,7 @@ class MigrationNumbers:
         if period_ns >= DIRTY_RATE_PERIOD_NS or not self.dirty_pages_per_s:
             self.dirty_pages_per_s = self._dirty_pages * 1_000_000_000 // max(1, period_ns)
             self._dirty_since_ns, self._dirty_pages = now_ns, 0
+            self.xbzrle.take_rates(self.pages + self.zero_pages + self.xbzrle.now.hit_pages)
 
     def take_rates(self) -> None:
         """Rates since the last time this was called, from the totals."""
@@ -99,7 +121,7 @@ class MigrationNumbers:
             sample.rate_bytes_per_s = (sample.wire_bytes - sample.sampled_bytes) / elapsed_s
             sample.sampled_bytes = sample.wire_bytes
         self.rate_bytes_per_s = sum(sample.rate_bytes_per_s for sample in self.channels)
-        pages = self.pages + self.zero_pages
+        pages = self.pages + self.zero_pages + self.xbzrle.now.hit_pages
         self.pages_per_s = int((pages - self._sampled_pages) / elapsed_s)
         self._sampled_pages = pages
 

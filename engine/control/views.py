@@ -73,6 +73,8 @@ def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
     if numbers.limit_throttle_us and status is not Status.COMPLETED:
         info["dirty-limit-throttle-time-per-round"] = numbers.limit_throttle_us
     info["ram"] = _ram(numbers, status)
+    if numbers.xbzrle_cache_bytes:
+        info["xbzrle-cache"] = _xbzrle(numbers)
     return info | _extensions(numbers)
 
 
@@ -100,6 +102,21 @@ def _ram(numbers: MigrationNumbers, status: Status) -> dict[str, Any]:
         "downtime-bytes": numbers.main_bytes,
         "postcopy-bytes": 0,
         "dirty-sync-missed-zero-copy": 0,
+    }
+
+
+def _xbzrle(numbers: MigrationNumbers) -> dict[str, Any]:
+    """XBZRLECacheStats."""
+    xbzrle = numbers.xbzrle
+    return {
+        "cache-size": numbers.xbzrle_cache_bytes,
+        "bytes": xbzrle.now.encoded_bytes,
+        "pages": xbzrle.now.hit_pages,
+        "cache-miss": xbzrle.now.miss_pages,
+        "cache-miss-rate": xbzrle.cache_miss_rate,
+        "encoding-rate": xbzrle.encoding_rate,
+        "overflow": xbzrle.now.overflow_pages,
+        "x-unchanged": xbzrle.now.unchanged_pages,
     }
 
 

@@ -95,6 +95,25 @@ class Placer:
             ) from exc
         return fresh
 
+    def apply_deltas(
+        self, index: int, deltas: memoryview, runs: memoryview, run_count: int
+    ) -> None:
+        """Change the runs' pages by their deltas (`native/xbzrle.h`).
+
+        :raise WireError: a run or a delta is wrong; nothing was written.
+        :raise MemoryRefused: the memory behind the block is full; the pages are in doubt."""
+        block = self._blocks[index]
+        try:
+            _native.delta_apply(
+                self._ram[index], self._placed[index], deltas, runs, run_count, block.page_count
+            )
+        except ValueError as exc:
+            raise WireError(f"deltas for RAM block '{block.name}': {exc}") from exc
+        except OSError as exc:
+            raise MemoryRefused(
+                f"cannot place pages in RAM block '{block.name}': {exc.strerror}"
+            ) from exc
+
     def clear(self, index: int, runs: memoryview, run_count: int) -> int:
         """Make the runs' pages zero; return how many had to be written.
 

@@ -26,6 +26,7 @@ Run = tuple[int, int]  #: first page, page count
 class Payload:
     """The pages of one packet; members as in `wire.Packet`.
 
+    :ivar pages: that it carries.
     :ivar data_runs: the run table, in the order of `frames`.
     :ivar copied_pages: copied before they are sent; the others are lent.
     :ivar tried: given to the codec, whether it helped or not, and for how long (ns).
@@ -33,6 +34,8 @@ class Payload:
 
     frames: Sequence[Frame]
     data_runs: bytes
+    pages: int
+    kind: wire.PacketKind = wire.PacketKind.PAGES
     codec: wire.CodecId = wire.CodecId.RAW
     encoded_runs: int = 0
     gathered_runs: int = 0
@@ -44,7 +47,7 @@ class Payload:
     @property
     def encoded_bytes(self) -> int:
         """What became of `tried`; as much when that was in vain."""
-        return len(self.frames[0]) if self.encoded_runs else len(self.tried)
+        return len(self.tried) if self.codec is wire.CodecId.RAW else len(self.frames[0])
 
     @property
     def payload_bytes(self) -> int:
@@ -76,6 +79,7 @@ def lent_payload(ram: memoryview, taken: memoryview, count: int) -> Payload:
     return Payload(
         [*frames, *_lend(ram, direct)],
         table,
+        sum(counts),
         gathered_runs=len(short),
         copied_pages=sum(pages for _, pages in short),
     )
@@ -84,20 +88,67 @@ def lent_payload(ram: memoryview, taken: memoryview, count: int) -> Payload:
 def copied_payload(
     copy: bytes, taken: memoryview, count: int, codec: Codec | None = None
 ) -> Payload:
-    """Pages that were copied together already, encoded if that helps."""
-    table, pages = bytes(taken[: count * wire.RUN.size]), len(copy) // PAGE_SIZE
-    began_ns = time.monotonic_ns()
-    encoded = codec.encode(copy) if codec is not None and copy else None
-    codec_ns, tried = time.monotonic_ns() - began_ns, copy if codec is not None else b""
-    if codec is None or encoded is None:
-        return Payload(
-            [copy] if copy else [], table,
-            gathered_runs=count, copied_pages=pages, tried=tried, codec_ns=codec_ns,
-        )  # fmt: skip
+    """Pages that were copied together already; with a codec, what looks worth it is encoded."""
+    runs, pages = bytes(taken[: count * wire.RUN.size]), len(copy) // PAGE_SIZE
+    if codec is None or not copy:
+        return Payload([copy] if copy else [], runs, pages, gathered_runs=count, copied_pages=pages)
+    parted = memoryview(bytearray(pages * wire.RUN.size))
+    good_runs, _, raw_runs = _native.split_compressible(copy, wire.RUN.pack(0, pages), 1, parted)
+    if not good_runs:
+        return copied_payload(copy, taken, count)
+    if not raw_runs:
+        return _encoded_copy(copy, runs, count, codec)
+    rest = memoryview(parted)[good_runs * wire.RUN.size :]
+    tables = [
+        _pages_at(read_runs(places, places_count), read_runs(runs, count))
+        for places, places_count in ((parted, good_runs), (rest, raw_runs))
+    ]
+    good = _encoded_copy(
+        _native.gather(copy, parted, good_runs), table_of(tables[0]), len(tables[0]), codec
+    )
+    if not good.encoded_runs:  # in vain
+        raw = copied_payload(copy, taken, count)
+        return replace(raw, tried=good.tried, codec_ns=good.codec_ns)
+    return replace(
+        good,
+        frames=[*good.frames, _native.gather(copy, rest, raw_runs)],
+        data_runs=good.data_runs + table_of(tables[1]),
+        pages=pages,
+        gathered_runs=len(tables[1]),
+        copied_pages=pages,
+    )
+
+
+def _encoded_copy(copy: bytes, runs: bytes, count: int, codec: Codec) -> Payload:
+    """All of `copy` in one frame, encoded if that helps."""
+    pages, began_ns = len(copy) // PAGE_SIZE, time.monotonic_ns()
+    encoded = codec.encode(copy)
+    codec_ns = time.monotonic_ns() - began_ns
+    if encoded is None:
+        return Payload([copy], runs, pages, gathered_runs=count, copied_pages=pages,
+                       tried=copy, codec_ns=codec_ns)  # fmt: skip
     return Payload(
-        [encoded], table, codec.wire_id, encoded_runs=count, plain_bytes=len(copy),
-        copied_pages=pages, tried=tried, codec_ns=codec_ns,
+        [encoded], runs, pages, codec=codec.wire_id, encoded_runs=count, plain_bytes=len(copy),
+        copied_pages=pages, tried=copy, codec_ns=codec_ns,
     )  # fmt: skip
+
+
+def _pages_at(places: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """The pages that lie at `places` in the copy that was made of `runs`; both ascend."""
+    found: list[Run] = []
+    rest = iter(runs)
+    first, count = next(rest)
+    begin = 0  #: where the run lies in the copy
+    for place, pages in places:
+        at, left = place, pages
+        while left:
+            while at >= begin + count:
+                begin += count
+                first, count = next(rest)
+            taken = min(left, begin + count - at)
+            found.append((first + at - begin, taken))
+            at, left = at + taken, left - taken
+    return found
 
 
 def encoded_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec) -> Payload:
@@ -108,14 +159,27 @@ def encoded_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec
     if not good_runs:
         return raw
     copy = _native.gather(ram, parted, good_runs)
-    good = copied_payload(copy, parted, good_runs, codec)
+    good = _encoded_copy(copy, bytes(parted[: good_runs * wire.RUN.size]), good_runs, codec)
     if not good.encoded_runs:  # in vain, which is rare: one copy of all is as good
         raw = lent_payload(ram, taken, count)
         return replace(raw, tried=good.tried, codec_ns=good.codec_ns)
     return Payload(
-        [*good.frames, *raw.frames], good.data_runs + raw.data_runs, codec.wire_id,
-        encoded_runs=good_runs, gathered_runs=raw.gathered_runs, plain_bytes=good.plain_bytes,
-        copied_pages=good_pages + raw.copied_pages, tried=good.tried, codec_ns=good.codec_ns,
+        [*good.frames, *raw.frames], good.data_runs + raw.data_runs, good.pages + raw.pages,
+        codec=codec.wire_id, encoded_runs=good_runs, gathered_runs=raw.gathered_runs,
+        plain_bytes=good.plain_bytes, copied_pages=good_pages + raw.copied_pages,
+        tried=good.tried, codec_ns=good.codec_ns,
+    )  # fmt: skip
+
+
+def deltas_payload(deltas: bytes, table: bytes, pages: int, codec: Codec | None) -> Payload:
+    """Deltas of the pages of `table`, each behind its length, encoded if that helps."""
+    began_ns = time.monotonic_ns()
+    encoded = codec.encode(deltas) if codec is not None else None
+    return Payload(
+        [deltas if encoded is None else encoded], table, pages, wire.PacketKind.DELTAS,
+        wire.CodecId.RAW if codec is None or encoded is None else codec.wire_id,
+        encoded_runs=len(table) // wire.RUN.size, plain_bytes=len(deltas), copied_pages=pages,
+        tried=deltas if codec is not None else b"", codec_ns=time.monotonic_ns() - began_ns,
     )  # fmt: skip
 
 

@@ -39,7 +39,13 @@ class Count(enum.IntEnum):
     ENCODE_NS = 15  #: of this worker's CPU time, making packets
     CODEC = 16  #: `CodecId` of the newest batch's choice
     LEVEL = 17  #: and its level, as a two's complement
-    BATCHES = 18  #: batches by choice: word BATCHES + CodecId
+    DELTA_BYTES = 18  #: of XBZRLE; this and the next as `xbzrle-cache` counts them
+    DELTA_HITS = 19
+    DELTA_MISSES = 20
+    DELTA_OVERFLOWS = 21
+    DELTA_UNCHANGED = 22  #: pages that the destination had as they were
+    ELIDED_PAGES = 23  #: not sent again, for the destination has them as they are
+    BATCHES = 24  #: batches by choice: word BATCHES + CodecId
 
 
 class Progress:

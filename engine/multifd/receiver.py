@@ -183,13 +183,14 @@ class Receiver:
         self._placer.check(
             index, packet.data_runs, packet.encoded_runs, packet.gathered_runs, packet.zero_runs
         )
-        groups = [1] * (len(runs) // wire.RUN.size - packet.encoded_runs - packet.gathered_runs)
-        if packet.gathered_runs:
-            groups.insert(0, packet.gathered_runs)
-        if packet.encoded_runs:
-            groups.insert(0, packet.encoded_runs)
+        if packet.encoded_runs and packet.codec is not wire.CodecId.RAW:
             plain = self._decoders[packet.codec].decode(payload[0], packet.plain_bytes)
             payload[0] = memoryview(plain)
+        if packet.kind is wire.PacketKind.DELTAS:
+            self._placer.apply_deltas(index, payload[0], runs, packet.encoded_runs)
+            return
+        groups = [1] * (len(runs) // wire.RUN.size - packet.encoded_runs - packet.gathered_runs)
+        groups = [one for one in (packet.encoded_runs, packet.gathered_runs) if one] + groups
         fresh = start = 0
         for frame, count in zip(payload, groups, strict=True):
             end = start + count * wire.RUN.size

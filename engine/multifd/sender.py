@@ -11,6 +11,7 @@ import select
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import zmq
@@ -18,6 +19,7 @@ import zmq
 from engine import _native, wire
 from engine.compress.choice import policy_of
 from engine.compress.codecs import Codec
+from engine.compress.elision import HASH_BYTES
 from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
@@ -33,10 +35,12 @@ from engine.memory.tracking import (
     hash_tables,
 )
 from engine.multifd.channel import Channel, Superseded
+from engine.multifd.deltas import Deltas
+from engine.multifd.elision import Elision
 from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
-from engine.multifd.worker import Inbox, blocks_of, run_worker
+from engine.multifd.worker import Inbox, allow_private_memory, blocks_of, run_worker
 
 #: Under a limit a batch is at most what may go in so much time, so that the rate holds in any
 #: second.
@@ -53,6 +57,17 @@ class RoundTotals:
         self.packets = self.pages = self.zero_pages = self.payload_bytes = 0
         self.block_index = 0
         self.cursor = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One batch, as `take_batch` left it in the run tables."""
+
+    block_index: int
+    data_count: int
+    zero_count: int
+    pages: int
+    zero_pages: int
 
 
 class Sender:
@@ -115,7 +130,7 @@ class Sender:
                 case wire.OpenChannel():
                     self._open(order)
                 case wire.Compress():
-                    self._policy = policy_of(order, self._order.count)
+                    self._compress(order)
                 case wire.Harvest():
                     self._harvest(order)
                 case wire.SendRound():
@@ -135,6 +150,8 @@ class Sender:
         self._in_flight = PageBitmaps(self._blocks, shared["in_flight"])
         self._progress = Progress(shared["progress"])
         self._budget = Budget(shared["budget"])
+        self._deltas = Deltas(self._slices, self._progress)
+        self._elision = Elision(self._blocks, self._progress)
         self._harvester = self._make_harvester(order, shared, tracker_fds)
 
     def _make_harvester(
@@ -155,6 +172,14 @@ class Sender:
                 hashes = hash_tables(self._blocks, shared["hashes"])
                 return ContentHash(*where, self._ram, candidates, hashes, order.hash_seed)
 
+    def _compress(self, order: wire.Compress) -> None:
+        """From the next batch on; what is kept of pages comes on top of a worker's memory."""
+        hash_bytes = sum(block.page_count for block in self._blocks) * HASH_BYTES
+        allow_private_memory(order.xbzrle_cache_bytes + hash_bytes)
+        self._policy = policy_of(order, self._order.count)
+        self._deltas.resize(order.xbzrle_cache_bytes)
+        self._elision.set(order.elide)
+
     def _harvest(self, order: wire.Harvest) -> None:
         """Collect what was written; between two pieces say how far it is, and look after control.
 
@@ -173,6 +198,8 @@ class Sender:
     def _open(self, order: wire.OpenChannel) -> None:
         """Drop what was being sent and make the channel anew; control repeats the round's order."""
         self._drop_channel()
+        self._deltas.forget()
+        self._elision.forget()
         try:
             self._watch(Channel(self._context, order))
         except zmq.ZMQError as exc:
@@ -221,7 +248,7 @@ class Sender:
             if cursor >= self._blocks[i].page_count:
                 totals.block_index, totals.cursor = i + 1, 0
             if pages or zero_pages:
-                self._send_pages(totals, i, data_count, zero_count, pages, zero_pages)
+                self._send_taken(totals, Taken(i, data_count, zero_count, pages, zero_pages))
         except Superseded:
             return
         except (ConnectionError, ChannelError) as exc:
@@ -234,61 +261,80 @@ class Sender:
         paced = rate * PACING_NS // (1_000_000_000 * PAGE_SIZE)
         return max(PACED_PAGES_MIN, min(wire.BATCH_PAGES_MAX, paced))
 
-    def _send_pages(
-        self, totals: RoundTotals, i: int, data_count: int, zero_count: int, pages: int, zeros: int
-    ) -> None:
+    def _send_taken(self, totals: RoundTotals, taken: Taken) -> None:
+        """Send what `_data_runs` and `_zero_runs` hold, in one packet or two."""
         began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
         arm = self._policy.choose(began_ns)
-        payload = self._payload(i, data_count, arm.codec)
+        payloads = self._payloads(totals.round_number, taken, arm.codec)
+        zero_runs = bytes(self._zero_runs[: taken.zero_count * wire.RUN.size])
+        self._harvester.sent_zeros(taken.block_index, self._zero_runs, taken.zero_count)
+        self._deltas.sent_zeros(
+            taken.block_index, totals.round_number, self._zero_runs, taken.zero_count
+        )
+        self._elision.sent_otherwise(taken.block_index, self._zero_runs, taken.zero_count)
+        encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
+        for payload in payloads:
+            if payload.pages or zero_runs:
+                self._send_payload(totals, taken, payload, zero_runs)
+            zero_runs = b""
+        if taken.pages:
+            self._learn(arm, taken, payloads, encode_ns, cpu_ns)
+
+    def _payloads(self, round_number: int, taken: Taken, codec: Codec | None) -> list[Payload]:
+        """Of the taken data runs; the first may have no pages."""
+        i, count = taken.block_index, taken.data_count
+        ram, runs = self._views[i], self._data_runs
+        if self._harvester.needs_private_copy:
+            copy = _native.gather(ram, runs, count)
+            self._harvester.sent(i, copy, runs, count)
+            return [copied_payload(copy, runs, count, codec)]
+        if self._deltas.are_due(round_number):
+            return self._deltas.payloads(i, round_number, ram, runs, count, codec)
+        if count and self._elision.is_due(round_number, i, wire.RUN.unpack_from(runs)[0]):
+            return [copied_payload(*self._elision.gather(i, ram, runs, count), codec)]
+        self._elision.sent_otherwise(i, runs, count)
+        if codec is not None and count:
+            return [encoded_payload(ram, runs, count, codec)]
+        return [lent_payload(ram, runs, count)]
+
+    def _send_payload(
+        self, totals: RoundTotals, taken: Taken, payload: Payload, zero_runs: bytes
+    ) -> None:
         packet = self._packet(
-            wire.PacketKind.PAGES,
+            payload.kind,
             round_number=totals.round_number,
-            block_id=i + 1,
+            block_id=taken.block_index + 1,
             codec=payload.codec,
-            pages=pages,
-            zero_pages=zeros,
+            pages=payload.pages,
+            zero_pages=taken.zero_pages if zero_runs else 0,
             payload_bytes=payload.payload_bytes,
             encoded_runs=payload.encoded_runs,
             gathered_runs=payload.gathered_runs,
             plain_bytes=payload.plain_bytes,
             data_runs=payload.data_runs,
-            zero_runs=bytes(self._zero_runs[: zero_count * wire.RUN.size]),
+            zero_runs=zero_runs,
         )
-        self._harvester.sent_zeros(i, self._zero_runs, zero_count)
-        encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
         self._send(packet, payload.frames)
         totals.packets += 1
-        totals.pages += pages
-        totals.zero_pages += zeros
+        totals.pages += packet.pages
+        totals.zero_pages += packet.zero_pages
         totals.payload_bytes += packet.payload_bytes
         self._count(packet, payload)
-        if pages:
-            self._learn(arm, packet, payload, encode_ns, cpu_ns)
-
-    def _payload(self, i: int, data_count: int, codec: Codec | None) -> Payload:
-        """Of the taken data runs."""
-        ram, runs = self._views[i], self._data_runs
-        if self._harvester.needs_private_copy:
-            copy = _native.gather(ram, runs, data_count)
-            self._harvester.sent(i, copy, runs, data_count)
-            return copied_payload(copy, runs, data_count, codec)
-        if codec is not None and data_count:
-            return encoded_payload(ram, runs, data_count, codec)
-        return lent_payload(ram, runs, data_count)
 
     def _count(self, packet: wire.Packet, payload: Payload) -> None:
         progress = self._progress
-        progress.add(Count.PAGES, packet.pages)
+        if packet.kind is wire.PacketKind.PAGES:
+            progress.add(Count.PAGES, packet.pages)
         progress.add(Count.ZERO_PAGES, packet.zero_pages)
         progress.add(Count.PAYLOAD_BYTES, packet.payload_bytes)
         progress.add(Count.GATHERED_PAGES, payload.copied_pages)
         progress.add(Count.TRIED_BYTES, len(payload.tried))
-        if payload.encoded_runs:
+        if payload.codec is not wire.CodecId.RAW:
             progress.add(Count.PLAIN_BYTES, payload.plain_bytes)
             progress.add(Count.ENCODED_BYTES, payload.encoded_bytes)
 
     def _learn(
-        self, arm: Arm, packet: wire.Packet, payload: Payload, encode_ns: int, cpu_ns: int
+        self, arm: Arm, taken: Taken, payloads: Sequence[Payload], encode_ns: int, cpu_ns: int
     ) -> None:
         """Tell the policy, and whoever looks, what became of a batch."""
         now_ns = time.monotonic_ns()
@@ -299,10 +345,10 @@ class Sender:
             Done(
                 arm,
                 at_ns=now_ns,
-                ram_bytes=packet.pages * PAGE_SIZE,
-                tried_bytes=len(payload.tried),
-                encoded_bytes=payload.encoded_bytes,
-                wire_bytes=packet.payload_bytes,
+                ram_bytes=taken.pages * PAGE_SIZE,
+                tried_bytes=sum(len(payload.tried) for payload in payloads),
+                encoded_bytes=sum(payload.encoded_bytes for payload in payloads),
+                wire_bytes=sum(payload.payload_bytes for payload in payloads),
                 encode_ns=encode_ns,
                 cpu_ns=cpu_ns,
                 total_ns=now_ns - (self._sent_ns or now_ns),
@@ -311,6 +357,7 @@ class Sender:
             )
         )
         self._sent_ns, self._waited_ns = now_ns, waited_ns
+        payload = payloads[0]
         if payload.tried and (other := self._policy.probe(now_ns)) is not None:
             self._probe(arm, other, payload, encode_ns)
 

@@ -144,6 +144,15 @@ def set_channel_options(socket_: zmq.Socket[bytes]) -> None:
     socket_.setsockopt(zmq.IPV6, True)
 
 
+def allow_private_memory(more_bytes: int) -> None:
+    """Bound this worker's memory, with room for what control has ordered it to keep."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = PRIVATE_MEMORY_MAX_BYTES + more_bytes
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
 def run_worker(role: str, loop: Callable[[int], None]) -> int:
     """Process entry: run `loop` on the inherited socket until control is gone or the loop ends.
 
@@ -153,11 +162,7 @@ def run_worker(role: str, loop: Callable[[int], None]) -> int:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     logging.basicConfig(format=f"ramferry {role}[{os.getpid()}]: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for control, which then stops us
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = PRIVATE_MEMORY_MAX_BYTES
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    allow_private_memory(0)
     try:
         loop(int(sys.argv[1]))
     except ParentGone:

@@ -48,13 +48,18 @@ class OpenChannel(Message, frozen=True):
 
 class Compress(Message, frozen=True):
     """Control -> sender: encode like this from the next batch on; before the first, nothing is
-    encoded. `codec` is a value of `multifd-compression`; levels are those of the parameters."""
+    encoded. `codec` is a value of `multifd-compression`; levels are those of the parameters.
+
+    :ivar xbzrle_cache_bytes: of this sender; 0: no deltas.
+    """
 
     codec: str
     zlib_level: int = 1
     zstd_level: int = 1
     lz4_acceleration: int = 1
     cpu_percent: int = 100
+    xbzrle_cache_bytes: int = 0
+    elide: str = "off"  #: `x-elide-unchanged`
 
 
 class Harvest(Message, frozen=True):
