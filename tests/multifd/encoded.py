@@ -89,5 +89,5 @@ def encoded_packet(
         "plain_bytes": pages * PAGE_SIZE,
         "data_runs": table([*encoded_runs, *raw_runs]),
     }
-    packet = wire.Packet(wire.PacketKind.PAGES, sequence=sequence, **given | header)
+    packet = wire.Packet(wire.PacketKind.PAGES, sequence=sequence, **{**given, **header})
     return [packet.encode(), payload, *([raw] if raw else [])]

@@ -103,8 +103,10 @@ def test_lent_pages_arrive_and_each_is_in_its_group(
 
 @any_codec
 @given(drawn=stretches)
-def test_private_copies_arrive_in_one_frame(name: str, drawn: list[tuple[str, int]]) -> None:
-    """All of it is tried: what the tracker has hashed is what must be sent."""
+def test_private_copies_arrive_and_each_is_in_its_group(
+    name: str, drawn: list[tuple[str, int]]
+) -> None:
+    """From the copy alone: memory may hold something else by now."""
     ram, runs, good = ram_of(drawn)
     copy = b"".join(expected(runs, ram).values())
 
@@ -112,10 +114,24 @@ def test_private_copies_arrive_in_one_frame(name: str, drawn: list[tuple[str, in
 
     packet, pages = sent(payload, runs, ram)
     assert pages == expected(runs, ram)
-    assert len(payload.frames) == 1
-    assert payload.tried == copy
-    assert packet.encoded_runs in (0, len(runs))
-    assert not good or packet.encoded_runs
+    assert page_numbers(runs_of(packet)[: packet.encoded_runs]) == good
+    assert packet.encoded_runs + packet.gathered_runs == len(runs_of(packet))
+    assert payload.copied_pages == payload.pages == len(pages)
+
+
+@given(drawn=stretches)
+def test_a_private_copy_that_was_encoded_in_vain_goes_as_it_is(
+    drawn: list[tuple[str, int]],
+) -> None:
+    ram, runs, good = ram_of(drawn)
+    copy = b"".join(expected(runs, ram).values())
+
+    payload = copied_payload(copy, memoryview(table(runs)), len(runs), Zlib(0))
+
+    packet, pages = sent(payload, runs, ram)
+    assert pages == expected(runs, ram)
+    assert (payload.codec, packet.encoded_runs, packet.plain_bytes) == (wire.CodecId.RAW, 0, 0)
+    assert len(payload.tried) == payload.encoded_bytes == len(good) * PAGE_SIZE
 
 
 @given(drawn=stretches)

@@ -45,13 +45,12 @@ def encode(codec: str, plain: bytes) -> bytes:
     return encoded
 
 
-def hostile(codec: str, payload: bytes, **header: Any) -> list[bytes]:
+def hostile(name: str, payload: bytes, **header: Any) -> list[bytes]:
     """`payload` for the four pages of RUNS, and things beside it that are right.
 
-    :param header: members that are otherwise; `lies` is a whole mapping of them."""
-    header = ZEROS | header | header.pop("lies", {})
+    :param header: its members that are otherwise."""
     return encoded_packet(
-        codec, RUNS, payload, raw=RAW, raw_runs=RAW_RUNS, sequence=3, header=header
+        name, RUNS, payload, raw=RAW, raw_runs=RAW_RUNS, sequence=3, header=ZEROS | header
     )
 
 
@@ -246,7 +245,7 @@ def test_frames_of_other_sizes_than_the_header_says_are_refused(codec: str, case
     ],
 )
 def test_a_header_that_lies_about_the_codec_is_refused(codec: str, lie: dict[str, int]) -> None:
-    said, _ = refused(hostile(codec, encode(codec, PLAIN), lies=lie))
+    said, _ = refused(hostile(codec, encode(codec, PLAIN), **lie))
     assert "pages encoded from" in said
     assert "\n" not in said
 

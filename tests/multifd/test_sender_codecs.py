@@ -207,14 +207,14 @@ def test_private_copies_are_encoded_and_their_hashes_are_of_what_was_sent(codec:
 
 
 @any_codec
-def test_a_large_batch_of_private_copies_is_tried_whole(codec: str) -> None:
+def test_private_copies_in_short_runs_are_sorted_like_lent_pages(codec: str) -> None:
     content = (text(3) + noise(1)) * 150
 
     packets, sent, counted = sent_with(content, wire.Compress(codec), "content-hash")
 
     assert sent == in_pages(content)
-    assert {len(packet.frame_sizes()) for packet in packets[:-1]} == {1}
-    assert counted["TRIED_BYTES"] == len(content)
+    assert {len(packet.frame_sizes()) for packet in packets[:-1]} == {2}
+    assert counted["TRIED_BYTES"] == counted["PLAIN_BYTES"] == 450 * PAGE_SIZE
 
 
 async def until_codec(
