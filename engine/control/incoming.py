@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from engine import wire
 from engine.compress.codecs import CODEC_IDS
+from engine.control.compression import lacking_codecs
 from engine.control.host import Host
 from engine.control.mainchannel import ConnectionLost, DestinationEnd
 from engine.control.notifiers import Change, Moment, Side
@@ -292,9 +293,8 @@ class IncomingMigration:
             raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
         if hello.guest_kind != guest.kind:
             raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
-        if lacking := sorted(set(hello.codecs) - set(CODEC_IDS.values())):
-            known = ", ".join(CODEC_IDS)
-            raise PeerRefused(f"codec ids {lacking} are unknown here; this build knows {known}")
+        if lacking := lacking_codecs(hello.codecs, CODEC_IDS.values()):
+            raise PeerRefused(f"cannot decode {lacking}; this build knows {', '.join(CODEC_IDS)}")
         self._check_uuid(wire.cut(hello.uuid))
         wire.check_blocks(hello.blocks)
         if len(hello.blocks) != len(guest.blocks):
