@@ -312,3 +312,35 @@ def test_the_block_is_never_touched() -> None:
     asyncio.run(scenario())
     assert os.pread(block.fd, block.size, 0) == content
     os.close(block.fd)
+
+
+@pytest.mark.parametrize("kept_bytes", [3, 4, 5, 8])
+def test_a_packet_of_deltas_is_never_longer_than_one_of_pages(kept_bytes: int) -> None:
+    """Nearly all of every page is written; what is longer, the receiver's socket would refuse."""
+    old = noise(wire.BATCH_PAGES_MAX)
+    new = bytearray(byte ^ 0x55 for byte in old)
+    for start in range(0, len(old), PAGE_SIZE):
+        new[start : start + kept_bytes] = old[start : start + kept_bytes]
+    block = memory(wire.BATCH_PAGES_MAX, old)
+
+    async def scenario() -> list[wire.Packet]:
+        async with sender(block) as rig:
+            rig.worker.order(wire.Compress("none", xbzrle_cache_bytes=len(old)))
+            for number in (1, 2):
+                rig.dirty.set_data()
+                await one_round(rig, number)
+            os.pwrite(block.fd, new, 0)
+            rig.dirty.set_data()
+            rig.worker.order(wire.SendRound(3))
+            packets: list[wire.Packet] = []
+            while not packets or packets[-1].kind is not wire.PacketKind.ROUND_END:
+                packet, payload = await rig.packet()
+                assert len(payload) <= wire.PAYLOAD_BYTES_MAX
+                packets.append(packet)
+            return packets[:-1]
+
+    packets = asyncio.run(scenario())
+    os.close(block.fd)
+    assert sum(packet.pages for packet in packets) == wire.BATCH_PAGES_MAX
+    kind = wire.PacketKind.PAGES if kept_bytes < 5 else wire.PacketKind.DELTAS
+    assert [packet.kind for packet in packets] == [kind]
