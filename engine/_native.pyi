@@ -373,3 +373,118 @@ def workload_stop(workload: Workload) -> None:
 
 def punch_hole(fd: int, offset: int, size: int) -> None:
     """fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
+
+# -- postcopy: placing behind a running guest (native/insertion.h) ------------------------------
+
+UFFD_FEATURE_THREAD_ID: int
+HUGE_UNIT_PAGES: int  #: 512: pages of 2 MiB are placed whole
+
+def insert(
+    uffd: int,
+    address: int,
+    unit_pages: int,
+    received: Buffer,
+    payload: Buffer,
+    runs: Buffer,
+    run_count: int,
+    page_count: int,
+) -> tuple[int, int]:
+    """Place `payload`, the runs' pages in order, where nothing is yet; return (pages placed, pages
+    that were there).
+
+    `uffd` is the guest's own, registered for missing faults where the block begins in the guest,
+    at `address`. A running guest sees each page whole or not at all, and is woken. Nothing is ever
+    overwritten. `received` bits are set after the pages. All runs, whole units of `unit_pages` (1
+    or HUGE_UNIT_PAGES), are checked before the first is placed."""
+
+def insert_zero(
+    uffd: int,
+    address: int,
+    unit_pages: int,
+    received: Buffer,
+    runs: Buffer,
+    run_count: int,
+    page_count: int,
+) -> int:
+    """The runs' pages, which were never placed, are zero: set their `received` bits and wake who
+    waits; memory is had when a vCPU touches them. Return how many bits were clear."""
+
+def discard_missing(fd: int, received: Buffer, page_count: int, unit_pages: int) -> int:
+    """Punch every page whose `received` bit is clear; return how many there are. A unit of which
+    any page is not received is punched whole, and all its bits are cleared. Only before the guest
+    runs: afterwards a page may be there, and written, before its bit is set."""
+
+def bitmap_widen(bitmap: Buffer, page_count: int, unit_pages: int) -> int:
+    """Set all bits of each unit that has one; return how many were clear."""
+
+# -- postcopy: the services (native/faults.h, native/page_service.h) ----------------------------
+
+FAULTS_WOKEN: int  #: `wake_fd` can be read
+FAULTS_NEWS: int  #: `faults_news` has something
+FAULTS_LOST: int  #: the connection cannot be used any more; `faults_reason` says why
+FAULTS_COMPLETE: int  #: after `faults_fetch_rest`: every page is received; said once
+PAGES_WOKEN: int
+PAGES_LOST: int
+
+FaultService = NewType("FaultService", object)
+"""Capsule: the destination's fault service; holds the buffers that it works in."""
+
+PageService = NewType("PageService", object)
+"""Capsule: the source's page service; holds the buffers that it works in."""
+
+def faults_open(
+    blocks: list[tuple[int, int, int, int, Buffer]],
+    session: bytes,
+    statistics: Buffer,
+    vcpus: int,
+    wants_news: bool,
+) -> FaultService:
+    """Serve faults of blocks `(uffd, address in the guest, page_count, unit_pages, received)`.
+
+    `statistics` is a page of 64-bit words (engine.postcopy.statistics). `vcpus`: how many threads
+    must wait for "all wait", 0 if unknown. With `wants_news`, `faults_run` returns after each fault
+    that is within 256 pages of one of the last 16, for `faults_news`."""
+
+def faults_wake_all(service: FaultService) -> None:
+    """Have everyone who waits look again: what a killed predecessor had read is heard again."""
+
+def faults_reconnect(service: FaultService) -> None:
+    """A new connection, over which OPEN and OPENED went: send open demands again."""
+
+def faults_run(service: FaultService, channel: int, wake_fd: int, wait_ms: int) -> int:
+    """Read events, send requests, place answers, for `wait_ms` at most; return FAULTS_ bits, or 0
+    when the time is over. `channel` is the connected socket, -1 while there is none.
+
+    OSError: a page cannot be placed (ENOMEM, ENOSPC: no memory; ESRCH, ENOENT: the guest is
+    gone)."""
+
+def faults_news(service: FaultService) -> list[tuple[int, int]]:
+    """Take the newest faults that asked for a page (64 are kept): (block, page), oldest first."""
+
+def faults_prefetch(service: FaultService, block: int, first_page: int, page_count: int) -> int:
+    """Ask in advance for those pages that are neither received nor asked for; return how many.
+    Nothing is asked while there is no connection or too much is open."""
+
+def faults_fetch_rest(service: FaultService) -> None:
+    """From now on ask for all that is not received, behind everything else."""
+
+def faults_reason(service: FaultService) -> str: ...
+def pages_open(
+    blocks: list[tuple[int, int, int, Buffer]], session: bytes, statistics: Buffer
+) -> PageService:
+    """Answer requests for blocks `(RAM descriptor, page_count, unit_pages, dirty)`, whose content
+    does not change any more. `statistics` has at least 16 64-bit words."""
+
+def pages_reconnect(service: PageService) -> None:
+    """A new connection, over which OPEN and OPENED went."""
+
+def pages_run(service: PageService, channel: int, wake_fd: int, wait_ms: int) -> int:
+    """Answer requests for `wait_ms` at most; return PAGES_ bits, or 0 when the time is over.
+
+    OSError: the RAM cannot be read."""
+
+def pages_reason(service: PageService) -> str: ...
+def schedule_slice(slice_ns: int) -> None:
+    """Ask the scheduler for turns of `slice_ns` for this thread: short ones come sooner after a
+    wake-up. Needs no privilege; resets the thread's nice value. Kernels before Linux 6.12 take no
+    notice."""

@@ -74,6 +74,7 @@ class Statistics:
     is_outcome_unknown: bool = False
     phases_ns: Mapping[str, int] = field(default_factory=dict)
     channels: tuple[Mapping[str, int], ...] = ()
+    compression: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -102,6 +103,7 @@ class Statistics:
             is_outcome_unknown=info.get("x-handover") == "unknown",
             phases_ns=info.get("x-downtime-phases", {}),
             channels=tuple(info.get("x-channels", ())),
+            compression=info.get("x-compression", {}),
             raw=dict(info),
         )
 
@@ -365,6 +367,18 @@ class Control:
         except QMPError as exc:
             raise MigrationError(f"the control process (pid {self.pid}) is gone") from exc
 
+    async def give(self, name: str, fd: int) -> None:
+        """Give the process a copy of a descriptor, for `migrate` and `migrate-incoming` with
+        `fd:NAME`; `fd` stays the caller's.
+
+        :raise UsageError: the process refused the name.
+        :raise MigrationError: the process is gone."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as exc:
+            raise MigrationError(f"the control process (pid {self.pid}) is gone") from exc
+        await self.execute("getfd", fdname=name)
+
     @contextlib.contextmanager
     def listen(self) -> Iterator[AsyncIterator[dict[str, Any]]]:
         """QMP events from now on: STOP, RESUME, MIGRATION, MIGRATION_PASS.
@@ -381,6 +395,8 @@ class Control:
         socket = info["socket-address"][0]
         if socket["type"] == "unix":
             return f"unix:{socket['path']}"
+        if socket["type"] == "vsock":
+            return f"vsock:{socket['cid']}:{socket['port']}"
         host = f"[{socket['host']}]" if ":" in socket["host"] else socket["host"]
         return f"tcp:{host}:{socket['port']}"
 

@@ -45,7 +45,11 @@ def cli() -> None:
 @click.option("--guest", required=True, metavar="SPEC", help="ram:size=2G | workload:size=2G,...")
 @click.option("--qmp", multiple=True, metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT")
 @click.option("--hmp", multiple=True, metavar="ADDRESS", help="the same, for people (HMP)")
-@click.option("--incoming", metavar="URI", help="tcp:HOST:PORT | unix:PATH | defer")
+@click.option(
+    "--incoming",
+    metavar="URI",
+    help="tcp:HOST:PORT | unix:PATH | file:PATH | exec:COMMAND | fd:NUMBER | defer",
+)
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a parameter")
 @click.option("--state-dir", metavar="DIR", default="", help="a journal for the next start")
 @click.option("--uuid", type=click.UUID, help="the machine's, for validate-uuid")

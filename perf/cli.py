@@ -14,7 +14,7 @@ import click
 
 from engine.errors import UsageError
 from engine.sizes import parse_size
-from perf import adapt, compress, compresstable, delta, live, peer
+from perf import adapt, compress, compresstable, delta, faults, live, peer, transport
 from perf import clients as crowd
 from perf.codec import parse_codec
 from perf.image import KINDS
@@ -305,3 +305,53 @@ def bench_footprint(sizes: tuple[str, ...], channels: tuple[int, ...], as_json: 
                 1,
             )
             publish("footprint", figures, as_json=as_json, size=size, channels=count)
+
+
+@bench.command("faults")
+@click.option("--size", default="256M", show_default=True, help="touched, and pushed by nobody")
+@click.option("--background", default="1536M", show_default=True, help="pushed meanwhile")
+@click.option("--touches", default=5000, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--pattern", default="random", show_default=True, type=click.Choice([*faults.STRIDES])
+)
+@click.option("--prefetch", default=0, show_default=True, help="pages asked for at once in advance")
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 16))
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
+@as_json
+def bench_faults(
+    size: str,
+    background: str,
+    touches: int,
+    pattern: str,
+    prefetch: int,
+    channels: int,
+    runs: int,
+    as_json: bool,
+) -> None:
+    """Postcopy: a page that is missing, with and without background, in turn."""
+    backgrounds = sorted({0, parse_size(background)})
+    results = faults.measure(
+        parse_size(size), touches, runs, backgrounds,
+        channels=channels, prefetch=prefetch, pattern=pattern,
+    )  # fmt: skip
+    for pushed, (figures, buckets) in results.items():
+        context = {"size": size, "background_bytes": pushed, "channels": channels,
+                   "pattern": pattern, "prefetch_pages": prefetch}  # fmt: skip
+        publish("faults", figures, as_json=as_json, touches_by_us=buckets, **context)
+        if not as_json:
+            click.echo(faults.histogram(buckets))
+
+
+@bench.command("transport")
+@click.option("--count", default=5000, show_default=True, type=click.IntRange(100))
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
+@as_json
+def bench_transport(count: int, runs: int, as_json: bool) -> None:
+    """A request and a page between two processes, over ZeroMQ and over plain TCP, in turn."""
+    figures: dict[str, list[float]] = defaultdict(list)
+    for _ in range(runs):
+        for kind in transport.KINDS:
+            took = sorted(transport.round_trips(kind, count))
+            figures[f"{kind}_p50_us"].append(took[count // 2] / 1e3)
+            figures[f"{kind}_p99_us"].append(took[count * 99 // 100] / 1e3)
+    publish("transport", figures, as_json=as_json, count=count)

@@ -128,6 +128,10 @@ def statistics_of_channels(count: int) -> Statistics:
         tracker="uffd-wp",
         placement="UFFDIO_COPY",
         channels=tuple(channel | {"index": index} for index in range(count)),
+        compression={
+            "tried-bytes": 1,
+            "channels": [{"index": index, "codec": "zstd", "level": 3} for index in range(count)],
+        },
     )
 
 
@@ -145,4 +149,5 @@ def test_the_picture_fits_every_terminal(width: int, channels: int) -> None:
     for fact in ("active", "8.0 GiB", "uffd-wp", "20 %"):
         assert fact in text
     assert ("channel 0" in text) == (channels > 0)
+    assert ("zstd 3" in text) == (channels > 0 and width >= 60)
     assert (" more" in text) == (channels == 255)

@@ -49,11 +49,15 @@ CAPABILITIES: Final[tuple[Capability, ...]] = (
     Capability("postcopy-ram", "switch to postcopy", refusal=_NOT_YET.format("postcopy")),
     Capability("x-colo", "fault tolerance", refusal=_NOT_YET.format("fault tolerance (COLO)")),
     Capability("release-ram", "free what was sent in postcopy"),
-    Capability("return-path", "answers from the destination; always there"),
+    Capability(
+        "return-path", "answers from the destination; always there, but on a stream", acts=True
+    ),
     Capability(
         "pause-before-switchover", "wait for migrate-continue before the switchover", acts=True
     ),
-    Capability("multifd", "parallel channels; ramferry always uses multifd-channels of them"),
+    Capability(
+        "multifd", "parallel channels; always multifd-channels of them, but on a stream", acts=True
+    ),
     Capability("dirty-bitmaps", "block dirty bitmaps; there are no block devices here"),
     Capability("postcopy-blocktime", "measure how long vCPUs wait for pages"),
     Capability("late-block-activate", "no effect, as in QEMU"),

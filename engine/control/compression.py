@@ -29,7 +29,7 @@ def compression_of(host: Host) -> wire.Compress:
         -settings.x_multifd_zstd_fast or settings.multifd_zstd_level,
         settings.multifd_lz4_acceleration,
         settings.x_compress_cpu_percent,
-        settings.xbzrle_cache_size // channels_of(host) if host.capability("xbzrle") else 0,
+        settings.xbzrle_cache_size if host.capability("xbzrle") else 0,
         settings.x_elide_unchanged,
     )
 

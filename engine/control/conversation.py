@@ -7,19 +7,26 @@ senders, or is its word about the token.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final, TypeVar
 
 from engine import wire
 from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.host import Host
 from engine.control.mainchannel import SourceEnd
+from engine.control.route import Agreement
 from engine.control.senders import SenderGroup
 from engine.control.uri import Address
-from engine.errors import PeerRefused, WireError
-from engine.guest.base import Handover
+from engine.errors import MigrationError, NotHandedOver, PeerRefused, WireError
+from engine.guest.base import Guest, Handover
 from engine.memory.blocks import PAGE_SIZE
 
+log = logging.getLogger("ramferry.source")
+
 ANSWER_WAIT_S: Final = 20.0
+HANDOVER_WAIT_NS: Final = 10_000_000_000
+#: For the word of the destination's control process when its guest gave none.
+VERDICT_WAIT_S: Final = 3.0
 
 Indexed = TypeVar("Indexed", wire.RoundReceived, wire.ChannelBroken)
 
@@ -45,21 +52,31 @@ def hello_of(host: Host, session: bytes) -> wire.Hello:
 
 
 class Conversation:
-    """One migration's; owns the main channel until `close`."""
+    """The route over parallel channels; owns the main channel until `close`."""
 
-    def __init__(self, address: Address, session: bytes) -> None:
-        self._address, self._session = address, session
+    can_heal, is_one_way = True, False
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
         self._main = SourceEnd(address)
         self._answers: dict[object, asyncio.Future[Any]] = {}
-        self.codecs: tuple[int, ...] = ()  #: that the destination can decode
         self._verdict: asyncio.Future[Handover] = asyncio.get_running_loop().create_future()
 
     @property
     def sent_bytes(self) -> int:
         return self._main.sent_bytes
 
-    async def greet(self, hello: wire.Hello) -> wire.Welcome:
-        """Connect and agree.
+    def open(self) -> None:
+        """Nothing: whether somebody listens there shows when we connect."""
+
+    async def connect(self, host: Host, session: bytes) -> Agreement:
+        welcome = await self._greet(hello_of(host, session))
+        await host.guest.connect_handover(self._address.reach(welcome.handover), session)
+        endpoints = [self._address.reach(endpoint) for endpoint in welcome.endpoints]
+        return Agreement(endpoints, welcome.codecs, welcome.placement)
+
+    async def _greet(self, hello: wire.Hello) -> wire.Welcome:
+        """Connect the main channel and agree.
 
         :raise PeerRefused: nobody listens there, or the destination does not fit.
         :raise WireError: it does not speak our language.
@@ -72,11 +89,10 @@ class Conversation:
             raise PeerRefused(f"the destination refused: {wire.cut(answer.reason)}")
         if not isinstance(answer, wire.Welcome):
             raise WireError(f"the destination answered Hello with {type(answer).__name__}")
-        if answer.version != wire.VERSION or answer.session != self._session:
+        if answer.version != wire.VERSION or answer.session != hello.session:
             raise WireError(f"the destination speaks version {answer.version}, or another session")
         if len(answer.endpoints) != hello.channels:
             raise WireError(f"{hello.channels} channels wanted, {len(answer.endpoints)} offered")
-        self.codecs = answer.codecs
         return answer
 
     async def listen(self, senders: SenderGroup) -> None:
@@ -112,17 +128,30 @@ class Conversation:
         )
         return self._address.reach(str(endpoint))
 
-    async def arm(self, state: bytes, round_number: int, runs: bool) -> None:
-        """Send the device state; wait until the destination keeps every promise.
+    async def round_sent(self) -> None:
+        """Nothing: the destination acknowledges rounds."""
 
-        :raise TimeoutError: no answer."""
+    async def check(self, guest: Guest) -> None:
+        await guest.check_handover()
+
+    async def arm(self, senders: SenderGroup, state: bytes, rounds: int, runs: bool) -> None:
         await self._main.send(wire.DeviceState(state))
-        await self._ask("armed", wire.Arm(round_number, runs))
+        await self._ask("armed", wire.Arm(rounds, runs))
 
-    async def verdict(self, wait_s: float) -> Handover:
-        """What the destination's control process knows of the token; UNKNOWN if it does not say."""
-        await asyncio.wait({self._verdict}, timeout=wait_s)
-        return self._verdict.result() if self._verdict.done() else Handover.UNKNOWN
+    async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
+        """The guests do it among themselves; if ours has no answer, the destination's control may
+        know."""
+        try:
+            outcome = await guest.hand_over(HANDOVER_WAIT_NS)
+        except NotHandedOver:
+            raise
+        except (MigrationError, OSError) as exc:
+            log.error("handing over: %s", exc)
+            outcome = Handover.UNKNOWN
+        if outcome is Handover.UNKNOWN:
+            await asyncio.wait({self._verdict}, timeout=VERDICT_WAIT_S)
+            outcome = self._verdict.result() if self._verdict.done() else Handover.UNKNOWN
+        return outcome, ""
 
     def _judge(self, verdict: Handover) -> None:
         if not self._verdict.done():
@@ -142,10 +171,13 @@ class Conversation:
         if waiting is not None and not waiting.done():
             waiting.set_result(value)
 
-    async def close(self, last_word: wire.Message | None) -> None:
-        """Say a last word if anybody is there to hear it, and close. Idempotent."""
+    async def break_off(self, last_word: wire.Abort | None) -> None:
+        """Say a last word if anybody is there to hear it, and close."""
         if last_word is not None:
             await self._main.say_last(last_word)
+        self._main.close()
+
+    async def close(self) -> None:
         self._main.close()
 
 

@@ -72,7 +72,9 @@ class FdSets:
         """A descriptor of the set that was opened with the access mode of `flags`; the caller's.
 
         :raise UsageError: there is no such set, or none of its descriptors fits."""
-        for one in self._sets.get(set_id, []):
+        if set_id not in self._sets:
+            raise UsageError(f"Failed to find fdset /dev/fdset/{set_id}")
+        for one in self._sets[set_id]:
             mode = fcntl.fcntl(one.fd, fcntl.F_GETFL) & os.O_ACCMODE
             if mode == flags & os.O_ACCMODE:
                 return os.dup(one.fd)

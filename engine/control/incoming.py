@@ -15,24 +15,24 @@ from typing import Any, Final
 
 from engine import wire
 from engine.compress.codecs import CODEC_IDS
-from engine.control.compression import lacking_codecs
+from engine.control.fitting import check_fits
 from engine.control.host import Host
 from engine.control.mainchannel import ConnectionLost, DestinationEnd
 from engine.control.notifiers import Change, Moment, Side
 from engine.control.pool import REPORT_WAIT_S, Worker
 from engine.control.status import RunState, Status, check_incoming
-from engine.control.uri import Address
+from engine.control.streams.destination import StreamDestination
+from engine.control.streams.opening import Sources
+from engine.control.uri import Address, Target, VsockAddress
 from engine.errors import (
     GuestError,
     MemoryRefused,
     MigrationError,
     PeerRefused,
-    UsageError,
     WireError,
     WorkerLost,
 )
 from engine.memory.bitmaps import PageBitmaps
-from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count, Progress
 
 log = logging.getLogger("ramferry.destination")
@@ -43,6 +43,9 @@ TOKEN_WAIT_S: Final = 60.0
 ASK_AGAIN_S: Final = 1.0  #: between two questions to a guest that does not answer
 CLOSE_WAIT_S: Final = 5.0  #: then a guest that does not say whether it took over is killed
 LAST_WORD_WAIT_S: Final = 1.0
+
+
+Main = DestinationEnd | StreamDestination
 
 
 @dataclass(slots=True)
@@ -61,13 +64,16 @@ class Lane:
 class IncomingMigration:
     """One migration to here; owns its listener, receivers and bitmaps until it has ended."""
 
-    def __init__(self, host: Host, address: Address) -> None:
-        self._host, self._address = host, address
+    def __init__(self, host: Host, address: Target, sources: Sources | None = None) -> None:
+        """:param sources: where a stream's descriptors come from."""
+        self._host, self._address, self._sources = host, address, sources or Sources()
         self.status = Status.NONE
         self.error: str | None = None
         self.placement = "?"
-        self.address: Address | None = None  #: where it really listens (port 0 resolved)
-        self._main: DestinationEnd | None = None
+        self.address: Address | VsockAddress | None = (
+            None  #: where it really listens (port 0 resolved)
+        )
+        self._main: Main | None = None
         self._lanes: list[Lane] = []
         self._placed: PageBitmaps | None = None
         self._session = b""
@@ -78,6 +84,7 @@ class IncomingMigration:
         self._is_serving = True
         self._has_state = False
         self._is_welcomed = False
+        self._runs: bool | None = None  #: start the guest when it is ours; None: not promised yet
         self._early_losses = 0
         self._inner: set[asyncio.Task[None]] = set()
         self.ended = asyncio.Event()
@@ -88,13 +95,19 @@ class IncomingMigration:
         """Listen, and serve the first right source in the background.
 
         :raise OSError: cannot listen there; the status is failed.
-        :raise UsageError: something else is at the unix path; the status is failed."""
+        :raise MigrationError: something else is at the unix path, or a stream cannot be had; the
+            status is failed."""
         self._set_status(Status.SETUP)
         try:
-            self._main = DestinationEnd(self._address)
-        except (OSError, UsageError) as exc:
+            if isinstance(self._address, Address):
+                self._main = DestinationEnd(self._address)
+            else:
+                self._main = StreamDestination(self._address, self._sources)
+        except (OSError, MigrationError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else exc
-            self.error = f"Failed to listen on '{self._address.display}': {reason}"
+            self.error = str(exc)
+            if isinstance(self._address, Address):
+                self.error = f"Failed to listen on '{self._address.display}': {reason}"
             self._set_status(Status.FAILED)
             self.ended.set()
             raise
@@ -120,7 +133,7 @@ class IncomingMigration:
         self._host.emit("MIGRATION", {"status": status.value})
         self._host.notifiers.tell(Change(Side.DESTINATION, before, status, Moment.AFTER))
 
-    async def _run(self, main: DestinationEnd) -> None:
+    async def _run(self, main: Main) -> None:
         failure: Exception | None = None
         try:
             await self._serve(main)
@@ -158,11 +171,11 @@ class IncomingMigration:
         return not self._taken.is_set()
 
     @staticmethod
-    async def _last_word(main: DestinationEnd, message: wire.Message) -> None:
+    async def _last_word(main: Main, message: wire.Message) -> None:
         with contextlib.suppress(ConnectionLost, TimeoutError):
             await asyncio.wait_for(main.send(message), LAST_WORD_WAIT_S)
 
-    async def _serve(self, main: DestinationEnd) -> None:
+    async def _serve(self, main: Main) -> None:
         """One whole migration; returns when the token was taken."""
         await self._accept(main, await self._next_fitting(main))
         self._set_status(Status.ACTIVE)
@@ -179,7 +192,7 @@ class IncomingMigration:
         for one in done:
             one.result()
 
-    async def _fail(self, main: DestinationEnd, exc: Exception) -> None:
+    async def _fail(self, main: Main, exc: Exception) -> None:
         self.error = f"load of migration failed: {self._text(exc)}"
         log.error("%s", self.error)
         await self._last_word(main, wire.Failed(wire.cut(self._text(exc))))
@@ -191,7 +204,7 @@ class IncomingMigration:
             return "no answer in time"
         return f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)
 
-    async def _give_back(self, main: DestinationEnd, is_void: bool) -> None:
+    async def _give_back(self, main: Main, is_void: bool) -> None:
         inner = tuple(self._inner)
         for task in inner:
             task.cancel()
@@ -203,8 +216,9 @@ class IncomingMigration:
             lane.progress.close()
         if self._placed is not None:
             self._placed.close()
-        main.close()
-        self._address.remove_files(len(self._lanes))
+        await main.end(has_failed=is_void)
+        if isinstance(self._address, Address):
+            self._address.remove_files(len(self._lanes))
         with contextlib.suppress(GuestError):
             await self._host.guest.close_handover()
         if is_void:
@@ -240,22 +254,24 @@ class IncomingMigration:
         reason = await self._host.guest.died()
         raise GuestError(f"the guest died: {reason}")
 
-    async def _next_fitting(self, main: DestinationEnd) -> wire.Hello:
+    async def _next_fitting(self, main: Main) -> wire.Hello:
         """Wait for a source that fits here; others are told what differs, and may come again."""
         while True:
             hello = await main.accept()
             try:
-                self._check(hello)
+                check_fits(self._host, hello, is_stream=isinstance(main, StreamDestination))
             except (PeerRefused, WireError) as exc:
                 log.warning("refused a source: %s", exc)
                 with contextlib.suppress(ConnectionLost):
                     await main.send(wire.Refused(wire.cut(str(exc))))
+                if not main.serves_others:
+                    raise
                 continue
             return hello
 
     # -- agreeing --------------------------------------------------------------------------------
 
-    async def _accept(self, main: DestinationEnd, hello: wire.Hello) -> None:
+    async def _accept(self, main: Main, hello: wire.Hello) -> None:
         """Make room, start the receivers, tell the source where they listen.
 
         :raise MigrationError: no memory, port or worker for it."""
@@ -267,11 +283,15 @@ class IncomingMigration:
         self._lanes = [Lane(i, Progress.create()) for i in range(hello.channels)]
         for lane in self._lanes:
             self._employ(lane)
-        handover = await guest.listen_handover(
-            self._address.handover_uri(self._host.parameters.x_multifd_port_base)
-        )
+        handover = ""
+        if isinstance(self._address, Address):
+            handover = await guest.listen_handover(
+                self._address.handover_uri(self._host.parameters.x_multifd_port_base)
+            )
         await self._until(lambda: all(lane.endpoint for lane in self._lanes))
         self._is_welcomed = True
+        if isinstance(main, StreamDestination):
+            return  # the source waits for nothing
         await main.send(
             wire.Welcome(
                 wire.VERSION,
@@ -283,45 +303,6 @@ class IncomingMigration:
             )
         )
 
-    def _check(self, hello: wire.Hello) -> None:
-        guest = self._host.guest
-        if hello.version != wire.VERSION:
-            raise PeerRefused(f"version {hello.version} expected {wire.VERSION}")
-        if len(hello.session) != wire.SESSION_BYTES or not 1 <= hello.channels <= wire.CHANNELS_MAX:
-            raise PeerRefused(f"{hello.channels} channels or a bad session; 1 to 255 are allowed")
-        if hello.page_size != PAGE_SIZE:
-            raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
-        if hello.guest_kind != guest.kind:
-            raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
-        if lacking := lacking_codecs(hello.codecs, CODEC_IDS.values()):
-            raise PeerRefused(f"cannot decode {lacking}; this build knows {', '.join(CODEC_IDS)}")
-        self._check_uuid(wire.cut(hello.uuid))
-        wire.check_blocks(hello.blocks)
-        if len(hello.blocks) != len(guest.blocks):
-            raise PeerRefused(f"{len(hello.blocks)} RAM blocks and local are {len(guest.blocks)}")
-        for shape, block in zip(hello.blocks, guest.blocks, strict=True):
-            if shape.name != block.name:
-                raise PeerRefused(f'Unknown ramblock "{shape.name}", cannot accept migration')
-            if shape.size != block.size:
-                raise PeerRefused(
-                    f"Size mismatch: {shape.name}: {shape.size:#x} != {block.size:#x}"
-                )
-            if shape.backing_page_size != block.backing_page_size:
-                raise PeerRefused(
-                    f"Mismatched RAM page size {shape.name} (local) {block.backing_page_size} "
-                    f"!= {shape.backing_page_size}"
-                )
-
-    def _check_uuid(self, theirs: str) -> None:
-        """As QEMU's `validate-uuid`: both must have one to differ (vmstate_uuid, savevm.c)."""
-        own = self._host.uuid
-        if not theirs:
-            return
-        if not own:
-            log.warning("UUID is received %s, but local uuid isn't set", theirs)
-        elif theirs != own:
-            raise PeerRefused(f"UUID received is {theirs} and local is {own}")
-
     # -- receivers -------------------------------------------------------------------------------
 
     def _employ(self, lane: Lane) -> None:
@@ -332,13 +313,18 @@ class IncomingMigration:
             lambda report: self._take(lane, worker, report), lambda lost: self._lose(lane, lost)
         )
         blocks = self._host.guest.blocks
-        base = self._host.parameters.x_multifd_port_base
+        bind = ""
+        if isinstance(self._address, Address):
+            base = self._host.parameters.x_multifd_port_base
+            bind = self._address.channel_endpoint(lane.index, base)
         with contextlib.suppress(WorkerLost):  # `_lose` has been told
+            if isinstance(self._main, StreamDestination):
+                worker.order(wire.UseStream(), [self._main.fd])
             worker.order(
                 wire.PrepareReceiver(
                     lane.index,
                     self._session,
-                    self._address.channel_endpoint(lane.index, base),
+                    bind,
                     lane.incarnation,
                     [wire.BlockShape.of(block) for block in blocks],
                 ),
@@ -354,8 +340,12 @@ class IncomingMigration:
             case wire.RoundReceived():
                 lane.round_number = report.round_number
                 self._tell(report)
+            case wire.ChannelBroken(_, _, why) if isinstance(self._main, StreamDestination):
+                self._break_off(WireError(why))
             case wire.ChannelBroken():
                 self._tell(report)
+            case wire.ChannelEnded() if isinstance(self._main, StreamDestination):
+                self._main.channel_ended()
             case wire.WorkerFailed(reason):
                 worker.on_lost = None
                 self._break_off(MemoryRefused(reason))
@@ -364,6 +354,9 @@ class IncomingMigration:
     def _lose(self, lane: Lane, lost: WorkerLost) -> None:
         """A dead receiver is replaced when the source makes its channel anew."""
         lane.endpoint = ""
+        if isinstance(self._main, StreamDestination):
+            self._break_off(lost)
+            return
         if not self._is_welcomed:
             self._replace_early(lane, lost)
             return
@@ -399,7 +392,7 @@ class IncomingMigration:
 
     # -- the conversation ------------------------------------------------------------------------
 
-    async def _converse(self, main: DestinationEnd) -> None:
+    async def _converse(self, main: Main) -> None:
         """Answer the source until it goes; a right end is the token, which comes another way."""
         while True:
             message = await main.receive()
@@ -413,12 +406,14 @@ class IncomingMigration:
                     self._has_state = True
                 case wire.Arm(rounds, runs):
                     await self._arm(main, rounds, runs)
+                case wire.Take():
+                    await self._take_stream()
                 case wire.Abort(reason):
                     raise PeerRefused(f"the source gave up: {wire.cut(reason)}")
                 case wire.Hello():
                     raise WireError("a second Hello")
 
-    def _start_reopening(self, main: DestinationEnd, index: int, incarnation: int) -> None:
+    def _start_reopening(self, main: Main, index: int, incarnation: int) -> None:
         """Beside the conversation, so that a newer wish for the same lane ends the older one."""
         if not 0 <= index < len(self._lanes) or incarnation <= 0:
             raise WireError(f"channel {index}, incarnation {incarnation} cannot be made anew")
@@ -427,24 +422,36 @@ class IncomingMigration:
             lane.reopening.cancel()
         lane.reopening = self._beside(self._reopen(main, lane, incarnation))
 
-    async def _reopen(self, main: DestinationEnd, lane: Lane, incarnation: int) -> None:
+    async def _reopen(self, main: Main, lane: Lane, incarnation: int) -> None:
         lane.incarnation = incarnation
         if lane.worker is None or not lane.worker.is_alive:
             await self._replace(lane)
         await self._until(lambda: lane.endpoint)  # one that a former wish began may not listen yet
         await main.send(wire.Reopened(lane.index, incarnation, lane.endpoint))
 
-    async def _arm(self, main: DestinationEnd, rounds: int, runs: bool) -> None:
-        """Promise that the memory is whole: every channel has placed every round."""
+    async def _arm(self, main: Main, rounds: int, runs: bool) -> None:
+        """Promise that the memory is whole: every channel has placed every round. A stream's source
+        then says `Take` on it; others pass the token from guest to guest."""
         behind = [lane.index for lane in self._lanes if lane.round_number != rounds]
         if behind:
             raise WireError(f"channels {behind} have not placed round {rounds}")
         if not self._has_state:
             raise WireError("the device state has not come")
-        runs = runs and self._host.runs_on_arrival
-        self._host.promise(Side.DESTINATION)
-        await self._host.guest.arm(self._session, runs, self._take_over)
+        self._runs = runs
+        if isinstance(main, DestinationEnd):
+            self._host.promise(Side.DESTINATION)
+            runs = runs and self._host.runs_on_arrival
+            await self._host.guest.arm(self._session, runs, self._take_over)
         await main.send(wire.Armed())
+
+    async def _take_stream(self) -> None:
+        """The whole stream has come, and the right to run with it."""
+        if self._runs is None:
+            raise WireError("the stream ended before all of it was promised")
+        self._host.promise(Side.DESTINATION)
+        runs = self._runs and self._host.runs_on_arrival
+        await self._host.guest.take_over(self._session, runs, self._take_over)
+        await self._taken.wait()
 
     async def _take_over(self, _at_ns: int) -> None:
         """The token is here: this guest is the one."""

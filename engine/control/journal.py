@@ -283,8 +283,10 @@ def _after(found: Found | None, record: Record) -> Found | None:
                 found.promised = None
         case Promised(side) if found is not None:
             found.promised = side
-        case Settled() if found is not None:
+        case Settled(side) if found is not None:
             found.promised = None
+            if side is Side.SOURCE and found.source is Status.COMPLETED:
+                found.source = Status.NONE  # nobody had confirmed, and its user has let it run here
     return found
 
 

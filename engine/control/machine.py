@@ -240,10 +240,11 @@ class Outgoing:
             self.error = None  # what else was lost meanwhile decides nothing
             return Phase.ENDED, Status.COMPLETED, (Effect.FINISH,)
         if event.outcome is Handover.UNKNOWN:
-            self.error = (
+            unknown = (
                 "the destination did not say whether the guest runs there: "
                 "the guest stays stopped here; look at the destination before you resume it"
             )
+            self.error = f"{self.error}; {unknown}" if self.error else unknown
             return Phase.FAILING, Status.DEVICE, (Effect.ABANDON_STOPPED,)
         if self._cancel_wanted:
             return Phase.CANCELLING, Status.CANCELLING, (Effect.ABANDON,)
@@ -251,6 +252,8 @@ class Outgoing:
         return Phase.FAILING, Status.DEVICE, (Effect.ABANDON,)
 
     def _heal_or_fail(self, event: ChannelLost) -> Step:
+        if not self.heal_limit:
+            return self._fail(Failure(event.reason))
         self.heals += 1
         if self.heals > self.heal_limit:
             again = f"made anew {self.heal_limit} times already"

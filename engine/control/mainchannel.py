@@ -225,6 +225,12 @@ class DestinationEnd:
             raise ConnectionLost("no source is connected")
         return self._peer
 
+    serves_others = True  #: after a source that does not fit another may come
+
+    async def end(self, *, has_failed: bool) -> None:
+        """As `close`; the peer has been told what became of the migration."""
+        self.close()
+
     def close(self) -> None:
         """Stop listening, remove the file, end every connection. Idempotent."""
         if self._socket.fileno() == -1:

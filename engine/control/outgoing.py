@@ -12,30 +12,25 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Any
 
 from engine import wire
 from engine.control import machine, policy
 from engine.control.compression import compression_of
-from engine.control.conversation import Conversation, hello_of
 from engine.control.dirtysync import DirtySync
 from engine.control.host import Host
 from engine.control.machine import Effect, Heal, Outgoing, Phase
 from engine.control.notifiers import Change, Moment, Side
+from engine.control.route import Route
 from engine.control.senders import SenderGroup
-from engine.control.stall import OnStall, StallDetector
+from engine.control.stall import OnStall, StallDetector, describe
 from engine.control.statistics import SAMPLE_S, DowntimePhases, MigrationNumbers
 from engine.control.status import RunState, Status
-from engine.control.uri import Address
 from engine.errors import MigrationError, NotHandedOver, StateError
 from engine.guest.base import Handover, TrackerName
 from engine.multifd.progress import Count
 
 log = logging.getLogger("ramferry.source")
-
-HANDOVER_WAIT_NS: Final = 10_000_000_000
-#: For the word of the destination's control process when its guest gave none.
-VERDICT_WAIT_S: Final = 3.0
 
 
 class OutgoingMigration:
@@ -44,16 +39,16 @@ class OutgoingMigration:
     After any failure before the destination took over, the guest runs here as before.
     """
 
-    def __init__(self, host: Host, address: Address) -> None:
-        self._host, self._address = host, address
+    def __init__(self, host: Host, route: Route) -> None:
+        self._host, self._route = host, route
         self.machine = Outgoing(
-            heal_limit=host.parameters.x_heal_limit,
+            heal_limit=host.parameters.x_heal_limit if route.can_heal else 0,
             pauses_before_switchover=host.capability("pause-before-switchover"),
         )
         self.numbers = MigrationNumbers()
         self._session = os.urandom(wire.SESSION_BYTES)
-        self._conversation: Conversation | None = None
         self._senders: SenderGroup | None = None
+        self._codecs: tuple[int, ...] = ()  #: that the destination can decode
         self._sync: DirtySync | None = None
         self._work: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -65,12 +60,25 @@ class OutgoingMigration:
         self.is_outcome_unknown = False  #: nobody has said who has the right to run
         self._pause_began_ns = self._stood_ns = self._refreshed_ns = 0
         self._round_number = 0
-        self._last_round = policy.Round(0, 1, 0)
         self._events: deque[machine.Event] = deque()
         self._is_handling = False
         self.ended = asyncio.Event()
 
     # -- events ----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """:raise MigrationError: it has failed at once, and `ended` comes."""
+        self.handle(machine.Start())
+        try:
+            self._route.open()
+        except (MigrationError, OSError) as exc:
+            self.handle(machine.Failure(str(exc)))
+            raise
+
+    @property
+    def may_continue(self) -> bool:
+        """It completed without a word from the destination: `cont` is the operator's."""
+        return self._route.is_one_way and self.status is Status.COMPLETED
 
     def handle(self, event: machine.Event) -> None:
         """Feed the machine and carry out what it says; a bug ends the migration, not the guest.
@@ -182,11 +190,9 @@ class OutgoingMigration:
 
     async def _connect(self) -> None:
         guest, settings = self._host.guest, self._host.parameters
-        self._conversation = conversation = Conversation(self._address, self._session)
-        welcome = await conversation.greet(hello_of(self._host, self._session))
-        self.numbers.placement = welcome.placement
         self._spawn(self._watch_guest())
-        await guest.connect_handover(self._address.reach(welcome.handover), self._session)
+        agreement = await self._route.connect(self._host, self._session)
+        self.numbers.placement, self._codecs = agreement.placement, agreement.codecs
         wanted = settings.x_tracker
         tracking = await guest.start_tracking(None if wanted == "auto" else TrackerName(wanted))
         self.numbers.tracker, self.numbers.tracker_reason = tracking.name.value, tracking.reason
@@ -194,11 +200,13 @@ class OutgoingMigration:
             guest.blocks,
             self._host.senders,
             self._session,
-            [self._address.reach(endpoint) for endpoint in welcome.endpoints],
+            agreement.endpoints,
             lambda index, reason: self.handle(machine.ChannelLost(index, reason)),
+            stream_fd=agreement.stream_fd,
+            is_acknowledged=agreement.is_acknowledged,
         )
         self.settings_changed()
-        self._spawn(conversation.listen(senders))
+        self._spawn(self._route.listen(senders))
         self._spawn(self._sample())
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
         self._sync = DirtySync(self._host, senders, self.numbers, tracking.name)
@@ -216,16 +224,18 @@ class OutgoingMigration:
         self._round_number += 1
         if self.machine.phase is Phase.FINISHING:
             self._pass()
-        began_ns, bytes_before = time.monotonic_ns(), senders.total(Count.WIRE_BYTES)
+        began_ns, ram_before = time.monotonic_ns(), senders.sent_ram_bytes
+        wire_before = senders.total(Count.WIRE_BYTES)
         _, sent_ns = await senders.send_round(self._round_number)
+        await self._route.round_sent()
         now_ns = time.monotonic_ns()
         if self.machine.phase is Phase.FINISHING:
             self.numbers.phases.send = sent_ns - began_ns
             self.numbers.phases.acknowledge = now_ns - sent_ns
         harvest_ns = max(lane.progress[Count.HARVEST_NS] for lane in senders.lanes)
-        sent_bytes = senders.total(Count.WIRE_BYTES) - bytes_before
-        self._last_round = policy.Round(harvest_ns, now_ns - began_ns, sent_bytes)
-        self._model.learn(self._last_round)
+        ram_bytes = senders.sent_ram_bytes - ram_before
+        wire_bytes = senders.total(Count.WIRE_BYTES) - wire_before
+        self._model.learn(policy.Round(harvest_ns, now_ns - began_ns, ram_bytes, wire_bytes))
         self.handle(machine.RoundAcknowledged())
 
     async def _harvest(self) -> None:
@@ -248,17 +258,9 @@ class OutgoingMigration:
     def _act_on_stall(self, dirty_bytes: int) -> bool:
         """Say so, and do what `x-on-stall` wants; True to stop the guest now."""
         action = OnStall(self._host.parameters.x_on_stall)
-        expected_ms = self.numbers.expected_downtime_ns // 1_000_000
         log.warning("the rounds do not shrink any more; x-on-stall: %s", action.value)
-        self._host.emit(
-            "X_MIGRATION_STALLED",
-            {
-                "action": action.value,
-                "dirty-bytes": dirty_bytes,
-                "expected-downtime": expected_ms,
-                "pass": self.numbers.rounds,
-            },
-        )
+        expected_ns, rounds = self.numbers.expected_downtime_ns, self.numbers.rounds
+        self._host.emit("X_MIGRATION_STALLED", describe(action, dirty_bytes, expected_ns, rounds))
         if action is OnStall.THROTTLE:
             self._need_sync().throttles_always = True
         if action is OnStall.CANCEL:
@@ -275,7 +277,7 @@ class OutgoingMigration:
 
     async def _pause_and_harvest(self) -> None:
         guest, settings = self._host.guest, self._host.parameters
-        await guest.check_handover()
+        await self._route.check(guest)
         self._need_senders().budget.rate_bytes_per_s = 0
         self._is_held = True
         self._pause_began_ns = time.monotonic_ns()
@@ -310,17 +312,18 @@ class OutgoingMigration:
         """After `pre-switchover`: who else writes this RAM may have done so meanwhile."""
         began_ns, phases = time.monotonic_ns(), self.numbers.phases
         phases.wait = began_ns - self._pause_began_ns - phases.total
-        await self._host.guest.check_handover()
+        await self._route.check(self._host.guest)
         await self._need_sync().collect(throttles=False)
         phases.harvest += time.monotonic_ns() - began_ns
         await self._send_round()
 
     async def _arm_destination(self) -> None:
         began_ns = time.monotonic_ns()
-        self._need_senders().check_all_delivered()
+        senders = self._need_senders()
+        senders.check_all_delivered()
         state = await self._host.guest.save_state()
         runs = not self._host.guest.is_stopped_by_user  # also since the pause began
-        await self._need_conversation().arm(state, self._round_number, runs)
+        await self._route.arm(senders, state, self._round_number, runs)
         self.numbers.phases.acknowledge += time.monotonic_ns() - began_ns
         self.refresh()
         self.handle(machine.DestinationArmed())
@@ -329,15 +332,15 @@ class OutgoingMigration:
         """Pass the token; from here on nothing interrupts until its outcome is known."""
         try:
             self._host.promise(Side.SOURCE)
-            outcome = await self._host.guest.hand_over(HANDOVER_WAIT_NS)
+            outcome, reason = await self._route.hand_over(self._host.guest)
+            if reason:
+                self.handle(machine.Failure(reason))
         except NotHandedOver as exc:
             self.handle(machine.Failure(str(exc)))
             outcome = Handover.REFUSED
         except (MigrationError, OSError) as exc:
             log.error("handing over: %s", exc)
             outcome = Handover.UNKNOWN
-        if outcome is Handover.UNKNOWN:  # the destination's control may know
-            outcome = await self._need_conversation().verdict(VERDICT_WAIT_S)
         now_ns = time.monotonic_ns()
         phases = self.numbers.phases
         phases.resume = now_ns - self._pause_began_ns - phases.total
@@ -381,13 +384,14 @@ class OutgoingMigration:
             task.cancel()
         await asyncio.gather(*self._heals.values(), *self._background, return_exceptions=True)
         guest, senders, self._senders = self._host.guest, self._senders, None
-        conversation, sync = self._conversation, self._sync
+        route, sync = self._route, self._sync
         for step in (
-            None if conversation is None else lambda: conversation.close(last_word),
+            lambda: route.break_off(last_word),
             None if senders is None else senders.end,
             guest.close_handover,
             guest.stop_tracking,
             None if sync is None else sync.give_back,
+            route.close,
         ):
             try:
                 if step is not None:
@@ -428,7 +432,7 @@ class OutgoingMigration:
         if running is not None:
             running.cancel()
 
-        reopen = self._need_conversation().reopen
+        reopen = self._route.reopen
 
         async def heal() -> None:
             await self._guarded(lambda: self._need_senders().heal(index, reopen))
@@ -449,8 +453,7 @@ class OutgoingMigration:
         if now_ns - self._refreshed_ns < age_ns:
             return
         self._refreshed_ns = now_ns
-        if self._conversation is not None:
-            self.numbers.main_bytes = self._conversation.sent_bytes
+        self.numbers.main_bytes = self._route.sent_bytes
         is_over = self.machine.phase in (Phase.HANDING_OVER, Phase.ENDED)
         if self._senders is not None and not is_over:
             self._senders.count_up(self.numbers)
@@ -464,7 +467,7 @@ class OutgoingMigration:
             self._senders.budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
         if self._host.capability("xbzrle"):
             self.numbers.xbzrle_cache_bytes = self._host.parameters.xbzrle_cache_size
-        self._senders.compress(compression_of(self._host), self._need_conversation().codecs)
+        self._senders.compress(compression_of(self._host), self._codecs)
 
     def worker_pids(self) -> dict[int, int]:
         """Process ids of the senders at work, by channel."""
@@ -489,10 +492,6 @@ class OutgoingMigration:
     def _need_senders(self) -> SenderGroup:
         assert self._senders is not None, "the machine connects first"
         return self._senders
-
-    def _need_conversation(self) -> Conversation:
-        assert self._conversation is not None, "the machine connects first"
-        return self._conversation
 
     def _need_sync(self) -> DirtySync:
         assert self._sync is not None, "the machine connects first"

@@ -111,7 +111,7 @@ def parse_hmp_value(name: str, text: str) -> object:
 
 
 def _hmp_size_of(parameter: Parameter, text: str) -> int:
-    size = _hmp_size(text, MIB if parameter.is_mib_in_hmp else 1)
+    size = qemu_size(text, MIB if parameter.is_mib_in_hmp else 1)
     if parameter.is_mib_in_hmp or parameter.name == "xbzrle-cache-size":
         invalid = f"Invalid size {shown(text)}"
         if size is not None and size > INT64_MAX and size <= UINT64_MAX:
@@ -127,8 +127,9 @@ def _hmp_size_of(parameter: Parameter, text: str) -> int:
     return size
 
 
-def _hmp_size(text: str, scale: int) -> int | None:
-    """Bytes, rounded to the nearest; -1 for what is negative, None for what is no size.
+def qemu_size(text: str, scale: int) -> int | None:
+    """Bytes by QEMU's grammar, rounded to the nearest; -1 for what is negative, None for what is no
+    size.
 
     :param scale: what a number without suffix counts."""
     if len(text) > NUMBER_CHARACTERS_MAX:

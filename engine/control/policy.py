@@ -25,19 +25,22 @@ class Round:
 
     :ivar harvest_ns: collecting the dirty bits before it.
     :ivar send_ns: from the order to the last acknowledgement.
-    :ivar sent_bytes: payload and headers.
+    :ivar sent_bytes: of RAM, however few they became on the wire.
+    :ivar wire_bytes: payload and headers.
     """
 
     harvest_ns: int
     send_ns: int
     sent_bytes: int
+    wire_bytes: int
 
 
 @dataclass(slots=True)
 class PauseModel:
     """What this migration has shown so far about its own speed; starts knowing nothing."""
 
-    rate_bytes_per_s: float = 0.0
+    rate_bytes_per_s: float = 0.0  #: of RAM
+    left: float = 1.0  #: on the wire of a byte of RAM
     fixed_ns: float = 5_000_000.0
     harvest_ns: float = 2_000_000.0
 
@@ -48,14 +51,15 @@ class PauseModel:
             rate = done.sent_bytes * 1e9 / max(1, done.send_ns)
             known = self.rate_bytes_per_s or rate
             self.rate_bytes_per_s = 0.5 * known + 0.5 * rate
+            self.left = 0.5 * self.left + 0.5 * done.wire_bytes / max(1, done.sent_bytes)
             return
         fixed = done.send_ns - done.sent_bytes * 1e9 / max(1.0, self.rate_bytes_per_s)
         self.fixed_ns = 0.5 * self.fixed_ns + 0.5 * max(0.0, fixed)
 
     def send_ns(self, dirty_bytes: int, switchover_bytes_per_s: int) -> int:
-        """Predict a round: `switchover_bytes_per_s` (avail-switchover-bandwidth) replaces the
-        measured rate when it is not 0."""
-        rate = switchover_bytes_per_s or self.rate_bytes_per_s
+        """Predict a round: `switchover_bytes_per_s` (avail-switchover-bandwidth, on the wire)
+        replaces the measured rate when it is not 0."""
+        rate = switchover_bytes_per_s / max(self.left, 1e-3) or self.rate_bytes_per_s
         if dirty_bytes and not rate:
             return 2**62
         return int(self.fixed_ns + (dirty_bytes * 1e9 / rate if dirty_bytes else 0))

@@ -26,6 +26,13 @@ REPORT_WAIT_S: Final = 20.0  #: a worker that does not answer an order for so lo
 END_WAIT_S: Final = 5.0
 SOCKET_BUFFER_BYTES: Final = 1024 * 1024
 
+MODULES: Final = {
+    "sender": "engine.multifd.sender",
+    "receiver": "engine.multifd.receiver",
+    "faults": "engine.postcopy.faults",
+    "pages": "engine.postcopy.pages",
+}
+
 #: glibc maps and unmaps each large message by default; reuse the memory instead (the most it
 #: takes).
 WORKER_ENVIRONMENT: Final = {
@@ -58,7 +65,7 @@ class Worker(Generic[R]):
                 ours.setblocking(False)
                 ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", f"engine.multifd.{role}", str(theirs.fileno())],
+                    [sys.executable, "-m", MODULES[role], str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     env=os.environ | WORKER_ENVIRONMENT,

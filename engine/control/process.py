@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from engine import wire
@@ -21,6 +21,7 @@ from engine.control.capabilities import (
     no_dirty_limit,
 )
 from engine.control.compression import channels_of
+from engine.control.conversation import Conversation
 from engine.control.dirtylimit import DirtyLimit
 from engine.control.dirtyrate import DirtyRate
 from engine.control.fdsets import FdSets
@@ -32,8 +33,11 @@ from engine.control.objects import Objects
 from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import Parameters, ParameterStore, parse_switch, parse_value
 from engine.control.pool import Pool, receiver_pool, sender_pool
+from engine.control.route import Route
 from engine.control.status import ENDED, RunState, Status
-from engine.control.uri import Address
+from engine.control.streams.opening import Sources, no_names
+from engine.control.streams.source import StreamRoute
+from engine.control.uri import Address, Target
 from engine.errors import MigrationError, UsageError, shown
 from engine.guest.base import DirtyMeter, Guest
 from engine.guest.judgement import Judgement
@@ -64,13 +68,16 @@ class ControlProcess:
         uuid: str = "",
         journal: Journal | None = None,
         is_unknown: bool = False,
+        inherited: Iterable[int] = (),
     ) -> None:
         """
         :param uuid: the machine's, in lower case with dashes; empty: it has none.
         :param journal: begun; stays the caller's.
         :param is_unknown: the process before this one was killed while the right to run was on
-            its way, and nobody has said who has it."""
+            its way, and nobody has said who has it.
+        :param inherited: numbers of the descriptors that the process was started with."""
         self.guest, self.uuid = guest, uuid
+        self._inherited = set(inherited)
         self.notifiers = Notifiers()
         self._journal, self.inherits_unknown = journal, is_unknown
         self.leaves_guest = False  #: at the end a guest that was taken over goes on
@@ -238,7 +245,7 @@ class ControlProcess:
             case RunState.INMIGRATE:
                 self.runs_on_arrival = True
                 return
-            case RunState.POSTMIGRATE:
+            case RunState.POSTMIGRATE if self.outgoing is None or not self.outgoing.may_continue:
                 raise UsageError("the guest is at the destination")
             case RunState.INTERNAL_ERROR:
                 raise UsageError("the guest is dead; only 'quit' is left")
@@ -250,7 +257,7 @@ class ControlProcess:
                 "wait for the migration or cancel it first"
             )
         await self.guest.resume(for_migration=False)
-        if self.is_outcome_unknown:
+        if self.is_outcome_unknown or self.run_state is RunState.POSTMIGRATE:
             self.settle(Side.SOURCE)
         self.inherits_unknown = False
         if self.outgoing is not None:
@@ -259,8 +266,14 @@ class ControlProcess:
                 raise UsageError("Migration is not finalized yet")
         self.set_run_state(RunState.RUNNING)
 
-    async def migrate(self, address: Address, resume: bool) -> None:
-        """QMP `migrate`: returns when the migration has begun; checks in QEMU's order."""
+    async def migrate(
+        self, address: Target, resume: bool, named: Callable[[str], int] = no_names
+    ) -> None:
+        """QMP `migrate`: returns when the migration has begun; checks in QEMU's order.
+
+        :param named: takes a client's descriptor by its name.
+        :raise MigrationError: it has not begun, or has failed at once."""
+        self._check_transport(address)
         if resume:
             raise UsageError("Cannot resume if there is no paused migration")
         if self.outgoing is not None and self.outgoing.status not in ENDED:
@@ -277,17 +290,38 @@ class ControlProcess:
         if self.run_state is RunState.INTERNAL_ERROR:
             raise UsageError("Can't migrate a guest that is dead")
         self.blockers.check()
-        self.outgoing = OutgoingMigration(self, address)
-        self.outgoing.handle(machine.Start())
+        self.outgoing = OutgoingMigration(self, self._route_to(address, named))
+        try:
+            self.outgoing.begin()
+        except MigrationError:
+            await self.outgoing.ended.wait()
+            raise
 
-    async def migrate_incoming(self, address: Address, exit_on_error: bool) -> None:
+    def _route_to(self, address: Target, named: Callable[[str], int]) -> Route:
+        if isinstance(address, Address):
+            return Conversation(address)
+        sources = Sources(named, self.fdsets, self._inherited)
+        return StreamRoute(address, sources, answers=self.capability("return-path"))
+
+    def _check_transport(self, address: Target) -> None:
+        """:raise UsageError: QEMU's text: a stream has no room for what a capability wants."""
+        wants_channels = self.capability("multifd") or self.capability("postcopy-preempt")
+        if wants_channels and not isinstance(address, Address):
+            raise UsageError("Migration requires multi-channel URIs (e.g. tcp)")
+
+    async def migrate_incoming(
+        self, address: Target, exit_on_error: bool, named: Callable[[str], int] = no_names
+    ) -> None:
         """QMP `migrate-incoming`: returns when it listens.
 
+        :param named: takes a client's descriptor by its name.
         :raise UsageError: not started with -incoming, or already done.
-        :raise UsageError: cannot listen there."""
+        :raise MigrationError: cannot listen there."""
         self.check_incoming()
+        self._check_transport(address)
         self.exit_on_error = exit_on_error
-        incoming = IncomingMigration(self, address)
+        sources = Sources(named, self.fdsets, self._inherited)
+        incoming = IncomingMigration(self, address, sources)
         try:
             incoming.start()
         except OSError as exc:

@@ -17,6 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from engine import wire
 from engine.control.compression import codecs_of, compression_info, delta_statistics, lacking_codecs
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
@@ -75,6 +77,7 @@ class Lane:
     round_due: int = 0  #: number of the round that is not acknowledged
     sent: wire.RoundSent | None = None
     received: wire.RoundReceived | None = None
+    has_ended: bool = False  #: of a stream: its sender touches it no more
 
 
 class Watch:
@@ -112,10 +115,18 @@ class SenderGroup:
         session: bytes,
         endpoints: Sequence[str],
         on_lost: Callable[[int, str], None],
+        *,
+        stream_fd: int = -1,
+        is_acknowledged: bool = True,
     ) -> None:
+        """
+        :param stream_fd: lent to the only lane in place of an endpoint; -1: there is no stream.
+        :param is_acknowledged: `received` will be told of every round; else a round that was sent
+            counts as placed."""
         wire.check_blocks([wire.BlockShape.of(block) for block in blocks])
         self._blocks, self._pool, self._session = tuple(blocks), pool, session
         self._on_lost = on_lost
+        self._stream_fd, self._is_acknowledged = stream_fd, is_acknowledged
         self._waiters: set[asyncio.Future[None]] = set()
         self._hash_seed = int.from_bytes(os.urandom(8), "little")
         self._tracking: Tracking | None = None
@@ -144,6 +155,12 @@ class SenderGroup:
     def total(self, count: Count) -> int:
         """A counter's sum over all lanes."""
         return sum(lane.progress[count] for lane in self.lanes)
+
+    @property
+    def sent_ram_bytes(self) -> int:
+        """RAM that was dealt with: sent as it is or shorter, or left out as unchanged."""
+        deltas = self.total(Count.DELTA_HITS) - self.total(Count.DELTA_OVERFLOWS)
+        return (self.total(Count.PAGES) + deltas + self.total(Count.ELIDED_PAGES)) * PAGE_SIZE
 
     def count_up(self, numbers: MigrationNumbers) -> None:
         """Refresh the totals from the workers' counters, at any time."""
@@ -194,6 +211,8 @@ class SenderGroup:
         fds += [block.pagemap_fd for block in blocks if block.pagemap_fd >= 0]
         fds += [block.bitmap_fd for block in blocks if block.bitmap_fd >= 0]
         shapes = [wire.BlockShape.of(block) for block in self._blocks]
+        if self._stream_fd >= 0:
+            self._order(lane, wire.UseStream(), [self._stream_fd])
         self._order(
             lane,
             wire.PrepareSender(
@@ -255,7 +274,11 @@ class SenderGroup:
                 incarnation == lane.incarnation and number == lane.round_due
             ):
                 lane.sent = report
+                if not self._is_acknowledged:
+                    lane.received = wire.RoundReceived(lane.index, *msgspec.structs.astuple(report))
                 self._settle(lane)
+            case wire.ChannelEnded(incarnation) if incarnation == lane.incarnation:
+                lane.has_ended = True
             case wire.ChannelBroken(_, incarnation, reason):
                 self._break(lane, incarnation, reason)
             case wire.WorkerFailed(reason):
@@ -300,7 +323,8 @@ class SenderGroup:
 
     def _break(self, lane: Lane, incarnation: int, reason: str) -> None:
         if incarnation == lane.incarnation:
-            self._lose(lane, f"multifd channel {lane.index} is lost: {reason}")
+            what = f"multifd channel {lane.index}" if self._stream_fd < 0 else "the stream"
+            self._lose(lane, f"{what} is lost: {reason}")
 
     def _lose(self, lane: Lane, reason: str) -> None:
         """From now on nothing of this incarnation counts."""
@@ -358,6 +382,14 @@ class SenderGroup:
             sum(end.zero_pages for end in ends),
             sum(end.payload_bytes for end in ends),
         ), sent_ns
+
+    async def end_channels(self) -> None:
+        """Of a stream, after the last round: take it back from its sender.
+
+        :raise WorkerLost: it does not give it back."""
+        for lane in self.lanes:
+            self._order(lane, wire.EndChannel())
+        await self._all(lambda lane: lane.has_ended, "giving the stream back")
 
     def check_all_delivered(self) -> None:
         """After the last round: the destination has acknowledged every page, and none is dirty.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -19,7 +20,7 @@ from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
 from engine.control.restart import plan
-from engine.control.uri import Address, parse_listen_address, parse_uri
+from engine.control.uri import Target, parse_listen_address, parse_uri
 from engine.guest.base import Guest
 from engine.guest.rundir import default_rundir
 from engine.guest.spec import GuestSpec, WorkloadSpec, open_guest, parse_guest_spec
@@ -64,10 +65,25 @@ def run(options: ServeOptions) -> int:
     :raise MigrationError: the guest or a monitor could not be started; all was given back."""
     logging.basicConfig(format="ramferry: %(message)s", stream=sys.stderr, level=logging.INFO)
     _allow_descriptors()
-    return asyncio.run(_serve(options))
+    inherited = _inherited()
+    return asyncio.run(_serve(options, inherited))
 
 
-async def _serve(options: ServeOptions) -> int:
+def _inherited() -> frozenset[int]:
+    """Descriptors that whoever started us left open for us: stdin and all behind stderr. Programs
+    that we start get none of them."""
+    with os.scandir("/proc/self/fd") as entries:
+        numbers = {int(entry.name) for entry in entries} - {1, 2}
+    found = set()
+    for number in numbers:
+        with contextlib.suppress(OSError):  # the one that listed the directory
+            if number and os.get_inheritable(number):
+                found.add(number)
+                os.set_inheritable(number, False)
+    return frozenset(found | ({0} & numbers))
+
+
+async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
     loop, starting = asyncio.get_running_loop(), asyncio.current_task()
     assert starting is not None
     _give_up_on_signals(loop, starting)  # a guest that is started now ends with us
@@ -76,7 +92,7 @@ async def _serve(options: ServeOptions) -> int:
     monitors = [parse_listen_address(text) for text in options.qmp]
     human_monitors = [parse_listen_address(text) for text in options.hmp]
     is_incoming = options.incoming is not None
-    address: Address | None = None
+    address: Target | None = None
     if options.incoming not in (None, "defer"):
         address = parse_uri(str(options.incoming))
     async with AsyncExitStack() as stack:
@@ -97,6 +113,7 @@ async def _serve(options: ServeOptions) -> int:
             uuid=options.uuid,
             journal=journal,
             is_unknown=is_unknown,
+            inherited=inherited,
         )
         process.leaves_guest = is_adopted  # a mistake in what follows is not the guest's end
         process.blockers.only_migratable = options.only_migratable

@@ -26,6 +26,18 @@ class OnStall(enum.Enum):
     CANCEL = "cancel"
 
 
+def describe(
+    action: OnStall, dirty_bytes: int, expected_downtime_ns: int, rounds: int
+) -> dict[str, object]:
+    """What the event says."""
+    return {
+        "action": action.value,
+        "dirty-bytes": dirty_bytes,
+        "expected-downtime": expected_downtime_ns // 1_000_000,
+        "pass": rounds,
+    }
+
+
 @dataclass(slots=True)
 class StallDetector:
     """One migration's; plain numbers in, a fact out."""

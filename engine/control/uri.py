@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from errno import EINVAL, ERANGE
 from pathlib import Path
 from typing import Any, Final
 
 from engine import unixsocket
+from engine.control.parameter_table import UINT64_MAX
+from engine.control.parameter_text import qemu_size
 from engine.errors import UsageError, WireError, shown
 
 UNIX_PATH_BYTES_MAX: Final = 90  #: sun_path holds 108; `.channel-254` and a NUL must fit behind
@@ -86,48 +89,122 @@ def _is_port(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536
 
 
-def parse_uri(text: str) -> Address:
-    """`tcp:HOST:PORT` or `unix:PATH`.
+@dataclass(frozen=True, slots=True)
+class FdAddress:
+    """`fd:NAME`: a descriptor that a client has named with `getfd`, or (destinations only) the
+    number of one that the process was started with."""
+
+    name: str
+
+    @property
+    def display(self) -> str:
+        return f"fd:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecAddress:
+    """`exec:COMMAND`: what a program reads from stdin, or writes to stdout."""
+
+    args: tuple[str, ...]
+
+    @property
+    def display(self) -> str:
+        return f"exec:{' '.join(self.args)}"
+
+
+@dataclass(frozen=True, slots=True)
+class FileAddress:
+    """`file:PATH[,offset=N]`; `/dev/fdset/N` is a set of descriptors."""
+
+    path: str
+    offset: int = 0
+
+    @property
+    def display(self) -> str:
+        return f"file:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class VsockAddress:
+    """`vsock:CID:PORT`, numbers as they were written: QEMU reads them when it connects."""
+
+    cid: str
+    port: str
+
+    @property
+    def display(self) -> str:
+        return f"{self.cid}:{self.port}"
+
+    def socket_address(self) -> dict[str, object]:
+        """QAPI SocketAddress, as query-migrate shows it."""
+        return {"type": "vsock", "cid": self.cid, "port": self.port}
+
+
+StreamAddress = FdAddress | ExecAddress | FileAddress | VsockAddress
+Target = Address | StreamAddress
+
+
+def parse_uri(text: str) -> Target:
+    """`tcp:HOST:PORT`, `unix:PATH`, `fd:NAME`, `exec:COMMAND`, `file:PATH[,offset=N]` or
+    `vsock:CID:PORT`.
 
     :raise UsageError: anything else, in QEMU's words where it has some."""
     scheme, separator, rest = text.partition(":")
-    if scheme == "unix" and separator:
-        return _unix(rest)
-    if scheme == "tcp" and separator:
-        host, colon, port = rest.rpartition(":")
-        if not colon:
-            raise UsageError(f"error parsing address '{shown(rest)}'")
-        return _tcp(host.removeprefix("[").removesuffix("]"), port, rest)
-    if scheme in _REFUSALS and separator:
-        raise UsageError(_REFUSALS[scheme](rest))
+    if not separator:
+        scheme = ""
+    match scheme:
+        case "unix":
+            return _unix(rest)
+        case "tcp":
+            host, colon, port = rest.rpartition(":")
+            if not colon:
+                raise UsageError(f"error parsing address '{shown(rest)}'")
+            return _tcp(host.removeprefix("[").removesuffix("]"), port, rest)
+        case "fd":
+            if not rest:
+                raise UsageError("invalid file descriptor address")
+            return FdAddress(rest)
+        case "exec":
+            return _exec(("/bin/sh", "-c", rest))
+        case "file":
+            path, comma, offset = rest.partition(",offset=")
+            return _file(path, _file_offset(offset) if comma else 0)
+        case "vsock":
+            cid, _, port = rest.partition(":")
+            if not (cid and port):
+                raise UsageError(f"error parsing address '{shown(rest)}'")
+            return VsockAddress(cid, port)
+        case "rdma":
+            raise _no_rdma()
     raise UsageError(f"unknown migration protocol: {shown(text)}")
 
 
-def _no_stream(rest: str) -> str:
-    return "a single stream (fd:, exec:, file:) is not in this build; use tcp: or unix:"
-
-
-def _no_file(rest: str) -> str:
-    _, comma, offset = rest.rpartition(",offset=")
-    if comma and not _FILE_OFFSET.fullmatch(offset):
-        return f"file URI has bad offset {shown(offset)}: Invalid argument"
-    return _no_stream(rest)
-
-
-def _no_vsock(rest: str) -> str:
-    return "ZeroMQ here has no vsock transport; use tcp: or unix:"
-
-
-def _no_rdma(rest: str) -> str:
+def _no_rdma() -> UsageError:
     """What is missing for it, beside our own part."""
     hardware = "" if Path("/sys/class/infiniband").is_dir() else "no RDMA device on this host, "
-    return f"rdma: {hardware}and no RDMA channel in this build; use tcp: or unix:"
+    return UsageError(f"rdma: {hardware}and no RDMA channel in this build; use tcp: or unix:")
 
 
-_FILE_OFFSET: Final = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+[bBkKmMgGtTpPeE]?")
-_REFUSALS: Final[Mapping[str, Callable[[str], str]]] = {
-    "fd": _no_stream, "exec": _no_stream, "file": _no_file, "vsock": _no_vsock, "rdma": _no_rdma,
-}  # fmt: skip
+def _exec(args: tuple[str, ...]) -> ExecAddress:
+    if not args:
+        raise UsageError("exec: has no program to run")
+    if any("\0" in argument for argument in args):
+        raise UsageError(f"exec: '{shown(' '.join(args))}' has a NUL in it")
+    return ExecAddress(args)
+
+
+def _file(path: str, offset: int) -> FileAddress:
+    if "\0" in path:
+        raise UsageError(f"file: '{shown(path)}' has a NUL in it")
+    return FileAddress(path, offset)
+
+
+def _file_offset(text: str) -> int:
+    size = qemu_size(text, 1)
+    if size is None or not 0 <= size <= UINT64_MAX:
+        reason = os.strerror(EINVAL if size is None else ERANGE)
+        raise UsageError(f"file URI has bad offset {shown(text)}: {reason}")
+    return size
 
 
 def _tcp(host: str, port: str, rest: str) -> Address:
@@ -171,16 +248,18 @@ def parse_listen_address(text: str) -> Address:
     """Where a monitor listens: `unix:PATH` or `tcp:HOST:PORT`.
 
     :raise UsageError: anything else."""
+    reason = f"'{shown(text)}': a monitor listens at unix:PATH or tcp:HOST:PORT"
     try:
-        return parse_uri(text)
+        address = parse_uri(text)
     except UsageError as exc:
-        raise UsageError(
-            f"'{shown(text)}': a monitor listens at unix:PATH or tcp:HOST:PORT; {exc}"
-        ) from exc
+        raise UsageError(f"{reason}; {exc}") from exc
+    if not isinstance(address, Address):
+        raise UsageError(reason)
+    return address
 
 
-def parse_migrate_target(uri: str | None, channels: Sequence[Mapping[str, Any]] | None) -> Address:
-    """`migrate`'s and `migrate-incoming`'s target: `uri`, or one main channel of sockets.
+def parse_migrate_target(uri: str | None, channels: Sequence[Mapping[str, Any]] | None) -> Target:
+    """`migrate`'s and `migrate-incoming`'s target: `uri`, or one main channel.
 
     :raise UsageError: QEMU's texts."""
     if (uri is None) is (not channels):
@@ -197,11 +276,13 @@ def parse_migrate_target(uri: str | None, channels: Sequence[Mapping[str, Any]] 
     return _from_channel(channels[0].get("addr"))
 
 
-def parse_destination(uri: str | None, channels: Sequence[Mapping[str, Any]] | None) -> Address:
+def parse_destination(uri: str | None, channels: Sequence[Mapping[str, Any]] | None) -> Target:
     """`migrate`'s target, which must be somewhere.
 
     :raise UsageError: as `parse_migrate_target`, and for an address to listen at."""
     address = parse_migrate_target(uri, channels)
+    if not isinstance(address, Address):
+        return address
     if not address.path and not (address.host and address.port):
         missing = "port" if address.host else "host"
         raise UsageError(
@@ -211,7 +292,7 @@ def parse_destination(uri: str | None, channels: Sequence[Mapping[str, Any]] | N
     return address
 
 
-def _from_channel(addr: object) -> Address:
+def _from_channel(addr: object) -> Target:
     """Of QAPI's MigrationAddress, which the monitor has checked already."""
     assert isinstance(addr, Mapping)
     kind = addr["transport"] if addr["transport"] != "socket" else addr["type"]
@@ -220,4 +301,12 @@ def _from_channel(addr: object) -> Address:
             return _tcp(addr["host"], addr["port"], f"{addr['host']}:{addr['port']}")
         case "unix":
             return _unix(addr["path"])
-    raise UsageError(_REFUSALS[kind](""))
+        case "fd":
+            return FdAddress(addr["str"])
+        case "vsock":
+            return VsockAddress(addr["cid"], addr["port"])
+        case "exec":
+            return _exec(tuple(addr["args"]))
+        case "file":
+            return _file(addr["filename"], addr["offset"] % (UINT64_MAX + 1))
+    raise _no_rdma()

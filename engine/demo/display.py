@@ -6,8 +6,9 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -143,6 +144,7 @@ def _channels(statistics: Statistics, width: int) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     shown_max = CHANNELS_SHOWN_MAX if width >= WIDE else CHANNELS_SHOWN_MAX // 2
     shown = statistics.channels[:shown_max]
+    codecs = _codecs(statistics)
     fastest = max((channel["throughput-bytes-per-second"] for channel in shown), default=0)
     for channel in shown:
         rate = channel["throughput-bytes-per-second"]
@@ -152,10 +154,29 @@ def _channels(statistics: Statistics, width: int) -> RenderableType:
             f"channel {channel['index']}",
             *([bar] if width >= WIDE else []),
             rate_text(rate),
+            *([codecs.get(channel["index"], "")] if width >= WIDE else []),
             f"made anew {again}x" if again else "",
         )
     hidden = len(statistics.channels) - len(shown)
     return Group(table, Text(f"and {hidden} more")) if hidden > 0 else table
+
+
+def _codecs(statistics: Statistics) -> dict[int, str]:
+    """What each channel's newest batch was encoded with; nothing where nothing ever was."""
+    channels = statistics.compression.get("channels", ())
+    if not statistics.compression.get("tried-bytes"):
+        return {}
+    return {one["index"]: f"{one['codec']} {one['level'] or ''}" for one in channels}
+
+
+def _compressed(compression: Mapping[str, Any]) -> str:
+    """How much became how little, and by what."""
+    batches: Counter[str] = Counter()
+    for channel in compression["channels"]:
+        batches.update(channel["batches"])
+    counts = ", ".join(f"{name} {count}" for name, count in batches.items())
+    plain, encoded = compression["plain-bytes"], compression["encoded-bytes"]
+    return f"{bytes_text(plain)} became {bytes_text(encoded)} (batches: {counts})"
 
 
 def _summary(outcome: Outcome) -> RenderableType:
@@ -178,6 +199,8 @@ def _summary(outcome: Outcome) -> RenderableType:
             "touched",
         )
         table.add_row("on the wire", bytes_text(statistics.transferred_bytes))
+        if statistics.compression.get("tried-bytes"):
+            table.add_row("compressed", _compressed(statistics.compression))
         table.add_row(
             "pages", f"{statistics.normal_pages:,} normal, {statistics.zero_pages:,} zero"
         )

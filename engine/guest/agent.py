@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import os
 import signal
 import socket
@@ -25,7 +24,6 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.errors import (
@@ -38,33 +36,15 @@ from engine.errors import (
 )
 from engine.guest import dirtying, messages
 from engine.guest.adoption import Adoption
-from engine.guest.base import Handover, Standing
+from engine.guest.base import Handover, Role, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
+from engine.guest.messages import Reply
 from engine.guest.rundir import remove_file
 from engine.guest.vcpus import Ended, Machine
 from engine.memory.tracking import TrackerName
 from engine.wire import cut
 
 REQUESTS_MAX: Final = 64  #: unanswered at once; a control process that wants more is broken
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer and the descriptors beside it; `spent` ones are closed once they are sent."""
-
-    answer: messages.Answer
-    lent: Sequence[int] = ()
-    spent: Sequence[int] = ()
-
-
-class Role(enum.Enum):
-    """Who has the right to run."""
-
-    NEW = "new"  #: Start was not answered yet
-    INCOMING = "incoming"
-    OWNER = "owner"
-    HANDING_OVER = "handing over"  #: given up, and no answer yet (or none at all: unknown)
-    GONE = "gone"  #: the destination guest has it
 
 
 class Agent:
@@ -422,12 +402,9 @@ class Agent:
 
     async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:  # a judge that stands it for a while is not a pause
-            source = self._source
-            if self.role is not Role.OWNER or source is None or not self._destination.is_settled:
+            if (source := self._source) is None:
                 raise NotHandedOver(f"the guest ({self.role.value}) is not connected to hand over")
-            if not self._standing.by_engine:
-                raise NotHandedOver("the guest is not held; pause it before it is handed over")
-            self.role = Role.HANDING_OVER
+            self._give_up()
             source.is_busy = True
         outcome = await source.hand_over(request.wait_ns)
         if outcome is Handover.TAKEN:
@@ -435,6 +412,31 @@ class Agent:
         elif outcome is Handover.REFUSED:
             self.role = Role.OWNER
         return Reply(messages.HandedOver(request.id, outcome.value))
+
+    def _give_up(self) -> None:
+        if self.role is not Role.OWNER or not self._destination.is_settled:
+            raise NotHandedOver(f"the guest ({self.role.value}) cannot be handed over")
+        if not self._standing.by_engine:
+            raise NotHandedOver("the guest is not held; pause it before it is handed over")
+        self.role = Role.HANDING_OVER
+
+    async def _give_away(self, request: messages.GiveAway, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            self._give_up()
+            self._forget_source()
+            return Reply(messages.Done(request.id))
+
+    async def _settle(self, request: messages.Settle, _fds: list[int]) -> Reply:
+        if self._source is None and self.role is Role.HANDING_OVER:
+            self.role = Role.GONE if request.taken else Role.OWNER
+        return Reply(messages.Done(request.id))
+
+    async def _take_over(self, request: messages.TakeOver, _fds: list[int]) -> Reply:
+        if self.role is not Role.INCOMING:
+            raise GuestError("only a guest that waits for a migration can take over")
+        self._run_when_taken = request.run
+        self._destination.take_over(request.session)
+        return Reply(messages.Done(request.id))
 
     async def _close_handover(self, request: messages.CloseHandover, _fds: list[int]) -> Reply:
         if self.role is not Role.HANDING_OVER:  # who does not know yet will want to ask
@@ -467,6 +469,9 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
     messages.ConnectHandover: Agent._connect,
     messages.CheckHandover: Agent._check_handover,
     messages.HandOver: Agent._hand_over,
+    messages.GiveAway: Agent._give_away,
+    messages.Settle: Agent._settle,
+    messages.TakeOver: Agent._take_over,
     messages.CloseHandover: Agent._close_handover,
     messages.Quit: Agent._quit,
 }

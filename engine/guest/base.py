@@ -19,6 +19,7 @@ __all__ = [
     "DirtyMeter",
     "Guest",
     "Handover",
+    "Role",
     "Standing",
     "TrackedBlock",
     "TrackerName",
@@ -33,6 +34,16 @@ class Handover(enum.Enum):
     TAKEN = "taken"  #: the destination guest has it
     REFUSED = "refused"  #: it has not and never will; the source guest holds it and may run again
     UNKNOWN = "unknown"  #: no answer before the deadline; the source guest stays stopped
+
+
+class Role(enum.Enum):
+    """Who has the right to run, seen from a guest's process."""
+
+    NEW = "new"  #: Start was not answered yet
+    INCOMING = "incoming"
+    OWNER = "owner"
+    HANDING_OVER = "handing over"  #: given up, and no answer yet (or none at all: unknown)
+    GONE = "gone"  #: the destination guest has it
 
 
 @dataclass(slots=True)
@@ -204,6 +215,28 @@ class Guest(Protocol):
 
         :raise NotHandedOver: the token never left; the guest still has it.
         :raise GuestError: no answer; whoever has the token, this guest does not run."""
+        ...
+
+    async def give_away(self) -> None:
+        """Source of a stream: give the right to run up; it goes where the stream goes, and no guest
+        can be asked for it. Until `settle`, or the operator's word (`resume`), this guest stands.
+
+        :raise NotHandedOver: the engine does not hold it, or it is not its own to give."""
+        ...
+
+    async def settle(self, *, taken: bool) -> None:
+        """Source of a stream, after `give_away`: the destination's control said what became of the
+        right to run. Taken: this guest will not run again; else it is its own, and held as before.
+        """
+        ...
+
+    async def take_over(
+        self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]
+    ) -> None:
+        """Destination of a stream: everything is here, and the right to run with it; as `arm`, and
+        the token in the same step.
+
+        :raise GuestError: it does not wait for a migration, or the session is void."""
         ...
 
     async def close_handover(self) -> None:

@@ -243,6 +243,15 @@ class DestinationEnd:
             raise GuestError("this guest does not listen for a handover; it cannot be armed")
         self.token.arm(session)
 
+    def take_over(self, session: bytes) -> None:
+        """The token has come with a stream: nobody will ask for it here.
+
+        :raise GuestError: the session is void, or a token was taken already."""
+        self.token.arm(session)
+        self.token.answer(Kind.TAKE, session)
+        self.token.answer(Kind.CONFIRM, session)
+        self._on_taken()
+
     def disarm(self) -> bool:
         return self.token.disarm()
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
@@ -179,6 +180,23 @@ class HandOver(Request, frozen=True):
     wait_ns: int
 
 
+class GiveAway(Request, frozen=True):
+    """The right to run goes with a stream. Answer: Done."""
+
+
+class Settle(Request, frozen=True):
+    """What became of a right that was given away. Answer: Done."""
+
+    taken: bool
+
+
+class TakeOver(Request, frozen=True):
+    """The right to run has come with a stream. Answer: Done, and `Taken` before it."""
+
+    session: bytes
+    run: bool
+
+
 class CloseHandover(Request, frozen=True):
     """Answer: Done."""
 
@@ -303,6 +321,9 @@ AnyRequest = (
     | ConnectHandover
     | CheckHandover
     | HandOver
+    | GiveAway
+    | Settle
+    | TakeOver
     | CloseHandover
     | Quit
 )
@@ -320,6 +341,15 @@ AnyAnswer = (
     | HandedOver
     | Taken
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer and the descriptors beside it; `spent` ones are closed once they are sent."""
+
+    answer: Answer
+    lent: Sequence[int] = ()
+    spent: Sequence[int] = ()
 
 
 def request_decoder() -> Decoder[AnyRequest]:

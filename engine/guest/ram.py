@@ -26,6 +26,7 @@ class RamGuest:
         self._is_incoming = incoming
         self._standing = Standing(by_user=not run)
         self._is_gone = False
+        self._is_given_away = False  #: with a stream: nobody can be asked
         self._is_open = True
         self._tracking: Tracking | None = None
         self._destination = DestinationEnd(self._own)
@@ -54,7 +55,8 @@ class RamGuest:
     @property
     def _is_given_up(self) -> bool:
         """The token has left, and nobody has said yet who has it."""
-        return self._source is not None and self._source.is_sent
+        is_sent = self._source is not None and self._source.is_sent
+        return is_sent or self._is_given_away
 
     @property
     def is_stopped_by_user(self) -> bool:
@@ -73,7 +75,9 @@ class RamGuest:
             raise GuestError("the guest waits for an incoming migration, or has been handed over")
         if self._source is not None and self._source.is_busy:
             raise GuestError("the guest is being handed over")
-        if self._source is not None and self._is_given_up:
+        if self._is_given_up:
+            self._standing.by_engine = self._is_given_away = False  # nobody else can be asked
+        if self._source is not None and self._source.is_sent:
             self._is_gone = await self._source.ask() is Handover.TAKEN
             self._source.close()
             self._source = None
@@ -156,16 +160,37 @@ class RamGuest:
         await self._source.check()
 
     async def hand_over(self, wait_ns: int) -> Handover:
-        if self._source is None or not self._is_owner or not self._standing.by_engine:
-            raise NotHandedOver("only a guest that the engine holds and connected is handed over")
-        if not self._destination.is_settled:
-            raise NotHandedOver(ARRIVED_JUST_NOW)
+        if self._source is None:
+            raise NotHandedOver("the guest is not connected to hand over")
+        self._check_may_leave()
         outcome = await self._source.hand_over(wait_ns)
         self._is_gone = outcome is Handover.TAKEN
         if outcome is Handover.REFUSED:
             self._source.close()
             self._source = None
         return outcome
+
+    def _check_may_leave(self) -> None:
+        if not self._is_owner or not self._standing.by_engine:
+            raise NotHandedOver("only a guest that the engine holds is handed over")
+        if not self._destination.is_settled:
+            raise NotHandedOver(ARRIVED_JUST_NOW)
+
+    async def give_away(self) -> None:
+        self._check_may_leave()
+        self._is_given_away = True
+
+    async def settle(self, *, taken: bool) -> None:
+        if self._is_given_away:
+            self._is_given_away, self._is_gone = False, taken
+
+    async def take_over(
+        self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]
+    ) -> None:
+        if not self._is_incoming:
+            raise GuestError("only a guest that waits for a migration can take over")
+        self._run_when_taken, self._when_taken = run, taken
+        self._destination.take_over(session)
 
     async def close_handover(self) -> None:
         if self._source is not None and not self._source.is_sent:

@@ -219,6 +219,18 @@ class WorkloadGuest:
         outcome, _ = await self._link.ask(request, messages.HandedOver, wait_s=wait_s)
         return Handover(outcome.outcome)
 
+    async def give_away(self) -> None:
+        await self._do(messages.GiveAway(self._link.next_id()))
+
+    async def settle(self, *, taken: bool) -> None:
+        await self._do(messages.Settle(self._link.next_id(), taken))
+
+    async def take_over(
+        self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]
+    ) -> None:
+        self._when_taken = taken
+        await self._do(messages.TakeOver(self._link.next_id(), session, run))
+
     async def close_handover(self) -> None:
         await self._do(messages.CloseHandover(self._link.next_id()))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from engine import _native
@@ -61,6 +61,9 @@ class PageBitmaps:
 
     def __getitem__(self, block_index: int) -> memoryview:
         return self._views[block_index]
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return iter(self._views)
 
     def count(self, worker_index: int = 0, worker_count: int = 1) -> int:
         """Set bits of a slice of every block."""

@@ -11,7 +11,7 @@ from engine.compress.delta import DeltaCache, DeltaOutput, DeltaStatistics
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.payload import Payload, copied_payload, deltas_payload
 from engine.multifd.progress import Count, Progress
-from engine.multifd.worker import log
+from engine.worker import log
 
 #: In the first round no page is sent again, so none is kept (QEMU: xbzrle_started).
 FIRST_ROUND: Final = 2

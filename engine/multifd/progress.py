@@ -7,14 +7,10 @@ other.
 from __future__ import annotations
 
 import enum
-import mmap
-import os
 import time
-from typing import TypeVar
 
 from engine import _native
-from engine.memory.bitmaps import shared_memory
-from engine.memory.blocks import PAGE_SIZE
+from engine.memory.words import SharedWords
 from engine.wire import CodecId
 
 
@@ -48,84 +44,40 @@ class Count(enum.IntEnum):
     BATCHES = 24  #: batches by choice: word BATCHES + CodecId
 
 
-class Progress:
-    """One worker's page; whoever `create`s it owns the descriptor."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._mapping = mmap.mmap(fd, PAGE_SIZE)
-        self._words = memoryview(self._mapping).cast("Q")
-
-    @classmethod
-    def create(cls) -> Progress:
-        """All counters zero."""
-        return _create(cls, "progress")
+class Progress(SharedWords):
+    """One worker's page."""
 
     def __getitem__(self, count: Count) -> int:
-        return self._words[count]
+        return self.words[count]
 
     def batches(self, codec: CodecId) -> int:
         """How many batches got this codec, whether it helped or not."""
-        return self._words[Count.BATCHES + codec]
+        return self.words[Count.BATCHES + codec]
 
     def chosen(self, codec: CodecId, level: int) -> None:
         """The next batch gets this codec. Only the worker that owns the page calls this."""
-        self._words[Count.BATCHES + codec] += 1
-        self._words[Count.CODEC], self._words[Count.LEVEL] = codec, level % 2**64
+        self.words[Count.BATCHES + codec] += 1
+        self.words[Count.CODEC], self.words[Count.LEVEL] = codec, level % 2**64
 
     def add(self, count: Count, amount: int) -> None:
         """Only the worker that owns the page calls this."""
-        self._words[count] += amount
+        self.words[count] += amount
 
     def put(self, count: Count, value: int) -> None:
         """Only the worker that owns the page calls this."""
-        self._words[count] = value
-
-    def unmap(self) -> None:
-        """Give the mapping back, the descriptor stays open; idempotent."""
-        self._words.release()
-        self._mapping.close()
-
-    def close(self) -> None:
-        """Give back mapping and descriptor; idempotent."""
-        self.unmap()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.words[count] = value
 
 
-Shared = TypeVar("Shared", "Progress", "Budget")
-
-
-def _create(kind: type[Shared], name: str) -> Shared:
-    fd = shared_memory(name, PAGE_SIZE)
-    try:
-        return kind(fd)
-    except (OSError, ValueError):
-        os.close(fd)
-        raise
-
-
-class Budget:
+class Budget(SharedWords):
     """The bandwidth budget that all senders take from; control owns it and sets its rate.
 
     Three words: bytes per second (0: unlimited), the time up to which bandwidth is sold, and the
     generation of the rate.
     """
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.mapping = mmap.mmap(fd, PAGE_SIZE)
-        self._words = memoryview(self.mapping).cast("Q")
-
-    @classmethod
-    def create(cls) -> Budget:
-        """Unlimited."""
-        return _create(cls, "budget")
-
     @property
     def rate_bytes_per_s(self) -> int:
-        return self._words[0]
+        return self.words[0]
 
     @rate_bytes_per_s.setter
     def rate_bytes_per_s(self, rate: int) -> None:
@@ -135,20 +87,8 @@ class Budget:
     @property
     def generation(self) -> int:
         """Counts the rates; what was bought before it changed must be bought again."""
-        return self._words[2]
+        return self.words[2]
 
     def take(self, byte_count: int, now_ns: int, burst_ns: int) -> int:
         """Buy bandwidth; return the monotonic time when the bytes may go."""
         return _native.budget_take(self.mapping, byte_count, now_ns, burst_ns)
-
-    def unmap(self) -> None:
-        """Give the mapping back, the descriptor stays open; idempotent."""
-        self._words.release()
-        self.mapping.close()
-
-    def close(self) -> None:
-        """Give back mapping and descriptor; idempotent."""
-        self.unmap()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 import zmq
 
@@ -18,7 +19,11 @@ from engine.errors import ChannelError, MemoryRefused, UsageError, WireError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.placement import Placer
 from engine.multifd.progress import Count, Progress
-from engine.multifd.worker import Complaints, Inbox, blocks_of, log, run_worker, set_channel_options
+from engine.multifd.streamreader import StreamReader, frames_of
+from engine.multifd.worker import set_channel_options
+from engine.worker import Complaints, Inbox, blocks_of, log, run_worker
+
+STREAM: Final = b"stream"  #: in place of the routing id of a ZeroMQ connection
 
 
 class Receiver:
@@ -28,6 +33,8 @@ class Receiver:
         self._inbox = inbox
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] | None = None
+        self._stream: StreamReader | None = None  #: in place of the socket, until its end
+        self._lent_fd = -1  #: the stream's, before the receiver is prepared
         self._identity = b""  #: routing id of the connection whose packets are used
         self._incarnation = 0  #: newest incarnation that was opened
         self._broken = True  #: nothing of the newest incarnation is used (any more)
@@ -47,11 +54,19 @@ class Receiver:
             while True:
                 if self._socket is not None and self._socket not in poller:
                     poller.register(self._socket, zmq.POLLIN)
+                if self._stream is not None and self._stream.fd not in poller:
+                    poller.register(self._stream.fd, zmq.POLLIN)
                 ready = dict(poller.poll())
                 if self._inbox.fileno() in ready:
                     self._take_orders()
                 if self._socket is not None and self._socket in ready:
                     self._take_packet(self._socket)
+                if self._stream is not None and self._stream.fd in ready:
+                    fd = self._stream.fd
+                    self._take_chunk(self._stream)
+                    if self._stream.fd < 0:
+                        poller.unregister(fd)
+                        self._stream = None
         except zmq.ZMQError as exc:
             raise ChannelError(self._order.index, "receiving") from exc
         except MemoryRefused as exc:
@@ -63,7 +78,11 @@ class Receiver:
     def _take_orders(self) -> None:
         while (taken := self._inbox.take()) is not None:
             order, fds = taken
-            self._prepare(order, fds)
+            match order:
+                case wire.UseStream():
+                    self._lent_fd = fds[0]
+                case wire.PrepareReceiver():
+                    self._prepare(order, fds)
 
     def _prepare(self, order: wire.PrepareReceiver, fds: Sequence[int]) -> None:
         shared = dict(zip(wire.RECEIVER_FDS, fds, strict=False))
@@ -72,6 +91,10 @@ class Receiver:
         self._blocks = blocks_of(order.blocks, fds[len(wire.RECEIVER_FDS) :])
         self._placer = Placer(self._blocks, PageBitmaps(self._blocks, shared["placed"]))
         self._progress = Progress(shared["progress"])
+        if self._lent_fd >= 0:
+            self._stream = StreamReader(self._lent_fd)
+            self._inbox.report(wire.Ready("stream", self._placer.method))
+            return
         self._socket = self._context.socket(zmq.ROUTER)
         set_channel_options(self._socket)
         try:
@@ -96,10 +119,7 @@ class Receiver:
             if header is None:
                 raise WireError("message with too many frames or without a header")
             packet = wire.decode_packet(header)
-            if packet.session != self._order.session:
-                raise WireError("packet of another session")
-            if packet.channel_id != self._order.index + 1:
-                raise WireError(f"packet of channel id {packet.channel_id}")
+            self._check_owner(packet)
             if packet.kind is wire.PacketKind.OPEN:
                 self._open(identity, packet)
                 return
@@ -115,6 +135,30 @@ class Receiver:
                 self._complaints.say(
                     f"channel {self._order.index} dropped a stranger's message: {exc}"
                 )
+
+    def _take_chunk(self, stream: StreamReader) -> None:
+        """Take what has come, at most one packet. Nobody else writes to a stream: whatever is wrong
+        there is its end."""
+        try:
+            if (taken := stream.read()) is None:
+                return
+            packet = wire.decode_packet(taken[0])
+            self._check_owner(packet)
+            if packet.kind is wire.PacketKind.OPEN and not self._sequence:
+                self._open(STREAM, packet)
+            elif packet.kind is wire.PacketKind.OPEN or packet.incarnation != self._incarnation:
+                raise WireError(f"{packet.kind.name} of incarnation {packet.incarnation}")
+            else:
+                self._use(packet, frames_of(packet, taken[1]))
+        except (ConnectionError, WireError) as exc:
+            self._break(str(exc))
+            stream.close()
+
+    def _check_owner(self, packet: wire.Packet) -> None:
+        if packet.session != self._order.session:
+            raise WireError("packet of another session")
+        if packet.channel_id != self._order.index + 1:
+            raise WireError(f"packet of channel id {packet.channel_id}")
 
     def _receive(
         self, socket: zmq.Socket[bytes]
@@ -146,6 +190,9 @@ class Receiver:
         if packet.sequence != self._sequence + 1:
             raise WireError(f"packet {packet.sequence} after {self._sequence}: packets were lost")
         self._sequence = packet.sequence
+        if packet.kind is wire.PacketKind.CHANNEL_END:
+            self._end_channel()
+            return
         self._check_round(packet.round_number)
         if packet.kind is wire.PacketKind.ROUND_END:
             self._end_round(packet)
@@ -219,6 +266,13 @@ class Receiver:
         )  # fmt: skip
         self._ended_round, self._may_repeat = packet.round_number, False
         self._clear_round()
+
+    def _end_channel(self) -> None:
+        """Of a stream: what follows is control's."""
+        if self._stream is None or self._round_number:
+            raise WireError("CHANNEL_END in the middle of a round, or where there is no stream")
+        self._stream.close()
+        self._inbox.report(wire.ChannelEnded(self._incarnation))
 
     def _clear_round(self) -> None:
         self._round_number = 0

@@ -34,13 +34,13 @@ from engine.memory.tracking import (
     WriteProtected,
     hash_tables,
 )
-from engine.multifd.channel import Channel, Superseded
+from engine.multifd.channel import Channel, SocketChannel, StreamChannel, Superseded
 from engine.multifd.deltas import Deltas
 from engine.multifd.elision import Elision
 from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
-from engine.multifd.worker import Inbox, allow_private_memory, blocks_of, run_worker
+from engine.worker import Inbox, allow_private_memory, blocks_of, run_worker
 
 #: Under a limit a batch is at most what may go in so much time, so that the rate holds in any
 #: second.
@@ -77,6 +77,7 @@ class Sender:
         self._inbox = inbox
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._channel: Channel | None = None
+        self._stream_fd = -1  #: in place of ZeroMQ, until its channel has it
         self._round: RoundTotals | None = None
         self._policy: Policy = Fixed(Arm("none"))
         self._load = HostLoad()
@@ -105,10 +106,8 @@ class Sender:
         self._news, self._room = zmq.Poller(), zmq.Poller()
         for poller in (self._news, self._room):
             poller.register(self._inbox, zmq.POLLIN)
-            if channel is not None:
-                poller.register(channel.monitor, zmq.POLLIN)
         if channel is not None:
-            self._room.register(channel.socket, zmq.POLLOUT)
+            channel.watch(self._news, self._room)
 
     def _wait(self, poller: zmq.Poller) -> None:
         """Sleep until `poller` wakes; take orders, follow the connection."""
@@ -116,13 +115,15 @@ class Sender:
         ready = dict(poller.poll())
         if self._inbox.fileno() in ready:
             self._take_orders()
-        if channel is not None and channel is self._channel and channel.monitor in ready:
+        if channel is not None and channel is self._channel and channel.has_news(ready):
             self._follow_channel(channel)
 
     def _take_orders(self) -> None:
         while (taken := self._inbox.take()) is not None:
             order, fds = taken
             match order:
+                case wire.UseStream():
+                    self._stream_fd = fds[0]
                 case wire.PrepareSender():
                     self._prepare(order, fds)
                     self._inbox.report(wire.Ready())
@@ -135,6 +136,8 @@ class Sender:
                     self._harvest(order)
                 case wire.SendRound():
                     self._round = RoundTotals(order.round_number)
+                case wire.EndChannel():
+                    self._end_channel()
 
     def _prepare(self, order: wire.PrepareSender, fds: Sequence[int]) -> None:
         """Map what was lent; from now on this worker is sender `index` of `count`."""
@@ -175,9 +178,10 @@ class Sender:
     def _compress(self, order: wire.Compress) -> None:
         """From the next batch on; what is kept of pages comes on top of a worker's memory."""
         hash_bytes = sum(block.page_count for block in self._blocks) * HASH_BYTES
-        allow_private_memory(order.xbzrle_cache_bytes + hash_bytes)
+        cache_bytes = order.xbzrle_cache_bytes // self._order.count
+        allow_private_memory(cache_bytes + hash_bytes)
         self._policy = policy_of(order, self._order.count)
-        self._deltas.resize(order.xbzrle_cache_bytes)
+        self._deltas.resize(cache_bytes)
         self._elision.set(order.elide)
 
     def _harvest(self, order: wire.Harvest) -> None:
@@ -200,8 +204,14 @@ class Sender:
         self._drop_channel()
         self._deltas.forget()
         self._elision.forget()
+        if self._stream_fd >= 0:
+            channel = StreamChannel(self._stream_fd, order.incarnation)
+            self._stream_fd = -1
+            self._watch(channel)
+            self._follow_channel(channel)
+            return
         try:
-            self._watch(Channel(self._context, order))
+            self._watch(SocketChannel(self._context, order))
         except zmq.ZMQError as exc:
             self._report_broken(order.incarnation, str(exc))
 
@@ -214,6 +224,21 @@ class Sender:
             return
         except (ConnectionError, ChannelError) as exc:
             self._lose_channel(str(exc.__cause__ or exc))
+
+    def _end_channel(self) -> None:
+        """Of a stream, between two rounds: nothing of ours follows."""
+        channel = self._channel
+        if channel is None:
+            return  # lost a moment ago
+        try:
+            self._send(self._packet(wire.PacketKind.CHANNEL_END), [])
+        except Superseded:
+            return
+        except (ConnectionError, ChannelError) as exc:
+            self._lose_channel(str(exc.__cause__ or exc))
+            return
+        self._drop_channel()
+        self._inbox.report(wire.ChannelEnded(channel.incarnation))
 
     def _lose_channel(self, reason: str) -> None:
         assert self._channel is not None
@@ -424,10 +449,8 @@ class Sender:
         while True:
             self._wait_for_room(channel)
             try:
-                channel.socket.send_multipart(parts, flags=zmq.NOBLOCK, copy=False)
-                break
-            except zmq.Again:
-                continue
+                if channel.send(parts):
+                    break
             except zmq.ZMQError as exc:
                 raise ChannelError(self._order.index, "sending") from exc
         self._progress.add(Count.PACKETS, 1)

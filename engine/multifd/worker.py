@@ -1,134 +1,18 @@
-"""What sender and receiver share: the inbox, the ZeroMQ options, the process entry point.
-
-A worker is one process with one loop. Its socket pair to control carries orders, reports and
-descriptors; its end of file is control's death, and the worker then ends at once.
-"""
+"""The ZeroMQ options that sender and receiver share."""
 
 from __future__ import annotations
 
-import array
-import contextlib
-import logging
-import os
-import resource
-import select
-import signal
-import socket
-import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 import zmq
 
 from engine import wire
-from engine.errors import MigrationError
-from engine.memory.blocks import RamBlock
-
-log = logging.getLogger("ramferry.worker")
 
 #: Packets unsent or unread, each way: 2 x 2 MiB = 4 MiB a channel and side. One being used, one
 #: ready: more only leaves the caches (4: 7 % more time and CPU on the peer benchmark).
 QUEUE_PACKETS_MAX: Final = 2
 HEARTBEAT_INTERVAL_MS: Final = 1_000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000
-#: Private memory of a worker. libzmq bounds neither the parts of one message nor its connections,
-#: so a hostile peer is bounded here: the worker dies and is replaced, the host is not harmed.
-PRIVATE_MEMORY_MAX_BYTES: Final = 512 * 1024 * 1024
-
-COMPLAINT_INTERVAL_NS: Final = 5_000_000_000
-
-T = TypeVar("T")
-
-
-class ParentGone(Exception):
-    """Control has closed its end: nobody is left to report to."""
-
-
-class Inbox(Generic[T]):
-    """The worker's end of the socket pair; owns the socket."""
-
-    def __init__(self, fd: int, orders: object, where: str) -> None:
-        self._socket = socket.socket(fileno=fd)
-        self._socket.setblocking(False)
-        self._decoder: wire.Decoder[T] = wire.Decoder(orders, wire.ORDER_BYTES_MAX, where)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        """Give the socket back; a worker need not, it ends with it. Idempotent."""
-        self._socket.close()
-
-    def take(self) -> tuple[T, list[int]] | None:
-        """The next order and the descriptors beside it (now ours), or None.
-
-        :raise ParentGone: control is gone."""
-        fds = array.array("i")
-        try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                wire.ORDER_BYTES_MAX + 1,
-                socket.CMSG_SPACE(wire.DESCRIPTORS_MAX * fds.itemsize),
-                socket.MSG_CMSG_CLOEXEC,
-            )
-        except BlockingIOError:
-            return None
-        except OSError as exc:
-            raise ParentGone from exc
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        if not data:
-            raise ParentGone
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise MigrationError("an order from control was cut: too long or too many descriptors")
-        return self._decoder.decode(data), list(fds)
-
-    def check(self) -> None:
-        """For long work between two orders.
-
-        :raise ParentGone: control is gone."""
-        poll = select.poll()
-        poll.register(self._socket, 0)  # a hang-up is always told
-        if poll.poll(0):
-            raise ParentGone
-
-    def report(self, message: wire.Message) -> None:
-        """Tell control; reports are few, so a full socket is waited for."""
-        self._socket.setblocking(True)
-        try:
-            self._socket.send(wire.encode(message))
-        except OSError as exc:
-            raise ParentGone from exc
-        finally:
-            self._socket.setblocking(False)
-
-
-class Complaints:
-    """Log lines that a stranger could cause without end: the first one, then one in a while that
-    says how many there were."""
-
-    def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._clock_ns = clock_ns
-        self._said_ns: int | None = None
-        self._unsaid = 0
-
-    def say(self, text: str) -> None:
-        """Log `text`, or count it."""
-        now_ns = self._clock_ns()
-        if self._said_ns is not None and now_ns - self._said_ns < COMPLAINT_INTERVAL_NS:
-            self._unsaid += 1
-            return
-        log.warning("%s%s", text, f" ({self._unsaid} more before)" if self._unsaid else "")
-        self._said_ns, self._unsaid = now_ns, 0
-
-
-def blocks_of(shapes: Sequence[wire.BlockShape], fds: Sequence[int]) -> list[RamBlock]:
-    """RAM blocks as this worker sees them, on its own descriptors."""
-    return [
-        RamBlock(shape.name, shape.size, fd, shape.backing_page_size)
-        for shape, fd in zip(shapes, fds, strict=True)
-    ]
 
 
 def set_channel_options(socket_: zmq.Socket[bytes]) -> None:
@@ -142,32 +26,3 @@ def set_channel_options(socket_: zmq.Socket[bytes]) -> None:
     socket_.setsockopt(zmq.HANDSHAKE_IVL, HEARTBEAT_TIMEOUT_MS)
     socket_.setsockopt(zmq.MAXMSGSIZE, max(wire.PAYLOAD_BYTES_MAX, wire.HEADER_BYTES_MAX))
     socket_.setsockopt(zmq.IPV6, True)
-
-
-def allow_private_memory(more_bytes: int) -> None:
-    """Bound this worker's memory, with room for what control has ordered it to keep."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = PRIVATE_MEMORY_MAX_BYTES + more_bytes
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-
-
-def run_worker(role: str, loop: Callable[[int], None]) -> int:
-    """Process entry: run `loop` on the inherited socket until control is gone or the loop ends.
-
-    Expected failures were reported by the loop; what arrives here ends the process with one
-    line."""
-    with contextlib.suppress(OSError):  # pre-empt each other and vCPUs less: 6 % less CPU time
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    logging.basicConfig(format=f"ramferry {role}[{os.getpid()}]: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for control, which then stops us
-    allow_private_memory(0)
-    try:
-        loop(int(sys.argv[1]))
-    except ParentGone:
-        return 0
-    except MigrationError as exc:
-        log.error("%s", exc)
-        return 1
-    return 0

@@ -1,8 +1,9 @@
-"""Every byte that crosses a process or a host; three borders, three layouts.
+"""Every byte that crosses a process or a host; four borders, four layouts.
 
-`packets` go over multifd channels (sender -> receiver), `main` over the main channel (source
+`packets` go over multifd channels (sender -> receiver), `postcopy`'s frames over the fault channel
+(page service <-> fault service), `main` over the main channel (source
 control <-> destination control), `orders` between control and its workers. `messages` is what the
-last two have in common.
+last two have in common; `stream` puts packets and messages on one descriptor.
 
 Zero is invalid wherever a value names something: ids, numbers and counters start at 1, so cleared
 or cut memory never passes for a message.
@@ -47,7 +48,9 @@ from engine.wire.messages import (
 )
 from engine.wire.orders import (
     RECEIVER_FDS,
+    ChannelEnded,
     Compress,
+    EndChannel,
     Harvest,
     Harvested,
     OpenChannel,
@@ -61,6 +64,7 @@ from engine.wire.orders import (
     SenderOrder,
     SenderReport,
     SendRound,
+    UseStream,
     WorkerFailed,
 )
 from engine.wire.packets import (
@@ -78,12 +82,50 @@ from engine.wire.packets import (
     PacketKind,
     decode_packet,
 )
+from engine.wire.postcopy import (
+    FAULT_FRAME,
+    FAULT_MAGIC,
+    FAULT_PAGES_MAX,
+    FAULTS_FDS,
+    PAGES_FDS,
+    AllReceived,
+    Discard,
+    Discarded,
+    FaultChannelBroken,
+    FaultChannelOpened,
+    FaultFrame,
+    FaultKind,
+    FaultsOrder,
+    FaultsReport,
+    FetchRest,
+    ListenFaults,
+    OpenFaultChannel,
+    PagesOrder,
+    PagesReport,
+    PrepareFaults,
+    PreparePages,
+    decode_fault_frame,
+)
+from engine.wire.stream import (
+    CHUNK,
+    ChunkReader,
+    StreamAnswer,
+    StreamHello,
+    StreamMessage,
+    Take,
+    chunk,
+)
 
 __all__ = [
     "BATCH_PAGES_MAX",
     "BLOCKS_MAX",
     "CHANNELS_MAX",
+    "CHUNK",
     "DESCRIPTORS_MAX",
+    "FAULTS_FDS",
+    "FAULT_FRAME",
+    "FAULT_MAGIC",
+    "FAULT_PAGES_MAX",
     "FRAME",
     "HEADER",
     "HEADER_BYTES_MAX",
@@ -92,6 +134,7 @@ __all__ = [
     "MAIN_BYTES_MAX",
     "ORDER_BYTES_MAX",
     "PACKET_FRAMES_MAX",
+    "PAGES_FDS",
     "PAYLOAD_BYTES_MAX",
     "REASON_CHARACTERS_MAX",
     "RECEIVER_FDS",
@@ -103,23 +146,42 @@ __all__ = [
     "VERSION",
     "ZERO_PAGES_MAX",
     "Abort",
+    "AllReceived",
     "Arm",
     "Armed",
     "BlockShape",
     "ChannelBroken",
+    "ChannelEnded",
+    "ChunkReader",
     "CodecId",
     "Compress",
     "Decoder",
     "DeviceState",
+    "Discard",
+    "Discarded",
+    "EndChannel",
     "Failed",
+    "FaultChannelBroken",
+    "FaultChannelOpened",
+    "FaultFrame",
+    "FaultKind",
+    "FaultsOrder",
+    "FaultsReport",
+    "FetchRest",
     "Harvest",
     "Harvested",
     "Hello",
+    "ListenFaults",
     "Message",
     "OpenChannel",
+    "OpenFaultChannel",
     "Opened",
     "Packet",
     "PacketKind",
+    "PagesOrder",
+    "PagesReport",
+    "PrepareFaults",
+    "PreparePages",
     "PrepareReceiver",
     "PrepareSender",
     "Ready",
@@ -133,13 +195,20 @@ __all__ = [
     "SendRound",
     "SenderOrder",
     "SenderReport",
+    "StreamAnswer",
+    "StreamHello",
+    "StreamMessage",
+    "Take",
     "ToDestination",
     "ToSource",
     "TookOver",
+    "UseStream",
     "Welcome",
     "WorkerFailed",
     "check_blocks",
+    "chunk",
     "cut",
+    "decode_fault_frame",
     "decode_packet",
     "encode",
 ]  # fmt: skip

@@ -46,11 +46,19 @@ class OpenChannel(Message, frozen=True):
     incarnation: int
 
 
+class UseStream(Message, frozen=True):
+    """Control -> worker, its first order: the channel is the descriptor beside this one."""
+
+
+class EndChannel(Message, frozen=True):
+    """Control -> sender of a stream: send CHANNEL_END and touch the stream no more."""
+
+
 class Compress(Message, frozen=True):
     """Control -> sender: encode like this from the next batch on; before the first, nothing is
     encoded. `codec` is a value of `multifd-compression`; levels are those of the parameters.
 
-    :ivar xbzrle_cache_bytes: of this sender; 0: no deltas.
+    :ivar xbzrle_cache_bytes: of all senders together; 0: no deltas.
     """
 
     codec: str
@@ -111,13 +119,19 @@ class RoundSent(Message, frozen=True):
     payload_bytes: int
 
 
+class ChannelEnded(Message, frozen=True):
+    """Worker -> control: CHANNEL_END was sent, or has come; the stream is control's again."""
+
+    incarnation: int
+
+
 class WorkerFailed(Message, frozen=True):
     """Worker -> control: an expected failure ends the worker."""
 
     reason: str
 
 
-SenderOrder = PrepareSender | OpenChannel | Compress | Harvest | SendRound
-ReceiverOrder = PrepareReceiver
-SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | WorkerFailed
-ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | WorkerFailed
+SenderOrder = UseStream | PrepareSender | OpenChannel | Compress | Harvest | SendRound | EndChannel
+ReceiverOrder = UseStream | PrepareReceiver
+SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | WorkerFailed
+ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed

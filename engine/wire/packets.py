@@ -38,6 +38,7 @@ class PacketKind(enum.IntEnum):
     PAGES = 2
     ROUND_END = 3  #: all of the round was sent before; the counts are this channel's totals of it
     DELTAS = 4  #: what changed in pages that the destination has (XBZRLE)
+    CHANNEL_END = 5  #: of a stream: RAM is complete, what follows is control's
 
 
 class CodecId(enum.IntEnum):

@@ -1,4 +1,4 @@
-"""The rows of QEMU's own migration tests that need neither TLS, file, postcopy nor hardware.
+"""The rows of QEMU's own migration tests that need neither TLS, mapped-ram, postcopy nor hardware.
 
 Each is named after its path there. QEMU's guest adds one to a byte of every page; ours checks more:
 a workload guest's pages carry index, generation and checksum over all their bytes, and the page
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -141,6 +144,105 @@ def test_migration_precopy_unix_plain() -> None:
             await live(uri=f"unix:{somebody.qmp_path}-m")
 
     asyncio.run(scenario())
+
+
+# -- one descriptor ------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def strangers() -> AsyncIterator[tuple[engine.Control, engine.Control]]:
+    """A source and a destination that was told nothing yet."""
+    source, destination = engine.Control.start(WRITING), engine.Control.start(GUEST, "defer")
+    async with source, destination:
+        yield source, destination
+
+
+def test_migration_precopy_fd_tcp() -> None:
+    """A socket pair, handed over with getfd; `migrate` takes the descriptor with its name."""
+
+    async def scenario() -> None:
+        async with strangers() as (source, destination):
+            ends = socket.socketpair()
+            for one, end in zip((source, destination), ends, strict=True):
+                await one.give("fd-mig", end.fileno())
+                end.close()
+            await destination.execute("migrate-incoming", uri="fd:fd-mig")
+            await set_and_read(source, SLOW)
+            migration = await source.migrate("fd:fd-mig")
+            await until_marker(destination)
+            await set_and_read(source, FAST)
+            await migration.result()
+            await check_success(source, destination)
+            for one in (source, destination):
+                with pytest.raises(UsageError, match="File descriptor named 'fd-mig' not found"):
+                    await one.execute("closefd", fdname="fd-mig")
+
+    asyncio.run(scenario())
+
+
+def test_migration_precopy_fd_file(tmp_path: Path) -> None:
+    file = tmp_path / "migfile"
+
+    async def scenario() -> None:
+        async with strangers() as (source, destination):
+            for one, mode in ((source, "wb"), (destination, "rb")):
+                with file.open(mode) as opened:
+                    await one.give("fd-mig", opened.fileno())
+            await (await source.migrate("fd:fd-mig")).result()
+            await destination.execute("migrate-incoming", uri="fd:fd-mig")
+            await check_success(source, destination)
+            assert "fd: migration to a file is deprecated. Use file: instead." in source.stderr
+
+    asyncio.run(scenario())
+
+
+async def through_file(
+    file: Path, *, uri: str, offset: int = 0, stopped: bool = False, fdset: bool = False
+) -> None:
+    """To the file and from it; what is before the offset stays."""
+    file.write_bytes(b"X" * offset)
+    async with strangers() as (source, destination):
+        if stopped:
+            await source.execute("stop")
+        for one, flags in ((source, os.O_WRONLY), (destination, os.O_RDONLY)):
+            if fdset:
+                fd = os.open(file, flags)
+                one._client.send_fd_scm(fd)
+                await one.execute("add-fd", fdset_id=1)
+                os.close(fd)
+        await (await source.migrate(uri)).result()
+        await destination.execute("migrate-incoming", uri=uri)
+        if stopped:
+            await until_status(destination, "completed")
+            await destination.execute("cont")
+        await check_success(source, destination)
+        assert file.read_bytes()[:offset] == b"X" * offset
+
+
+def test_migration_precopy_file(tmp_path: Path) -> None:
+    file = tmp_path / "migfile"
+    asyncio.run(through_file(file, uri=f"file:{file}", stopped=True))
+
+
+def test_migration_precopy_file_offset(tmp_path: Path) -> None:
+    file = tmp_path / "migfile"
+    asyncio.run(through_file(file, uri=f"file:{file},offset=0x1000", offset=4096))
+
+
+def test_migration_precopy_file_offset_fdset(tmp_path: Path) -> None:
+    uri = "file:/dev/fdset/1,offset=0x1000"
+    asyncio.run(through_file(tmp_path / "migfile", uri=uri, offset=4096, fdset=True))
+
+
+def test_migration_precopy_file_offset_bad(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with engine.Control.start(GUEST) as source:
+            with pytest.raises(UsageError, match="file URI has bad offset 0x20M: Invalid argument"):
+                await source.migrate(f"file:{tmp_path}/migfile,offset=0x20M")
+            assert await status_of(source) == "none"
+
+    asyncio.run(scenario())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_migration_precopy_tcp_plain() -> None:

@@ -59,6 +59,25 @@ WRONG_CHANNELS: Final[list[object]] = [
     [{**_channel(INET), "x": 1}],
 ]  # fmt: skip
 
+WRONG_STREAMS: Final = (
+    "fd:nope", "fd:", "fd:99", "fd:0x10", "fd:-1",
+    "file:", "file:/nonexistent/x", "file:/nonexistent/x,offset=1", "file:,offset=1", "file:/",
+    "file:/dev/full", "file:/dev/full,offset=1M", "file:/dev/fdset/7", "file:/x,offset=",
+    "file:/x,offset=-1", "file:/x,offset=1x", "file:/x,offset=0x10,offset=1",
+    "file:/x,offset=99999999999999999999", "vsock:", "vsock:1", "vsock:1:", "vsock::1",
+)  # fmt: skip
+WRONG_STREAM_ADDRESSES: Final[tuple[dict[str, object], ...]] = (
+    {"transport": "exec", "args": ["nosuch"]},
+    {"transport": "exec", "args": "nosuch"},
+    {"transport": "file", "filename": "/nonexistent/x"},
+    {"transport": "file", "filename": "/nonexistent/x", "offset": "1"},
+    {"transport": "file", "filename": "/dev/full", "offset": -1},
+    {"transport": "file", "filename": "/dev/full", "offset": 2**63},
+    {"transport": "file", "filename": "", "offset": 0},
+    {"transport": "socket", "type": "fd", "str": "nope"},
+    {"transport": "socket", "type": "fd", "str": ""},
+)
+
 REFUSED: Final[list[object]] = [
     _migrate(),
     _migrate(uri="tcp:127.0.0.1:1", channels=[_channel(INET)]),
@@ -83,13 +102,47 @@ REFUSED: Final[list[object]] = [
     _incoming(),
     {"execute": "query-migrate", "arguments": {"x": 1}},
     {"execute": "query-migrate"},
-    _migrate(uri="fd:nope"),
+    *(_migrate(uri=uri) for uri in WRONG_STREAMS),
+    *(_migrate(channels=[_channel(addr)]) for addr in WRONG_STREAM_ADDRESSES),
+    {"execute": "query-migrate"},
+]  # fmt: skip
+#: A stream has no room for channels.
+WITH_MULTIFD: Final[list[object]] = [
+    {"execute": "migrate-set-capabilities", "arguments": {
+        "capabilities": [{"capability": "multifd", "state": True}]}},
+    *(
+        _migrate(uri=uri)
+        for uri in ("fd:nope", "fd:99", "exec:", "exec:true", "file:/x", "fd:", "file:/x,offset=x")
+    ),
+    _migrate(uri="exec:true", resume=True),
+    _migrate(channels=[_channel(_socket(type="fd", str="nope"))]),
+    _migrate(channels=[_channel({"transport": "exec", "args": ["/bin/true"]})]),
+    {"execute": "query-migrate"},
 ]  # fmt: skip
 
 
 def test_a_source_refuses_what_qemu_refuses(peers: tuple[Peer, Peer]) -> None:
     qemu, ours = peers
     compare(REFUSED, qemu.client, ours.client, DIFFERENCES)
+
+
+def test_a_source_with_multifd_refuses_streams(peers: tuple[Peer, Peer]) -> None:
+    qemu, ours = peers
+    compare(WITH_MULTIFD, qemu.client, ours.client, DIFFERENCES)
+
+
+@pytest.mark.parametrize("uri", ["fd:nope", "file:/nonexistent/x", "file:", "vsock:x:1", "rest"])
+def test_a_destination_refuses_streams_as_qemu_does(uri: str) -> None:
+    """One for each process: QEMU's may not try again."""
+    uris = [uri] if uri != "rest" else ["fd:", "vsock:", "file:/x,offset=0x20M", "vsock:1"]
+    with both(incoming="defer") as (qemu, ours):
+        compare([_incoming(uri=uri) for uri in uris], qemu.client, ours.client, DIFFERENCES)
+
+
+def test_a_destination_with_multifd_refuses_streams(destinations: tuple[Peer, Peer]) -> None:
+    qemu, ours = destinations
+    requests = [WITH_MULTIFD[0], *(_incoming(uri=f"{scheme}:x") for scheme in ("fd", "exec"))]
+    compare([*requests, _incoming(uri="file:/x")], qemu.client, ours.client, DIFFERENCES)
 
 
 def test_a_destination_refuses_what_qemu_refuses(destinations: tuple[Peer, Peer]) -> None:
@@ -219,6 +272,18 @@ def _completes(couple: Couple) -> dict[str, Any]:
     return {"again": couple.source.execute("migrate", uri=couple.uri)}
 
 
+def _completes_one_way(couple: Couple) -> dict[str, Any]:
+    """Nobody takes the guest: after the end its user may let it run again."""
+    couple.uri = "exec:cat >/dev/null"
+    couple.migrate()
+    couple.source.wait_event("MIGRATION", status="completed")
+    return {
+        "status": _settled_status(couple.source),
+        "again": couple.source.execute("migrate", uri=couple.uri),
+        "cont": couple.source.execute("cont"),
+    }
+
+
 def _completes_stopped(couple: Couple) -> dict[str, Any]:
     couple.source.execute("stop")
     return _completes(couple)
@@ -272,6 +337,7 @@ def _refused_connection(couple: Couple) -> dict[str, Any]:
 
 SCENARIOS: Final = {
     "completes": _completes,
+    "completes one way": _completes_one_way,
     "completes, guest stopped": _completes_stopped,
     "continues from pre-switchover": _continues,
     "cancelled while active": _cancelled_while_active,

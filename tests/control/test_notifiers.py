@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from engine.control import machine
+from engine.control.conversation import Conversation
 from engine.control.host import Host
 from engine.control.notifiers import Change, Moment, Notifiers, Side
 from engine.control.outgoing import OutgoingMigration
@@ -94,7 +95,7 @@ class SilentHost:
 def test_a_callback_that_cancels_is_heard_after_the_change_that_it_was_told_of() -> None:
     async def scenario() -> list[str]:
         host = SilentHost()
-        outgoing = OutgoingMigration(cast(Host, host), Address("127.0.0.1", 1))
+        outgoing = OutgoingMigration(cast(Host, host), Conversation(Address("127.0.0.1", 1)))
         outgoing._give_back = _nothing  # type: ignore[method-assign,assignment]
         outgoing._connect = _for_ever  # type: ignore[method-assign]
         heard = list[tuple[Status, Moment]]()

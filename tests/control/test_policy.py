@@ -58,7 +58,9 @@ def test_a_pause_goes_on_only_while_it_can_still_end_in_time() -> None:
 def test_the_model_learns_the_rate_of_large_rounds() -> None:
     model = PauseModel()
     for _ in range(10):
-        model.learn(Round(harvest_ns=1 * MS, send_ns=100 * MS, sent_bytes=100 * MIB))
+        model.learn(
+            Round(harvest_ns=1 * MS, send_ns=100 * MS, sent_bytes=100 * MIB, wire_bytes=100 * MIB)
+        )
 
     predicted_ns = model.send_ns(100 * MIB, 0)
 
@@ -67,10 +69,10 @@ def test_the_model_learns_the_rate_of_large_rounds() -> None:
 
 def test_small_rounds_teach_the_fixed_cost_not_the_rate() -> None:
     model = PauseModel()
-    model.learn(Round(MS, 100 * MS, 100 * MIB))
+    model.learn(Round(MS, 100 * MS, 100 * MIB, 100 * MIB))
     rate = model.rate_bytes_per_s
     for _ in range(10):
-        model.learn(Round(MS, 12 * MS, 2 * MIB))
+        model.learn(Round(MS, 12 * MS, 2 * MIB, 2 * MIB))
 
     assert model.rate_bytes_per_s == rate
     assert model.send_ns(2 * MIB, 0) == pytest.approx(12 * MS, rel=0.05)
@@ -82,11 +84,20 @@ def test_without_any_measurement_nothing_fits() -> None:
 
 def test_avail_switchover_bandwidth_replaces_the_measured_rate() -> None:
     model = PauseModel()
-    model.learn(Round(MS, 100 * MS, 100 * MIB))
+    model.learn(Round(MS, 100 * MS, 100 * MIB, 100 * MIB))
 
     slow = model.send_ns(100 * MIB, 10 * MIB)
 
     assert slow == pytest.approx(10_000 * MS, rel=0.01)
+
+
+def test_what_codecs_leave_is_what_takes_time() -> None:
+    model = PauseModel()
+    for _ in range(10):
+        model.learn(Round(MS, 100 * MS, 100 * MIB, 25 * MIB))
+
+    assert model.send_ns(100 * MIB, 0) == pytest.approx(105 * MS, rel=0.05)
+    assert model.send_ns(100 * MIB, 10 * MIB) == pytest.approx(2_500 * MS, rel=0.05)
 
 
 def test_auto_converge_starts_in_the_second_round_that_dirties_too_much() -> None:

@@ -176,3 +176,21 @@ def test_a_value_is_so_deep_and_no_deeper(too_many: int) -> None:
     assert got[-1] == {}
     assert (got[0] == "JSON nesting depth limit exceeded") is bool(too_many)
     assert len(got) == (2 if not too_many else 1 + depth + 1)
+
+
+def test_a_read_that_was_seen_before_is_the_same_value_again_and_nobody_elses() -> None:
+    stream, data = JsonStream(), b'{"execute": "query-migrate", "id": 7}\n'
+    for _ in range(3):
+        (value,) = stream.feed(data)
+        assert value == {"execute": "query-migrate", "id": 7}
+        value["execute"] = "changed by whoever got it"
+
+
+def test_a_read_that_was_seen_before_means_something_else_within_a_value() -> None:
+    stream, data = JsonStream(), b'{"a": 1}'
+    assert list(stream.feed(data)) == [{"a": 1}]
+    assert list(stream.feed(b"[")) == []
+    assert list(stream.feed(data)) == []
+    assert list(stream.feed(b"]")) == [[{"a": 1}]]
+    assert list(stream.feed(b'"')) == []
+    assert list(stream.feed(data)) != [{"a": 1}]

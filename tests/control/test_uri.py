@@ -13,6 +13,12 @@ from hypothesis import strategies as st
 
 from engine.control.uri import (
     Address,
+    ExecAddress,
+    FdAddress,
+    FileAddress,
+    StreamAddress,
+    Target,
+    VsockAddress,
     parse_destination,
     parse_listen_address,
     parse_migrate_target,
@@ -58,11 +64,14 @@ def test_uris_mean_endpoints(text: str, address: Address, channel: str) -> None:
         ("unix:*", "is no file (a wildcard or an abstract name); write './*'"),
         ("unix:@x", "is no file (a wildcard or an abstract name); write './@x'"),
         ("smoke\n:" + "x" * 5000, "unknown migration protocol: smoke\\n:xxx"),
-        ("exec:cat", "a single stream (fd:, exec:, file:) is not in this build; use tcp: or unix:"),
-        ("fd:3", "is not in this build; use tcp: or unix:"),
-        ("file:/x", "is not in this build; use tcp: or unix:"),
+        ("fd:", "invalid file descriptor address"),
+        ("exec:a\0b", "has a NUL in it"),
+        ("file:a\0b", "has a NUL in it"),
         ("file:/x,offset=0x20M", "file URI has bad offset 0x20M: Invalid argument"),
-        ("vsock:2:5", "ZeroMQ here has no vsock transport; use tcp: or unix:"),
+        ("file:/x,offset=-1", "file URI has bad offset -1: Numerical result out of range"),
+        ("file:/x,offset=0x1,offset=1", "bad offset 0x1,offset=1: Invalid argument"),
+        ("vsock:2", "error parsing address '2'"),
+        ("vsock::5", "error parsing address ':5'"),
         ("rdma:h:5", "no RDMA channel in this build; use tcp: or unix:"),
     ],
 )
@@ -76,10 +85,32 @@ def test_what_is_no_uri_is_refused_in_one_line(text: str, says: str) -> None:
         parse_listen_address(text)
 
 
-@given(st.text(st.characters(codec=None), max_size=60), st.sampled_from(["tcp:", "unix:", ""]))
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("fd:f-1", FdAddress("f-1")),
+        ("exec:cat >x; :", ExecAddress(("/bin/sh", "-c", "cat >x; :"))),
+        ("exec:", ExecAddress(("/bin/sh", "-c", ""))),
+        ("file:/a:b,c", FileAddress("/a:b,c")),
+        ("file:/a,offset=0x1000", FileAddress("/a", 4096)),
+        ("file:/a,offset=1.5M", FileAddress("/a", 1572864)),
+        ("vsock:2:5", VsockAddress("2", "5")),
+    ],
+)
+def test_uris_mean_streams(text: str, address: StreamAddress) -> None:
+    assert parse_uri(text) == address
+    assert parse_destination(text, None) == address
+    with pytest.raises(UsageError, match="a monitor listens at unix:PATH or tcp:HOST:PORT"):
+        parse_listen_address(text)
+
+
+@given(
+    st.text(st.characters(codec=None), max_size=60),
+    st.sampled_from(["tcp:", "unix:", "fd:", "exec:", "file:", "file:/x,offset=", "vsock:", ""]),
+)
 def test_no_text_ends_in_anything_but_an_address_or_a_usage_error(text: str, scheme: str) -> None:
     with contextlib.suppress(UsageError):
-        assert isinstance(parse_uri(scheme + text), Address)
+        assert isinstance(parse_uri(scheme + text), Target)
 
 
 @pytest.mark.parametrize("uri", ["tcp::4444", "tcp:[]:4444", "tcp:h:0", "tcp::0"])
@@ -130,6 +161,14 @@ def test_the_channels_form_means_the_same() -> None:
 
     assert parse_migrate_target(None, [inet]) == parse_migrate_target("tcp:h:5", None)
     assert parse_migrate_target(None, [channel(type="unix", path="/p")]) == Address(path="/p")
+    given = channel(type="fd", str="f")
+    assert parse_migrate_target(None, [given]) == FdAddress("f")
+    program = channel(transport="exec", args=["gzip", "-d"])
+    assert parse_migrate_target(None, [program]) == ExecAddress(("gzip", "-d"))
+    file = channel(transport="file", filename="/f,offset=1", offset=7)
+    assert parse_migrate_target(None, [file]) == FileAddress("/f,offset=1", 7)
+    vsock = channel(type="vsock", cid="2", port="5")
+    assert parse_migrate_target(None, [vsock]) == parse_migrate_target("vsock:2:5", None)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +179,8 @@ def test_the_channels_form_means_the_same() -> None:
         ("tcp:h:1", [channel(type="unix", path="/p")], "need either 'uri' or 'channels' argument"),
         (None, [channel(), channel()], "Channel list has more than one main entry"),
         (None, [channel("cpr")], "Channel list has no main entry"),
-        (None, [channel(transport="exec", args=["cat"])], "use tcp: or unix:"),
-        (None, [channel(type="vsock", cid="2", port="5")], "no vsock transport"),
+        (None, [channel(transport="exec", args=[])], "exec: has no program to run"),
+        (None, [channel(transport="rdma", host="h", port="5")], "no RDMA channel in this build"),
     ],
 )
 def test_wrong_targets_are_refused(uri: str | None, channels: Any, says: str) -> None:

@@ -36,6 +36,8 @@ async def carry_out(guest: WorkloadGuest, order: dict[str, Any]) -> Any:
             return await guest.arm(session, order["run"], nothing)
         case "connect":
             return await guest.connect_handover(order["endpoint"], session)
+        case "give_away":
+            return await guest.give_away()
         case "hand_over":
             return (await guest.hand_over(order["wait_ns"])).value
     raise ValueError(order)

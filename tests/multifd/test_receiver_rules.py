@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from engine import wire
-from engine.multifd.worker import COMPLAINT_INTERVAL_NS, Complaints
+from engine.worker import COMPLAINT_INTERVAL_NS, Complaints
 from tests.multifd.rig import ReceiverRig, receiver
 from tests.multifd.test_receiver import opened, packet, pages, round_end
 

@@ -15,10 +15,10 @@ import zmq.asyncio
 
 from engine import _native, wire
 from engine.memory.blocks import PAGE_SIZE
-from engine.multifd.channel import Channel
+from engine.multifd.channel import SocketChannel
 from engine.multifd.progress import Count
 from engine.multifd.sender import Sender
-from engine.multifd.worker import Inbox, ParentGone
+from engine.worker import Inbox, ParentGone
 from tests.multifd.rig import SenderRig, memory, sender
 
 pytestmark = pytest.mark.process
@@ -268,7 +268,7 @@ def test_a_channel_that_cannot_connect_keeps_no_socket() -> None:
 
     with Recording() as context:
         with pytest.raises(zmq.ZMQError):
-            Channel(context, wire.OpenChannel("no-such-transport://x", 1))
+            SocketChannel(context, wire.OpenChannel("no-such-transport://x", 1))
         assert [socket.closed for socket in made] == [True] * len(made)
         assert made
 

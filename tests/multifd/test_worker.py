@@ -9,7 +9,7 @@ import pytest
 
 from engine import wire
 from engine.errors import WireError
-from engine.multifd.worker import Inbox
+from engine.worker import Inbox
 
 
 def longest_shape(number: int = 0) -> wire.BlockShape:

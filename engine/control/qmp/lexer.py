@@ -171,6 +171,11 @@ class Lexer:
     def held_bytes(self) -> int:
         return len(self._token)
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Nothing of a token has been read that has not ended."""
+        return self._state is State.BETWEEN
+
     def feed(self, data: bytes) -> Iterator[Token | JsonError]:
         """Take more bytes; yield every token that they end, in order.
 

@@ -22,7 +22,7 @@ ID_DEPTH_MAX: Final = 128
 _WHOLE_NUMBERS_END: Final = 1e17
 
 #: How a float begins to end that may be whole; that it stands in a string costs time only.
-_MAYBE_WHOLE: Final = re.compile(rb"\.0|\de")
+_MAYBE_WHOLE: Final = re.compile(rb"\.0[,}\]]|\de[+-]?\d")
 
 Json = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from engine.control.qmp.visitor import Arguments, Union
+from engine.control.qmp.visitor import Arguments, UInt64, Union
 
 
 class ChannelType(enum.Enum):
@@ -61,7 +61,7 @@ class File(Arguments, frozen=True):
     """QAPI FileMigrationArgs."""
 
     filename: str
-    offset: int
+    offset: UInt64
 
 
 SOCKET = Union("type", {"inet": Inet, "unix": Unix, "vsock": Vsock, "fd": Fd})

@@ -8,8 +8,8 @@ from engine.control.qmp.commands.channels import Channel, as_objects
 from engine.control.qmp.monitor import current_monitor
 from engine.control.qmp.registry import Arguments, CommandRegistry, QmpError
 from engine.control.status import Status
+from engine.control.streams.opening import no_names
 from engine.control.uri import parse_destination, parse_migrate_target
-from engine.errors import shown
 
 
 class Migrate(Arguments, frozen=True):
@@ -48,17 +48,15 @@ class Migration:
         self._process = process
 
     async def migrate(self, arguments: Migrate) -> None:
-        _check_descriptor(arguments.uri)
         address = parse_destination(arguments.uri, as_objects(arguments.channels))
-        await self._process.migrate(address, arguments.resume)
+        await self._process.migrate(address, arguments.resume, _taken)
 
     async def migrate_incoming(self, arguments: MigrateIncoming) -> None:
         self._process.check_incoming()
         if arguments.channels is not None and len(arguments.channels) > 1:
             raise QmpError("Channel list must have only one entry, for type 'main'")
-        _check_descriptor(arguments.uri)
         address = parse_migrate_target(arguments.uri, as_objects(arguments.channels))
-        await self._process.migrate_incoming(address, arguments.exit_on_error)
+        await self._process.migrate_incoming(address, arguments.exit_on_error, _taken)
 
     async def migrate_continue(self, arguments: MigrateContinue) -> None:
         await self._process.migrate_continue(arguments.state)
@@ -82,13 +80,14 @@ class Migration:
         return info | ({"x-handover": "unknown"} if process.inherits_unknown else {})
 
 
-def _check_descriptor(uri: str | None) -> None:
-    """:raise QmpError: `fd:NAME`, and this client gave no descriptor that name."""
-    if uri is None or not uri.startswith("fd:"):
-        return
-    name, monitor = uri.removeprefix("fd:"), current_monitor.get()
-    if not name.isdigit() and (monitor is None or name not in monitor.named):
-        raise QmpError(f"File descriptor named '{shown(name)}' has not been found")
+def _taken(name: str) -> int:
+    """The descriptor that this client gave the name, which it then has not any more, as in QEMU.
+
+    :raise UsageError: there is none."""
+    monitor = current_monitor.get()
+    if monitor is None or name not in monitor.named:
+        return no_names(name)
+    return monitor.named.pop(name)
 
 
 def register(registry: CommandRegistry, process: ControlProcess) -> None:

@@ -1,0 +1,104 @@
+"""The way of a migration to its destination, as its source sees it: parallel channels beside a main
+one (`Conversation`), or a single stream (`streams.source.StreamRoute`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine import wire
+from engine.control.host import Host
+from engine.control.senders import SenderGroup
+from engine.guest.base import Guest, Handover
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What senders need to know.
+
+    :ivar endpoints: one for each channel.
+    :ivar codecs: ids of those that the destination can decode, or must.
+    :ivar placement: how the destination places pages, if it said so.
+    :ivar stream_fd: of a stream, lent to its only sender; else -1.
+    :ivar is_acknowledged: the destination says which rounds it has placed."""
+
+    endpoints: list[str]
+    codecs: tuple[int, ...]
+    placement: str = ""
+    stream_fd: int = -1
+    is_acknowledged: bool = True
+
+
+class Route(Protocol):
+    """One migration's; owns its connections until `close`."""
+
+    @property
+    def can_heal(self) -> bool:
+        """A lost channel can be made anew."""
+        ...
+
+    @property
+    def is_one_way(self) -> bool:
+        """Nobody answers: `completed` says that everything was taken, not that the guest runs."""
+        ...
+
+    @property
+    def sent_bytes(self) -> int:
+        """By control, beside the senders."""
+        ...
+
+    def open(self) -> None:
+        """What can be done, and can fail, before `migrate` returns.
+
+        :raise MigrationError: the migration has failed."""
+        ...
+
+    async def connect(self, host: Host, session: bytes) -> Agreement:
+        """Reach the destination and agree, its guest's handover included.
+
+        :raise MigrationError: it is not there, or does not fit.
+        :raise TimeoutError: it does not answer."""
+        ...
+
+    async def listen(self, senders: SenderGroup) -> None:
+        """Take what the destination says, as long as it may say something.
+
+        :raise MigrationError: it failed, or is gone."""
+        ...
+
+    async def reopen(self, index: int, incarnation: int) -> str:
+        """A fresh endpoint of a channel; never asked for where nothing can heal."""
+        ...
+
+    async def round_sent(self) -> None:
+        """A round has left the senders: see to it that it cannot come back.
+
+        :raise MigrationError: it was not taken."""
+        ...
+
+    async def check(self, guest: Guest) -> None:
+        """Before the guest is stopped: is somebody there to take it?
+
+        :raise MigrationError: no."""
+        ...
+
+    async def arm(self, senders: SenderGroup, state: bytes, rounds: int, runs: bool) -> None:
+        """After the last round: send the device state; wait until the destination keeps every
+        promise, if it can say so.
+
+        :raise TimeoutError: no answer."""
+        ...
+
+    async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
+        """Pass the right to run; return what became of it, and the reason where it was not taken.
+
+        :raise NotHandedOver: it never left the guest."""
+        ...
+
+    async def break_off(self, last_word: wire.Abort | None) -> None:
+        """Let the destination know that nothing more comes. Idempotent."""
+        ...
+
+    async def close(self) -> None:
+        """Give everything back, once no sender is left. Idempotent."""
+        ...

@@ -1,0 +1,113 @@
+"""Placing pages behind a running guest: each page whole, once, and its waiters woken.
+
+What a receiver uses in postcopy where it uses `Placer` before; the fault service does the same in
+native code. Why this and nothing else: docs/decisions/0005-postcopy-placement.md.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+from engine import _native
+from engine.errors import GuestError, MemoryRefused, WireError
+from engine.memory.bitmaps import PageBitmaps
+from engine.memory.blocks import PAGE_SIZE, RamBlock
+
+
+def unit_pages(block: RamBlock) -> int:
+    """How many pages are placed, discarded and asked for together.
+
+    :raise MemoryRefused: larger than what can be placed."""
+    unit = block.backing_page_size // PAGE_SIZE
+    if unit not in (1, _native.HUGE_UNIT_PAGES):
+        raise MemoryRefused(
+            f"RAM block '{block.name}' has pages of {block.backing_page_size} bytes; postcopy "
+            f"places those of {PAGE_SIZE} and {_native.HUGE_UNIT_PAGES * PAGE_SIZE}"
+        )
+    return unit
+
+
+class Inserter:
+    """Inserts pages into all blocks of a guest; borrows the guest's userfaultfds and the bitmap."""
+
+    def __init__(
+        self,
+        blocks: Sequence[RamBlock],
+        uffds: Sequence[int],
+        addresses: Sequence[int],
+        received: PageBitmaps,
+    ) -> None:
+        """:raise MemoryRefused: a block whose pages are too large."""
+        self._received = received
+        self._blocks = tuple(blocks)
+        self._targets = [
+            (uffd, address, unit_pages(block))
+            for block, uffd, address in zip(blocks, uffds, addresses, strict=True)
+        ]
+
+    def insert(self, index: int, payload: Buffer, runs: Buffer, run_count: int) -> int:
+        """Place the runs' pages where nothing is yet; return how many those were.
+
+        :raise WireError: a run lies outside the block or cuts a huge page; nothing was placed.
+        :raise MemoryRefused: the memory behind the block is full.
+        :raise GuestError: the guest is gone."""
+        block = self._blocks[index]
+        try:
+            fresh, _ = _native.insert(
+                *self._targets[index], self._received[index], payload, runs, run_count,
+                block.page_count,
+            )  # fmt: skip
+        except ValueError as exc:
+            raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
+        except OSError as exc:
+            raise placing_failed(exc) from exc
+        return fresh
+
+    def insert_zero(self, index: int, runs: Buffer, run_count: int) -> int:
+        """The runs' pages are zero; return how many of them were not received yet.
+
+        :raise WireError: a run lies outside the block or cuts a huge page; nothing was done."""
+        block = self._blocks[index]
+        try:
+            return _native.insert_zero(
+                *self._targets[index], self._received[index], runs, run_count, block.page_count
+            )
+        except ValueError as exc:
+            raise WireError(f"zero pages for RAM block '{block.name}': {exc}") from exc
+        except OSError as exc:
+            raise placing_failed(exc) from exc
+
+
+def placing_failed(exc: OSError) -> MemoryRefused | GuestError:
+    """What an error of UFFDIO_COPY means."""
+    if exc.errno in (errno.ESRCH, errno.ENOENT):
+        return GuestError("the guest is gone, or has unmapped its RAM")
+    return MemoryRefused(f"cannot place pages behind the guest: {exc.strerror}")
+
+
+def discard_missing(blocks: Sequence[RamBlock], received: PageBitmaps) -> int:
+    """Punch what is not received, whole huge pages, before the guest runs; return the pages.
+
+    :raise MemoryRefused: the memory cannot be punched, or its pages are too large."""
+    missing = 0
+    for index, block in enumerate(blocks):
+        try:
+            missing += _native.discard_missing(
+                block.fd, received[index], block.page_count, unit_pages(block)
+            )
+        except OSError as exc:
+            raise MemoryRefused(
+                f"cannot discard pages of RAM block '{block.name}': {exc.strerror}"
+            ) from exc
+    return missing
+
+
+def widen(blocks: Sequence[RamBlock], dirty: PageBitmaps) -> int:
+    """The source's half of discarding huge pages whole; return the pages that became dirty."""
+    return sum(
+        _native.bitmap_widen(dirty[index], block.page_count, unit_pages(block))
+        for index, block in enumerate(blocks)
+    )

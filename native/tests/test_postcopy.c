@@ -1,0 +1,268 @@
+/* Both services, two vCPUs and a background inserter as threads of one process: every page is the
+ * source's. Then hostile bytes at either service: they are refused, or do what they say. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "faults.h"
+#include "linux_abi.h"
+#include "page_service.h"
+#include "userfault.h"
+
+#define PAGES ((uint64_t)2048)
+#define WORDS ((size_t)PAGES / 64)
+#define ROUNDS 3
+
+static const unsigned char SESSION[16] = "session of tests";
+
+struct world {
+    int source_fd, ram_fd, uffd, pair[2], never[2];
+    unsigned char *ram; /* the guest's */
+    bitmap_word received[WORDS], dirty[WORDS];
+    uint64_t fault_words[FAULT_WORDS], page_words[PAGE_SERVICE_WORDS];
+    struct insertion to;
+    struct fault_service *faults;
+    struct page_service *pages;
+    atomic_bool ends;
+};
+
+static void fill_page(unsigned char *page, uint64_t index)
+{
+    uint64_t state = index + 1;
+
+    for (size_t i = 0; i < PAGE_BYTES; i += 8) {
+        uint64_t word = index % 7 == 0 ? 0 : random_word(&state);
+
+        memcpy(page + i, &word, 8);
+    }
+}
+
+static bool world_open(struct world *world)
+{
+    unsigned char page[PAGE_BYTES];
+    struct fault_block block = {.page_count = PAGES};
+    struct page_block source = {.page_count = PAGES, .unit_pages = 1};
+
+    memset((void *)world, 0, sizeof *world);
+    world->uffd = uffd_open(UFFD_USER_MODE_ONLY_FLAG,
+                            UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_THREAD_ID);
+    if (world->uffd < 0)
+        return false;
+    world->source_fd = memfd_create("source", MFD_CLOEXEC);
+    world->ram_fd = memfd_create("ram", MFD_CLOEXEC);
+    CHECK(ftruncate(world->source_fd, (off_t)(PAGES * PAGE_BYTES)) == 0);
+    CHECK(ftruncate(world->ram_fd, (off_t)(PAGES * PAGE_BYTES)) == 0);
+    for (uint64_t i = 0; i < PAGES; ++i) {
+        fill_page(page, i);
+        CHECK(pwrite(world->source_fd, page, PAGE_BYTES, (off_t)(i * PAGE_BYTES)) == PAGE_BYTES);
+    }
+    world->ram = mmap(NULL, PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, world->ram_fd, 0);
+    CHECK(world->ram != MAP_FAILED);
+    CHECK(uffd_register(world->uffd, (uint64_t)(uintptr_t)world->ram, PAGES * PAGE_BYTES,
+                        UFFDIO_REGISTER_MODE_MISSING) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, world->pair) == 0);
+    CHECK(pipe(world->never) == 0);
+    bitmap_set_range(world->dirty, 0, PAGES);
+    world->to = (struct insertion){world->uffd, (uint64_t)(uintptr_t)world->ram, 1, world->received};
+    block.to = world->to;
+    source.fd = world->source_fd;
+    source.dirty = world->dirty;
+    CHECK(faults_open(&world->faults, &block, 1, SESSION, world->fault_words, 2, true) == 0);
+    CHECK(pages_open(&world->pages, &source, 1, SESSION, world->page_words) == 0);
+    faults_reconnect(world->faults);
+    pages_reconnect(world->pages);
+    return true;
+}
+
+static void world_close(struct world *world)
+{
+    faults_close(world->faults);
+    pages_close(world->pages);
+    CHECK(uffd_unregister(world->uffd, (uint64_t)(uintptr_t)world->ram, PAGES * PAGE_BYTES) == 0);
+    munmap(world->ram, PAGES * PAGE_BYTES);
+    for (int i = 0; i < 2; ++i) {
+        close(world->pair[i]);
+        close(world->never[i]);
+    }
+    close(world->uffd);
+    close(world->ram_fd);
+    close(world->source_fd);
+}
+
+/* -- right peers ----------------------------------------------------------------------------------- */
+
+static void *run_faults(void *argument)
+{
+    struct world *world = argument;
+    uint64_t block, page;
+
+    while (!atomic_load(&world->ends)) {
+        int happened = faults_run(world->faults, world->pair[0], world->never[0], 20);
+
+        CHECK(happened >= 0 && !(happened & (FAULTS_LOST | FAULTS_WOKEN)));
+        while (faults_news(world->faults, &block, &page))
+            faults_prefetch(world->faults, block, page, page + 8 > PAGES ? PAGES - page : 8);
+    }
+    return NULL;
+}
+
+static void *run_pages(void *argument)
+{
+    struct world *world = argument;
+
+    while (!atomic_load(&world->ends))
+        CHECK(pages_run(world->pages, world->pair[1], world->never[0], 20) == 0);
+    return NULL;
+}
+
+static void *run_background(void *argument)
+{
+    struct world *world = argument;
+    unsigned char pages[16 * PAGE_BYTES];
+
+    for (uint32_t first = 0; first < PAGES; first += 16) {
+        uint32_t run[2] = {first, 16};
+        struct inserted_pages counts;
+
+        for (uint64_t i = 0; i < 16; ++i)
+            fill_page(pages + i * PAGE_BYTES, first + i);
+        CHECK(insert_runs(&world->to, pages, (unsigned char *)run, 1, &counts) == 0);
+        CHECK(counts.fresh + counts.present == 16);
+    }
+    return NULL;
+}
+
+static void *run_vcpu(void *argument)
+{
+    struct world *world = argument;
+    uint64_t state = (uint64_t)(uintptr_t)&state;
+    unsigned char expected[PAGE_BYTES];
+
+    for (uint64_t i = 0; i < PAGES; ++i) {
+        uint64_t page = random_below(&state, PAGES);
+
+        fill_page(expected, page);
+        CHECK(memcmp(world->ram + page * PAGE_BYTES, expected, PAGE_BYTES) == 0);
+    }
+    return NULL;
+}
+
+static void test_every_page_is_the_sources(bool with_background)
+{
+    void *(*roles[])(void *) = {run_vcpu, run_vcpu, run_background, run_faults, run_pages};
+    pthread_t threads[5];
+    static struct world world;
+    unsigned char expected[PAGE_BYTES], found[PAGE_BYTES];
+
+    CHECK(world_open(&world));
+    for (int i = 0; i < 5; ++i)
+        if (i != 2 || with_background)
+            CHECK(pthread_create(&threads[i], NULL, roles[i], &world) == 0);
+    for (int i = 0; i < 5; ++i) {
+        if (i == 3)
+            atomic_store(&world.ends, true);
+        if (i != 2 || with_background)
+            CHECK(pthread_join(threads[i], NULL) == 0);
+    }
+    for (uint64_t i = 0; with_background && i < PAGES; ++i) {
+        fill_page(expected, i); /* by pread: zero pages may be holes, and nobody serves any more */
+        CHECK(pread(world.ram_fd, found, PAGE_BYTES, (off_t)(i * PAGE_BYTES)) == PAGE_BYTES);
+        CHECK(memcmp(found, expected, PAGE_BYTES) == 0);
+    }
+    CHECK(world.fault_words[FAULT_STRAY_EVENTS] == 0);
+    world_close(&world);
+}
+
+/* -- hostile ones ---------------------------------------------------------------------------------- */
+
+/* A frame that is right but for a few bytes, now and then. */
+static struct frame some_frame(uint64_t *state, uint64_t sequence)
+{
+    struct frame frame = {
+        .magic = {'r', 'f', 'p', 'f'},
+        .version = 1,
+        .kind = (uint8_t)(FRAME_DEMAND + random_below(state, 6)),
+        .codec = 1,
+        .sequence = sequence,
+        .request = sequence - 1,
+        .first_page = (uint32_t)random_below(state, PAGES),
+        .page_count = (uint32_t)(1 + random_below(state, 20)),
+        .block = 1,
+    };
+
+    memcpy(frame.session, SESSION, sizeof SESSION);
+    if (frame.kind == FRAME_DATA)
+        frame.payload_bytes = frame.page_count * PAGE_BYTES;
+    if (random_below(state, 4) == 0)
+        ((unsigned char *)&frame)[random_below(state, sizeof frame)] ^=
+            (unsigned char)(1 + random_below(state, 255));
+    return frame;
+}
+
+static void send_hostile(int fd, uint64_t *state)
+{
+    unsigned char bytes[8192];
+
+    for (uint64_t sequence = 2; sequence < 40; ++sequence) {
+        struct frame frame = some_frame(state, sequence);
+        size_t tail = frame.kind == FRAME_DATA ? random_below(state, sizeof bytes) : 0;
+
+        memset(bytes, (int)sequence, sizeof bytes);
+        if (send(fd, &frame, sizeof frame, MSG_NOSIGNAL) < 0 ||
+            send(fd, bytes, tail, MSG_NOSIGNAL) < 0)
+            return; /* given up, or full */
+    }
+}
+
+static void test_hostile_bytes_do_no_harm(uint64_t seed)
+{
+    static struct world world;
+    uint64_t state = seed;
+
+    CHECK(world_open(&world));
+    for (int i = 0; i < 300; ++i) {
+        int both[2], happened;
+
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, both) == 0);
+        send_hostile(both[1], &state);
+        shutdown(both[1], SHUT_WR);
+        pages_reconnect(world.pages);
+        faults_reconnect(world.faults);
+        if (i % 2 == 0) {
+            do
+                happened = pages_run(world.pages, both[0], world.never[0], 1);
+            while (happened == 0);
+            CHECK(happened == PAGES_LOST && *pages_reason(world.pages));
+        } else {
+            CHECK(faults_prefetch(world.faults, 0, random_below(&state, PAGES - 8), 8) <= 8);
+            do
+                happened = faults_run(world.faults, both[0], world.never[0], 1);
+            while (happened == 0);
+            CHECK(happened == FAULTS_LOST && *faults_reason(world.faults));
+        }
+        close(both[0]);
+        close(both[1]);
+    }
+    world_close(&world);
+}
+
+int main(void)
+{
+    static struct world world;
+
+    if (!world_open(&world)) {
+        fprintf(stderr, "no userfaultfd here\n");
+        return SKIPPED;
+    }
+    world_close(&world);
+    for (int i = 0; i < ROUNDS; ++i) {
+        test_every_page_is_the_sources(i % 2 == 0);
+        test_hostile_bytes_do_no_harm((uint64_t)i + 1);
+    }
+    return 0;
+}

@@ -1,0 +1,262 @@
+"""Inserting behind a guest's mapping: whole, once, never over what is there; discarding before."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import _native
+from engine.errors import MemoryRefused, WireError
+from engine.memory.bitmaps import PageBitmaps
+from engine.memory.blocks import RamBlock
+from engine.memory.insertion import Inserter, discard_missing, unit_pages, widen
+from engine.memory.missing import open_missing
+from tests.hugepages import huge_pages
+from tests.kernel import has_userfaultfd
+from tests.native.support import PAGE, bitmap_of, pages_in, pages_of, table_of
+
+__all__ = ["huge_pages"]
+
+needs_uffd = pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here")
+PAGES = 1200
+HUGE = 2 * 1024 * 1024
+
+
+@dataclass
+class Guest:
+    """RAM that a guest (this process) has mapped and registered."""
+
+    block: RamBlock
+    ram: mmap.mmap
+    uffd: int
+    received: PageBitmaps
+
+    def inserter(self) -> Inserter:
+        address = _native.mapping_address(self.ram)
+        return Inserter([self.block], [self.uffd], [address], self.received)
+
+
+@contextlib.contextmanager
+def guest(page_count: int = PAGES, *, fd: int = -1, backing: int = PAGE) -> Iterator[Guest]:
+    with contextlib.ExitStack() as stack:
+        if fd < 0:
+            fd = os.memfd_create("ramferry-test", os.MFD_CLOEXEC)
+            stack.callback(os.close, fd)
+        os.ftruncate(fd, page_count * PAGE)
+        block = RamBlock("ram", page_count * PAGE, fd, backing)
+        ram = stack.enter_context(block.map())
+        uffd = open_missing([ram])
+        stack.callback(os.close, uffd)
+        received = PageBitmaps.create("received", [block])
+        stack.callback(received.close)
+        yield Guest(block, ram, uffd, received)
+
+
+runs_of_pages = st.lists(
+    st.tuples(st.integers(0, PAGES - 1), st.integers(1, 600)), min_size=1, max_size=5
+).map(lambda runs: [(first, min(count, PAGES - first)) for first, count in runs])
+
+
+@needs_uffd
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.booleans(), runs_of_pages), min_size=1, max_size=5))
+def test_whatever_comes_first_stays(steps: list[tuple[bool, list[tuple[int, int]]]]) -> None:
+    """Against a model; what is inserted twice, differently, keeps its first content."""
+    with guest() as made:
+        inserter, model, there = made.inserter(), bytearray(PAGES * PAGE), set[int]()
+        received = set[int]()
+        for number, (is_zero, runs) in enumerate(steps, 1):
+            pages = pages_in(runs)
+            if is_zero:  # never of pages that are there, as the source's RAM does not change
+                holes = sorted(set(pages) - there)
+                inserter.insert_zero(0, table_of([(page, 1) for page in holes]), len(holes))
+                received.update(holes)
+                continue
+            payload = b"".join(bytes([number]) * PAGE for _ in pages)
+            fresh = inserter.insert(0, memoryview(payload), table_of(runs), len(runs))
+            new = set(pages) - received
+            assert fresh == len(new)
+            for page in new:
+                model[page * PAGE : (page + 1) * PAGE] = bytes([number]) * PAGE
+            there |= new
+            received |= new
+        assert os.pread(made.block.fd, made.block.size, 0) == model
+        assert made.block.allocated_bytes() == len(there) * PAGE
+        assert pages_of(made.received[0]) == received
+
+
+@needs_uffd
+def test_a_page_that_was_placed_but_not_marked_is_marked_and_not_overwritten() -> None:
+    """Its receiver was killed in between, and the guest has written it since."""
+    with guest(16) as made:
+        inserter = made.inserter()
+        inserter.insert(0, memoryview(b"a" * PAGE), table_of([(3, 1)]), 1)
+        made.received.clear()
+        made.ram[3 * PAGE : 3 * PAGE + 5] = b"guest"
+
+        fresh = inserter.insert(0, memoryview(b"a" * 3 * PAGE), table_of([(2, 3)]), 1)
+
+        assert fresh == 2
+        assert made.ram[3 * PAGE : 3 * PAGE + 6] == b"guesta"
+        assert pages_of(made.received[0]) == {2, 3, 4}
+
+
+@needs_uffd
+@pytest.mark.parametrize("placed_by", ["the guest's userfaultfd", "another mapping"])
+def test_who_waits_is_woken_whoever_placed_the_page(placed_by: str) -> None:
+    found: list[int] = []
+    with guest(16) as made:
+
+        def touch() -> None:
+            flag = bytearray(1)
+            with memoryview(made.ram) as ram, ram[5 * PAGE : 6 * PAGE] as page:
+                _native.zero_scan("scalar", page, flag, PAGE)  # without the interpreter's lock
+                found.append(page[0])
+
+        toucher = threading.Thread(target=touch)
+        toucher.start()
+        os.set_blocking(made.uffd, True)
+        assert len(os.read(made.uffd, 32)) == 32  # it waits
+        if placed_by == "another mapping":  # which wakes nobody
+            os.pwrite(made.block.fd, b"z" * PAGE, 5 * PAGE)
+        assert made.inserter().insert(0, memoryview(b"z" * PAGE), table_of([(5, 1)]), 1) == (
+            placed_by == "the guest's userfaultfd"
+        )
+        toucher.join(20)
+        assert found == [ord("z")]
+
+
+@needs_uffd
+@pytest.mark.parametrize(
+    ("runs", "payload_pages"),
+    [([(15, 2)], 2), ([(16, 1)], 1), ([(3, 0)], 0), ([(3, 2)], 1), ([(2**32 - 1, 2)], 2)],
+)
+def test_bad_runs_place_nothing(runs: list[tuple[int, int]], payload_pages: int) -> None:
+    with guest(16) as made:
+        inserter, payload = made.inserter(), memoryview(b"x" * payload_pages * PAGE)
+        with pytest.raises(WireError, match="pages for RAM block 'ram'"):
+            inserter.insert(0, payload, table_of([(0, 1), *runs]), 1 + len(runs))
+        if runs != [(3, 2)]:
+            with pytest.raises(WireError, match="zero pages for RAM block 'ram'"):
+                inserter.insert_zero(0, table_of(runs), len(runs))
+        assert made.block.allocated_bytes() == made.received.count() == 0
+
+
+@needs_uffd
+def test_memory_that_is_full_is_an_error_and_what_was_placed_is_marked(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root; CI runs this as root")
+    import subprocess
+
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        fd = os.open(tmp_path / "ram", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            with guest(64, fd=fd) as made:
+                with pytest.raises(MemoryRefused, match="cannot place pages behind the guest"):
+                    made.inserter().insert(0, memoryview(b"x" * 64 * PAGE), table_of([(0, 64)]), 1)
+                marked = pages_of(made.received[0])
+                assert marked <= set(range(32))
+                assert made.block.allocated_bytes() >= len(marked) * PAGE
+        finally:
+            os.close(fd)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# -- discarding ----------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 400),
+    st.sets(st.integers(0, 399)),
+    st.sampled_from([1, 2, 64, 100, 512]),
+)
+def test_discarding_leaves_whole_received_units_and_punches_all_else(
+    page_count: int, received: set[int], unit: int
+) -> None:
+    received = {page for page in received if page < page_count}
+    bitmap = bitmap_of(received, page_count)
+    units = [range(s, min(s + unit, page_count)) for s in range(0, page_count, unit)]
+    kept = {page for pages in units if received.issuperset(pages) for page in pages}
+    fd = os.memfd_create("ramferry-test", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(fd, b"x" * page_count * PAGE, 0)
+
+        missing = _native.discard_missing(fd, bitmap, page_count, unit)
+
+        assert missing == page_count - len(kept)
+        assert pages_of(bitmap) == kept
+        content = os.pread(fd, page_count * PAGE, 0)
+        assert {p for p in range(page_count) if content[p * PAGE]} == kept
+        assert os.fstat(fd).st_blocks * 512 == len(kept) * PAGE
+    finally:
+        os.close(fd)
+
+
+@given(
+    st.integers(1, 400),
+    st.sets(st.integers(0, 399)),
+    st.sampled_from([1, 2, 64, 100, 512]),
+)
+def test_widening_is_what_discarding_does_seen_from_the_source(
+    page_count: int, dirty: set[int], unit: int
+) -> None:
+    dirty = {page for page in dirty if page < page_count}
+    bitmap = bitmap_of(dirty, page_count)
+    units = [range(s, min(s + unit, page_count)) for s in range(0, page_count, unit)]
+    wide = {page for pages in units if dirty.intersection(pages) for page in pages}
+
+    assert _native.bitmap_widen(bitmap, page_count, unit) == len(wide) - len(dirty)
+    assert pages_of(bitmap) == wide
+
+
+def test_blocks_of_other_page_sizes_are_refused() -> None:
+    with pytest.raises(MemoryRefused, match="pages of 1073741824 bytes; postcopy places those of"):
+        unit_pages(RamBlock("ram", 2**30, -1, 2**30))
+    assert unit_pages(RamBlock("ram", HUGE, -1, HUGE)) == 512
+
+
+# -- huge pages ----------------------------------------------------------------------------------
+
+
+@needs_uffd
+@pytest.mark.usefixtures("huge_pages")
+def test_huge_pages_are_placed_and_discarded_whole() -> None:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    try:
+        with guest(1024, fd=fd, backing=HUGE) as made:
+            content = random.Random(3).randbytes(HUGE)
+            with pytest.raises(WireError, match="not whole units of 512"):
+                made.inserter().insert(0, memoryview(content), table_of([(256, 512)]), 1)
+            assert made.inserter().insert(0, memoryview(content), table_of([(512, 512)]), 1) == 512
+            assert made.ram[HUGE:] == content
+            assert (
+                made.inserter().insert(0, memoryview(bytes(HUGE)), table_of([(512, 512)]), 1) == 0
+            )
+            _native.bitmap_clear_slice(made.received[0], (576, 64, 9, 10))
+            dirty = PageBitmaps.create("dirty", [made.block])
+            _native.bitmap_set_range(dirty[0], 3, 1)
+            assert widen([made.block], dirty) == 511
+            dirty.close()
+            assert discard_missing([made.block], made.received) == 512
+            assert made.received.count() == 512
+    finally:
+        os.close(fd)
+
+
+def test_a_second_userfaultfd_over_the_same_mapping_is_refused() -> None:
+    if not has_userfaultfd():
+        pytest.skip("no userfaultfd here")
+    with guest(16) as made, pytest.raises(MemoryRefused, match="cannot be registered for faults"):
+        open_missing([made.ram])
