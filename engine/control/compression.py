@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from engine import wire
@@ -16,6 +16,7 @@ from engine.wire import CodecId
 AUTO: Final = "auto"
 #: How `query-migrate` and `multifd-compression` call them.
 NAMES: Final = {CodecId.RAW: "none"} | {wire_id: name for name, wire_id in CODEC_IDS.items()}
+_IDS: Final = frozenset(CodecId)
 
 
 def compression_of(host: Host) -> wire.Compress:
@@ -48,9 +49,10 @@ def codecs_of(wanted: wire.Compress) -> tuple[int, ...]:
     return (CODEC_IDS[wanted.codec],) if wanted.codec in CODEC_IDS else ()
 
 
-def lacking_codecs(wanted: wire.Compress, known: Sequence[int]) -> str:
-    """Names of what is wanted and not known, or nothing."""
-    return ", ".join(NAMES[CodecId(one)] for one in codecs_of(wanted) if one not in known)
+def lacking_codecs(wanted: Sequence[int], known: Collection[int]) -> str:
+    """Names of what is wanted and not known, or nothing; a number is of a codec that came later."""
+    lacking = sorted(set(wanted) - set(known))
+    return ", ".join(CodecId(one).name.lower() if one in _IDS else str(one) for one in lacking)
 
 
 def delta_statistics(channels: Sequence[Progress]) -> DeltaStatistics:

@@ -6,6 +6,7 @@ import logging
 
 from engine import wire
 from engine.compress.codecs import CODEC_IDS
+from engine.control.compression import lacking_codecs
 from engine.control.host import Host
 from engine.errors import PeerRefused
 from engine.memory.blocks import PAGE_SIZE
@@ -27,9 +28,8 @@ def check_fits(host: Host, hello: wire.Hello, *, is_stream: bool) -> None:
         raise PeerRefused(f"Mismatched RAM page size: {hello.page_size} != {PAGE_SIZE}")
     if hello.guest_kind != guest.kind:
         raise PeerRefused(f"guest kind '{hello.guest_kind}' and local is '{guest.kind}'")
-    if lacking := sorted(set(hello.codecs) - set(CODEC_IDS.values())):
-        known = ", ".join(CODEC_IDS)
-        raise PeerRefused(f"codec ids {lacking} are unknown here; this build knows {known}")
+    if lacking := lacking_codecs(hello.codecs, CODEC_IDS.values()):
+        raise PeerRefused(f"cannot decode {lacking}; this build knows {', '.join(CODEC_IDS)}")
     if hello.channels > 1 and is_stream:
         raise PeerRefused(f"{hello.channels} channels on one stream")
     _check_uuid(host.uuid, wire.cut(hello.uuid))

@@ -336,7 +336,7 @@ class IncomingMigration:
             case wire.Ready(endpoint, placement):
                 lane.endpoint, self.placement = endpoint, placement
             case wire.Opened(incarnation):
-                lane.incarnation = incarnation
+                lane.incarnation = max(lane.incarnation, incarnation)
             case wire.RoundReceived():
                 lane.round_number = report.round_number
                 self._tell(report)
@@ -423,10 +423,10 @@ class IncomingMigration:
         lane.reopening = self._beside(self._reopen(main, lane, incarnation))
 
     async def _reopen(self, main: Main, lane: Lane, incarnation: int) -> None:
+        lane.incarnation = incarnation
         if lane.worker is None or not lane.worker.is_alive:
-            lane.incarnation = incarnation
             await self._replace(lane)
-            await self._until(lambda: lane.endpoint)
+        await self._until(lambda: lane.endpoint)  # one that a former wish began may not listen yet
         await main.send(wire.Reopened(lane.index, incarnation, lane.endpoint))
 
     async def _arm(self, main: Main, rounds: int, runs: bool) -> None:

@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from engine import wire
-from engine.control.compression import compression_info, delta_statistics, lacking_codecs
+from engine.control.compression import codecs_of, compression_info, delta_statistics, lacking_codecs
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
 from engine.control.statistics import ChannelSample, MigrationNumbers
 from engine.errors import MigrationError, WorkerLost
@@ -239,7 +239,7 @@ class SenderGroup:
         """From the next batch on, on all lanes; as before if the destination does not know how.
 
         :param known: codec ids that it can decode."""
-        if lacking := lacking_codecs(wanted, known):
+        if lacking := lacking_codecs(codecs_of(wanted), known):
             log.warning("the destination cannot decode %s; nothing is changed", lacking)
         elif wanted != self._compress:
             self._compress = wanted

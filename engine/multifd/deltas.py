@@ -15,6 +15,9 @@ from engine.worker import log
 
 #: In the first round no page is sent again, so none is kept (QEMU: xbzrle_started).
 FIRST_ROUND: Final = 2
+#: With its length no longer than the page: a packet of deltas is then never longer than one of
+#: pages, which is what a receiver's socket takes.
+DELTA_BYTES_MAX: Final = PAGE_SIZE - _native.DELTA_LENGTH_BYTES
 COUNTS: Final = {
     Count.DELTA_BYTES: "encoded_bytes",
     Count.DELTA_HITS: "hit_pages",
@@ -67,7 +70,9 @@ class Deltas:
         """Of pages that were taken: full ones, and deltas; unchanged ones are in neither."""
         assert self._cache is not None
         output = self._output
-        batch = self._cache.deal(block_index, round_number, ram, runs, count, output)
+        batch = self._cache.deal(
+            block_index, round_number, ram, runs, count, output, DELTA_BYTES_MAX
+        )
         self._show(self._cache.statistics)
         copy = bytes(memoryview(output.full_pages)[: batch.full_pages * PAGE_SIZE])
         full = copied_payload(copy, memoryview(output.full_runs), batch.full_runs, codec)

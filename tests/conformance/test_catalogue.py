@@ -24,7 +24,9 @@ from engine.errors import UsageError
 pytestmark = pytest.mark.process
 
 GUEST: Final = "workload:size=32M,contents=random"
-WRITING: Final = f"{GUEST},rate=15M,pattern=sweep"
+COMPRESSIBLE: Final = "workload:size=32M"
+WRITES: Final = "rate=15M,pattern=sweep"
+WRITING: Final = f"{GUEST},{WRITES}"
 #: The catalogue's: it cannot converge, and it does at once.
 SLOW: Final = {"max_bandwidth": 3_000_000, "downtime_limit": 1}
 FAST: Final = {"max_bandwidth": 1_000_000_000, "downtime_limit": 30_000}
@@ -40,11 +42,12 @@ async def couple(
     *capabilities: str,
     uri: str = "tcp:127.0.0.1:0",
     uuids: tuple[str, str] = ("", ""),
+    guest: str = GUEST,
     **parameters: Any,
 ) -> AsyncIterator[tuple[engine.Control, engine.Control]]:
     """Both sides with `events`, the capabilities, and parameters that are read back."""
-    source = engine.Control.start(WRITING, uuid=uuids[0])
-    destination = engine.Control.start(GUEST, "defer", uuid=uuids[1])
+    source = engine.Control.start(f"{guest},{WRITES}", uuid=uuids[0])
+    destination = engine.Control.start(guest, "defer", uuid=uuids[1])
     async with source, destination:
         wanted = [{"capability": name, "state": True} for name in ("events", *capabilities)]
         for one in (source, destination):
@@ -294,6 +297,48 @@ def test_migration_multifd_tcp_plain_cancel() -> None:
             async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings) as second:
                 await (await source.migrate(second, **FAST)).result()
                 await check_success(source, second)
+
+    asyncio.run(scenario())
+
+
+def test_migration_multifd_tcp_plain_zlib() -> None:
+    asyncio.run(encoded("zlib", multifd_zlib_level=2))
+
+
+def test_migration_multifd_tcp_plain_zstd() -> None:
+    asyncio.run(encoded("zstd", multifd_zstd_level=2))
+
+
+@pytest.mark.parametrize("codec", ["lz4", "auto"])
+def test_migration_multifd_tcp_plain_with_what_qemu_lacks(codec: str) -> None:
+    asyncio.run(encoded(codec))
+
+
+async def encoded(codec: str, **parameters: Any) -> None:
+    """`live`, with what the codec did."""
+    wanted = {"multifd_channels": 4, "multifd_compression": codec, **parameters}
+    async with couple("multifd", guest=COMPRESSIBLE, **wanted) as (source, destination):
+        await set_and_read(source, SLOW)
+        migration = await source.migrate(destination)
+        await until_marker(destination)
+        await set_and_read(source, FAST)
+        did = (await migration.result()).raw["x-compression"]
+        assert 0 < did["encoded-bytes"] < did["plain-bytes"]
+        assert len(did["channels"]) == 4
+        used = {name for channel in did["channels"] for name in channel["batches"]}
+        assert codec in used or codec == "auto"
+        await check_success(source, destination)
+
+
+@pytest.mark.parametrize("codec", ["qatzip", "qpl", "uadk"])
+def test_migration_multifd_tcp_plain_hardware(codec: str) -> None:
+    """QEMU has these rows where it was built with the library; else it says what ours says."""
+
+    async def scenario() -> None:
+        async with engine.Control.start(GUEST) as source:
+            text = f"Parameter 'multifd-compression' does not accept value '{codec}'"
+            with pytest.raises(UsageError, match=text):
+                await source.execute("migrate-set-parameters", multifd_compression=codec)
 
     asyncio.run(scenario())
 

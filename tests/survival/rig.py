@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from engine.control.status import Status
 
 SIZE = "48M"
 GUEST = f"workload:size={SIZE},contents=random"
-WRITING = f"{GUEST},rate=15M,pattern=random"
+WRITES = "rate=15M,pattern=random"
+WRITING = f"{GUEST},{WRITES}"
 BANDWIDTH = 60_000_000  #: the first round takes about 0.8 s
 DEADLINE_S = 60.0
 
@@ -76,10 +77,18 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def pair(directory: Path, uri: str = "tcp:127.0.0.1:0") -> AsyncIterator[Pair]:
-    """Start both sides; at the end every process that they ever started must be gone."""
-    source = engine.Control.start(f"{WRITING},rundir={_private(directory, 'source')}")
-    destination = engine.Control.start(f"{GUEST},rundir={_private(directory, 'destination')}", uri)
+async def pair(
+    directory: Path,
+    uri: str = "tcp:127.0.0.1:0",
+    guest: str = GUEST,
+    settings: Sequence[str] = (),
+) -> AsyncIterator[Pair]:
+    """Start both sides; at the end every process that they ever started must be gone.
+
+    :param settings: of both sides."""
+    rundirs = [f"rundir={_private(directory, name)}" for name in ("source", "destination")]
+    source = engine.Control.start(f"{guest},{WRITES},{rundirs[0]}", settings=settings)
+    destination = engine.Control.start(f"{guest},{rundirs[1]}", uri, settings)
     try:
         async with source, destination:
             both = Pair(source, destination, directory)
