@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from engine import wire
+from engine.compress.auto import LADDER
 from engine.compress.codecs import CODEC_IDS
 from engine.compress.delta import DeltaStatistics
 from engine.control.host import Host
@@ -45,7 +46,7 @@ def channels_of(host: Host) -> int:
 def codecs_of(wanted: wire.Compress) -> tuple[int, ...]:
     """What the destination must be able to decode."""
     if wanted.codec == AUTO:
-        return tuple(CODEC_IDS.values())
+        return tuple(sorted({CODEC_IDS[arm.name] for arm in LADDER if arm.name in CODEC_IDS}))
     return (CODEC_IDS[wanted.codec],) if wanted.codec in CODEC_IDS else ()
 
 

@@ -146,6 +146,36 @@ def test_migration_precopy_unix_plain() -> None:
     asyncio.run(scenario())
 
 
+def test_migration_precopy_unix_xbzrle() -> None:
+    """Deltas were sent, and counted as QEMU counts them."""
+
+    async def scenario() -> None:
+        async with (
+            engine.Control.start(GUEST) as somebody,
+            couple(
+                "xbzrle", uri=f"unix:{somebody.qmp_path}-m", xbzrle_cache_size=32 * 1024 * 1024
+            ) as (source, destination),
+        ):
+            await set_and_read(source, SLOW)
+            migration = await source.migrate(destination)
+            await until_marker(destination)
+            await set_and_read(source, {"max-bandwidth": 50_000_000})
+
+            async def has_deltas() -> bool:
+                info = await source.execute("query-migrate")
+                return bool(info["xbzrle-cache"]["pages"] and info["ram"]["dirty-sync-count"] > 3)
+
+            await until(has_deltas)
+            cache = (await source.execute("query-migrate"))["xbzrle-cache"]
+            assert cache["cache-size"] == 32 * 1024 * 1024
+            assert cache["bytes"] > 0
+            await set_and_read(source, FAST)
+            await migration.result()
+            await check_success(source, destination)
+
+    asyncio.run(scenario())
+
+
 # -- one descriptor ------------------------------------------------------------------------------
 
 
