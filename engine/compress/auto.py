@@ -1,18 +1,18 @@
-"""`auto`: the codec that moves the most RAM per second, by cost, gain and the drain of the channel.
+"""`auto`: the codec that moves the most RAM per second, by cost, gain, the drain of the channel and
+the CPUs that are left.
 
-The worker encodes while ZeroMQ's thread sends, and all share the host's CPUs: so a byte of RAM
-takes the longest of encoding it, sending what is left of it, and the CPU time for it on all CPUs.
-Cost and gain are those of the pages that looked worth it. A probe encodes the pages of one batch a
-second time, so that two codecs are compared on the same pages; what was seen in use counts for
-longer. A channel that is not full does not tell what it could drain: then the drain is believed to
-grow, and the next full queue says what it is.
+The worker encodes while ZeroMQ's thread sends: so a byte of RAM takes the longest of preparing it,
+sending what is left of it, and its CPU time on the CPUs that all senders share. Cost and gain are
+those of the pages that looked worth it. A probe encodes the pages of one batch a second time, so
+that two codecs are compared on the same pages. A channel that is not full does not tell what it
+could drain: then the drain is believed to grow, and the next full queue says what it is.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from engine.compress.codecs import Lz4, Zstd
 from engine.compress.policy import Arm, Done, Probe
@@ -26,45 +26,54 @@ LADDER: Final = (
     Arm("zstd", 3, Zstd),
     Arm("zstd", 7, Zstd),
 )
-#: What is known of a codec is looked at again after so long; after it was in use, a while later.
-PROBE_AGE_NS: Final = 400 * MS
-USE_AGE_NS: Final = 3_000 * MS
+#: What is known of a codec is looked at again after so long.
+PROBE_AGE_NS: Final = 500 * MS
 #: Probes take at most this part of the time, and so much at once at the start.
-PROBE_SHARE: Final = 0.02
-PROBE_START_NS: Final = 80 * MS
-#: Another codec must promise so much more: each change costs what is queued.
-GAIN_MIN: Final = 1.04
-#: The channel is full when so much of the time is waiting for it.
-FULL_SHARE: Final = 0.08
+PROBE_SHARE: Final = 0.01
+PROBE_START_NS: Final = 60 * MS
+#: Another codec must promise so much more, or noise alone would change it all the time.
+GAIN_MIN: Final = 1.03
+#: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
+LEARNING: Final = 0.25
+LEARNING_BYTES: Final = 1024 * 1024
+#: The channel is full when so much of the time is waiting for it; polling alone is less.
+FULL_SHARE: Final = 0.06
 WINDOW_NS: Final = 100 * MS
 #: Packets that ZeroMQ has taken and not sent: the queue, and the one that is being sent.
 QUEUED_PACKETS: Final = 3
-#: While the channel is not full, its drain is believed to be so much more each window...
-GROWTH: Final = 1.5
-#: ...but after a belief that was wrong, not for so long; doubled each time, up to the maximum.
+#: While the channel is not full, its drain is believed to be so much more after each step: tenfold
+#: in 650 ms...
+GROWTH: Final = 1.2
+GROWTH_NS: Final = 50 * MS
+#: ...but not before so long; after a belief that was wrong twice as long, up to the maximum.
 PATIENCE_NS: Final = 200 * MS
-PATIENCE_MAX_NS: Final = 1_600 * MS
-LEARNING: Final = 0.3
+PATIENCE_MAX_NS: Final = 1_000 * MS
 
 
 @dataclass(slots=True)
 class Knowledge:
     """What one codec does with a byte that is worth trying; nothing before it was tried."""
 
-    encode_ns: float = 0.0
+    codec_ns: float = 0.0
     left: float = 1.0
-    probed_ns: int = 0
-    used_ns: int = 0
-    busy_ns: float = 0.0  #: of all CPUs for a byte of RAM, seen in use
+    seen_ns: int = 0
 
-    @property
-    def is_known(self) -> bool:
-        return bool(self.probed_ns or self.used_ns)
-
-    def learn(self, encode_ns: float, left: float, weight: float) -> None:
-        weight = weight if self.is_known else 1.0
-        self.encode_ns += weight * (encode_ns - self.encode_ns)
+    def learn(self, codec_ns: float, left: float, weight: float, now_ns: int) -> None:
+        weight = weight if self.seen_ns else 1.0
+        self.codec_ns += weight * (codec_ns - self.codec_ns)
         self.left += weight * (left - self.left)
+        self.seen_ns = now_ns
+
+
+class Batch(NamedTuple):
+    """`left_bytes` left the queue while this one was made, if `is_exact`: it was full before and
+    after."""
+
+    at_ns: int
+    total_ns: int
+    waited_ns: int
+    left_bytes: int
+    is_exact: bool
 
 
 @dataclass(slots=True)
@@ -73,7 +82,8 @@ class Drain:
 
     rate: float = 0.0
     is_full: bool = False
-    _window: deque[tuple[Done, int]] = field(default_factory=deque)
+    _now_ns: int = 0  #: counts only while the channel is used
+    _window: deque[Batch] = field(default_factory=deque)
     _queued: deque[int] = field(default_factory=deque)
     _patience_ns: int = PATIENCE_NS
     _grows_at_ns: int = 0
@@ -81,29 +91,35 @@ class Drain:
 
     def learn(self, done: Done) -> None:
         """Take one batch into account: when it was taken, one that was queued before had left."""
+        self._now_ns += done.total_ns
         self._queued.append(done.wire_bytes)
-        has_left = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
+        left_bytes = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
         window = self._window
-        window.append((done, has_left or done.wire_bytes))
-        while len(window) > 2 and window[0][0].at_ns < done.at_ns - WINDOW_NS:
+        was_full = bool(window) and window[-1].waited_ns > FULL_SHARE * window[-1].total_ns
+        is_exact = was_full and done.waited_ns > FULL_SHARE * done.total_ns
+        window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, is_exact))
+        while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
             window.popleft()
-        total_ns = sum(one.total_ns for one, _ in window)
-        self.is_full = sum(one.waited_ns for one, _ in window) > FULL_SHARE * total_ns
-        seen = sum(left for _, left in window) / max(1, total_ns)
+        total_ns = sum(batch.total_ns for batch in window)
+        self.is_full = sum(batch.waited_ns for batch in window) > FULL_SHARE * total_ns
         if self.is_full:
-            self._measured(done.at_ns, seen)
-        elif self.rate and done.at_ns >= self._grows_at_ns:
-            self.rate = self._believed = max(seen, self.rate * GROWTH)
-            self._grows_at_ns = done.at_ns + WINDOW_NS
+            self._measure()
+        elif self.rate and self._now_ns >= self._grows_at_ns:
+            self.rate = self._believed = self.rate * GROWTH
+            self._grows_at_ns = self._now_ns + GROWTH_NS
 
-    def _measured(self, now_ns: int, seen: float) -> None:
+    def _measure(self) -> None:
+        exact = [batch for batch in self._window if batch.is_exact]
+        self._grows_at_ns = self._now_ns + self._patience_ns
+        if not exact:
+            return
+        seen = sum(one.left_bytes for one in exact) / sum(one.total_ns for one in exact)
         if self._believed:
             was_wrong = seen * GROWTH < self._believed
             longer_ns = min(2 * self._patience_ns, PATIENCE_MAX_NS)
             self._patience_ns = longer_ns if was_wrong else PATIENCE_NS
             self._believed = 0.0
         self.rate = seen
-        self._grows_at_ns = now_ns + self._patience_ns
 
 
 class Auto:
@@ -113,21 +129,23 @@ class Auto:
         """:param channels: that do as this one does.
         :param cpu_percent: of `cpus` that encoding may take on all channels."""
         self.drain = Drain()
-        self._channels, self._cpus = channels, cpus
+        self._channels = channels
         self._cpu_share = cpu_percent / 100 * cpus / channels
+        self._free_share = self._cpu_share  #: CPUs for this channel that nobody else uses
         self._arms = tuple(arm.made() for arm in LADDER)
-        self._known = [Knowledge() for _ in LADDER]
-        self._known[0].used_ns = 1
+        self._known = [Knowledge(seen_ns=1) if arm.codec is None else Knowledge() for arm in LADDER]
+        self._known[0].seen_ns = 1
         self._current = 0
         self._worth = 1.0  #: part of the RAM that looks worth trying
-        self._began_ns = self._encoded_ns = self._probes_ns = 0
+        self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
+        self._began_ns = self._codec_ns = self._probes_ns = 0
 
     # -- choices ---------------------------------------------------------------------------------
 
     def choose(self, now_ns: int) -> Arm:
         """The next batch's; the first codec is tried by using it for one batch."""
         self._began_ns = self._began_ns or now_ns
-        if self._encoded_ns > self._cpu_share * (now_ns - self._began_ns) + PROBE_START_NS:
+        if self._codec_ns > self._cpu_share * (now_ns - self._began_ns) + PROBE_START_NS:
             return self._arms[0]
         best = min(range(len(self._arms)), key=self._ns_per_byte)
         if self._ns_per_byte(best) * GAIN_MIN < self._ns_per_byte(self._current):
@@ -137,79 +155,76 @@ class Auto:
         return self._arms[self._current]
 
     def probe(self, now_ns: int) -> Arm | None:
-        """What to encode the pages of the batch with a second time, to learn."""
-        if not self._current:
-            return None
-        index = self._current - 1
-        if self.drain.is_full:
-            index = self._current + 1
-            while index < len(self._arms) and not self._is_due(index, now_ns):
-                index += 1
-            if index == len(self._arms) or not self._waits_for_drain(index - 1):
+        """What to encode the pages of the batch with a second time, to learn: while the channel is
+        full, the codecs above, as long as the one below leaves time for more; else that below."""
+        if not self.drain.is_full:
+            index = self._current - 1
+            return self._arms[index] if index > 0 and self._is_due(index, now_ns) else None
+        for index in range(max(2, self._current + 1), len(self._arms)):
+            if not self._is_slowed_by_drain(index - 1):
                 return None
-        return self._arms[index] if index and self._is_due(index, now_ns) else None
+            if self._is_due(index, now_ns):
+                return self._arms[index]
+        return None
 
     def _is_due(self, index: int, now_ns: int) -> bool:
-        known = self._known[index]
-        is_old = now_ns > known.probed_ns + PROBE_AGE_NS and now_ns > known.used_ns + USE_AGE_NS
+        seen_ns = self._known[index].seen_ns
         allowed_ns = PROBE_START_NS + PROBE_SHARE * (now_ns - self._began_ns)
-        return (is_old or not known.is_known) and self._probes_ns < allowed_ns
+        return (not seen_ns or now_ns > seen_ns + PROBE_AGE_NS) and self._probes_ns < allowed_ns
 
-    def _waits_for_drain(self, index: int) -> bool:
-        known = self._known[index]
-        return known.is_known and self._wire_ns(index) > self._worth * known.encode_ns
+    def _is_slowed_by_drain(self, index: int) -> bool:
+        return self._wire_ns(index) > self._made_ns(index)
+
+    def _ns_per_byte(self, index: int) -> float:
+        """What a byte of RAM takes; the least is best, and of equals the weakest codec."""
+        if not self._known[index].seen_ns:
+            return float("inf")
+        return max(self._wire_ns(index), self._made_ns(index))
 
     def _wire_ns(self, index: int) -> float:
         left = 1.0 - self._worth * (1.0 - self._known[index].left)
         return left / self.drain.rate if self.drain.rate else 0.0
 
-    def _ns_per_byte(self, index: int) -> float:
-        """What a byte of RAM takes; the least is best, and of equals the weakest codec."""
-        known = self._known[index]
-        if not known.is_known:
-            return float("inf")
+    def _made_ns(self, index: int) -> float:
+        codec_ns = self._worth * self._known[index].codec_ns
         return max(
-            self._worth * known.encode_ns, self._wire_ns(index), self._busy_ns(index) / self._cpus
+            self._thread_ns + codec_ns,
+            (self._worker_ns + codec_ns) / self._free_share,
+            codec_ns / self._cpu_share,
         )
-
-    def _busy_ns(self, index: int) -> float:
-        """CPU time of the host for a byte of RAM: as it is now, and what another codec adds."""
-        known, used = self._known[index], self._known[self._current]
-        more = self._channels * self._worth * (known.encode_ns - used.encode_ns)
-        return max(known.busy_ns, used.busy_ns + more) if used.busy_ns else 0.0
 
     # -- experience ------------------------------------------------------------------------------
 
     def learn(self, done: Done) -> None:
         """What became of a batch."""
         self.drain.learn(done)
-        self._encoded_ns += done.cpu_ns
-        if done.arm is self._arms[self._current]:
-            busy_ns = done.busy_share * self._cpus * done.total_ns / done.ram_bytes
-            used = self._known[self._current]
-            used.busy_ns += (LEARNING if used.busy_ns else 1.0) * (busy_ns - used.busy_ns)
+        self._codec_ns += done.codec_ns
+        self._free_share = max(0.01, done.free_cpus / self._channels)
+        weight = LEARNING * min(1.0, done.ram_bytes / LEARNING_BYTES)
+        self._thread_ns += weight * (
+            (done.thread_ns - done.codec_ns) / done.ram_bytes - self._thread_ns
+        )
+        self._worker_ns += weight * (
+            (done.worker_ns - done.codec_ns) / done.ram_bytes - self._worker_ns
+        )
+        index = self._arms.index(done.arm)
+        if index:
+            self._worth += weight * (done.tried_bytes / done.ram_bytes - self._worth)
         if not done.tried_bytes:
             return
-        self._worth += LEARNING * (done.tried_bytes / done.ram_bytes - self._worth)
-        known = self._known[self._arms.index(done.arm)]
-        known.learn(
-            done.encode_ns / done.tried_bytes, done.encoded_bytes / done.tried_bytes, LEARNING
+        self._known[index].learn(
+            done.codec_ns / done.tried_bytes, done.encoded_bytes / done.tried_bytes, weight,
+            done.at_ns,
         )
-        if self._arms[self._current] is done.arm:
-            known.used_ns = done.at_ns
-        else:
-            known.probed_ns = done.at_ns
-            self._probes_ns += done.encode_ns
+        if index != self._current:
+            self._probes_ns += done.codec_ns
 
     def learn_probe(self, probe: Probe) -> None:
         """The same pages by two codecs: what is known of the one in use says how unusual they
         were."""
-        used, known = (
-            self._known[self._arms.index(probe.used)],
-            self._known[self._arms.index(probe.arm)],
-        )
+        used = self._known[self._arms.index(probe.used)]
+        known = self._known[self._arms.index(probe.arm)]
         left = used.left * probe.encoded_bytes / max(1, probe.used_bytes)
-        known.learn(probe.encode_ns / probe.tried_bytes, left, 0.5)
-        known.probed_ns = probe.at_ns
-        self._probes_ns += probe.encode_ns
-        self._encoded_ns += probe.cpu_ns
+        known.learn(probe.codec_ns / probe.tried_bytes, left, 0.5, probe.at_ns)
+        self._probes_ns += probe.codec_ns
+        self._codec_ns += probe.codec_ns

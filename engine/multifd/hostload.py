@@ -1,41 +1,70 @@
-"""How busy the host's CPUs are, from /proc/stat (proc(5)), looked at now and then."""
+"""How many of the host's CPUs are left for the senders, from /proc/stat (proc(5))."""
 
 from __future__ import annotations
 
 import os
-from typing import Final
+import time
+from collections import deque
+from typing import Final, NamedTuple
 
 SAMPLE_NS: Final = 50_000_000
-LEARNING: Final = 0.5
+#: So many samples are looked over: /proc/stat counts in ticks of 10 ms, a fifth of the time between
+#: two samples, but 4 % of 250 ms.
+SAMPLES: Final = 6
 LINE_BYTES_MAX: Final = 256
 #: user, nice, system, idle, iowait, irq, softirq, steal; guest time is in the first two.
 TIMES: Final = 8
 IDLE: Final = slice(3, 5)
 
 
-class HostLoad:
-    """Owns one descriptor until the worker ends; a host that tells nothing counts as idle."""
+class Sample(NamedTuple):
+    """Of this moment.
 
-    def __init__(self) -> None:
+    :ivar idle: of all CPUs, in ticks, and `total` idle or not.
+    :ivar worker_ns: CPU time of this process."""
+
+    at_ns: int
+    idle: int
+    total: int
+    worker_ns: int
+
+
+class HostLoad:
+    """Owns one descriptor until the worker ends."""
+
+    def __init__(self, workers: int) -> None:
+        """:param workers: that do as this process does."""
+        self._workers = workers
+        self._cpus = float(os.cpu_count() or 1)
+        self._samples: deque[Sample] = deque(maxlen=SAMPLES)
+        self._free = self._cpus
         try:
             self._fd = os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._fd = -1
-        self._sampled_ns = self._idle = self._total = 0
-        self._share = 0.0
 
-    def busy_share(self, now_ns: int) -> float:
-        """Part of all CPUs' time that was not idle, smoothed over about 100 ms."""
-        if self._fd >= 0 and now_ns >= self._sampled_ns + SAMPLE_NS:
-            self._sampled_ns = now_ns
-            line = os.pread(self._fd, LINE_BYTES_MAX, 0).partition(b"\n")[0]
-            times = [int(word) for word in line.split()[1 : 1 + TIMES]]
-            self._learn(sum(times[IDLE]), sum(times))
-        return self._share
+    def close(self) -> None:
+        """A host that tells nothing counts as idle. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
-    def _learn(self, idle: int, total: int) -> None:
-        passed = total - self._total
-        if self._total and passed > 0:
-            busy = 1.0 - (idle - self._idle) / passed
-            self._share += LEARNING * (min(1.0, max(0.0, busy)) - self._share)
-        self._idle, self._total = idle, total
+    def free_cpus(self, now_ns: int) -> float:
+        """CPUs that were idle or worked for senders lately; what others use is theirs."""
+        samples = self._samples
+        if not samples or now_ns >= samples[-1].at_ns + SAMPLE_NS:
+            samples.append(self._sample(now_ns))
+            first, last = samples[0], samples[-1]
+            if last.total > first.total:
+                idle = self._cpus * (last.idle - first.idle) / (last.total - first.total)
+                ours = self._workers * (last.worker_ns - first.worker_ns)
+                self._free = min(self._cpus, idle + ours / (last.at_ns - first.at_ns))
+        return self._free
+
+    def _sample(self, now_ns: int) -> Sample:
+        worker_ns = time.process_time_ns()
+        if self._fd < 0:
+            return Sample(now_ns, 0, 0, worker_ns)
+        line = os.pread(self._fd, LINE_BYTES_MAX, 0).partition(b"\n")[0]
+        times = [int(word) for word in line.split()[1 : 1 + TIMES]]
+        return Sample(now_ns, sum(times[IDLE]), sum(times), worker_ns)
