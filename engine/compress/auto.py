@@ -129,11 +129,10 @@ class Auto:
         """:param channels: that do as this one does.
         :param cpu_percent: of `cpus` that encoding may take on all channels."""
         self.drain = Drain()
-        self._channels = channels
         self._cpu_share = cpu_percent / 100 * cpus / channels
-        self._free_share = self._cpu_share  #: CPUs for this channel that nobody else uses
+        self._fair_share = 1.0  #: of a CPU, for each sender
         self._arms = tuple(arm.made() for arm in LADDER)
-        self._known = [Knowledge(seen_ns=1) if arm.codec is None else Knowledge() for arm in LADDER]
+        self._known = [Knowledge() for _ in LADDER]
         self._known[0].seen_ns = 1
         self._current = 0
         self._worth = 1.0  #: part of the RAM that looks worth trying
@@ -189,7 +188,7 @@ class Auto:
         codec_ns = self._worth * self._known[index].codec_ns
         return max(
             self._thread_ns + codec_ns,
-            (self._worker_ns + codec_ns) / self._free_share,
+            (self._worker_ns + codec_ns) / self._fair_share,
             codec_ns / self._cpu_share,
         )
 
@@ -199,7 +198,7 @@ class Auto:
         """What became of a batch."""
         self.drain.learn(done)
         self._codec_ns += done.codec_ns
-        self._free_share = max(0.01, done.free_cpus / self._channels)
+        self._fair_share = done.fair_share
         weight = LEARNING * min(1.0, done.ram_bytes / LEARNING_BYTES)
         self._thread_ns += weight * (
             (done.thread_ns - done.codec_ns) / done.ram_bytes - self._thread_ns

@@ -40,7 +40,7 @@ class Done:
         before to the end of this one; `worker_ns` with ZeroMQ's thread.
     :ivar total_ns: from the end of the batch before to the end of this one.
     :ivar waited_ns: of `total_ns`, until the channel or the bandwidth limit let it go.
-    :ivar free_cpus: of the host, that senders use or nobody.
+    :ivar fair_share: of a CPU that the host has left for each sender, 0 to 1.
     """
 
     arm: Arm
@@ -54,7 +54,7 @@ class Done:
     worker_ns: int
     total_ns: int
     waited_ns: int
-    free_cpus: float
+    fair_share: float
 
 
 @dataclass(frozen=True, slots=True)

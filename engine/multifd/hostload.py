@@ -37,7 +37,7 @@ class HostLoad:
         self._workers = workers
         self._cpus = float(os.cpu_count() or 1)
         self._samples: deque[Sample] = deque(maxlen=SAMPLES)
-        self._free = self._cpus
+        self._share = min(1.0, self._cpus / workers)
         try:
             self._fd = os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -49,8 +49,8 @@ class HostLoad:
             os.close(self._fd)
             self._fd = -1
 
-    def free_cpus(self, now_ns: int) -> float:
-        """CPUs that were idle or worked for senders lately; what others use is theirs."""
+    def fair_share(self, now_ns: int) -> float:
+        """Of a CPU, 0 to 1: what the scheduler has for each worker beside what others keep busy."""
         samples = self._samples
         if not samples or now_ns >= samples[-1].at_ns + SAMPLE_NS:
             samples.append(self._sample(now_ns))
@@ -58,8 +58,9 @@ class HostLoad:
             if last.total > first.total:
                 idle = self._cpus * (last.idle - first.idle) / (last.total - first.total)
                 ours = self._workers * (last.worker_ns - first.worker_ns)
-                self._free = min(self._cpus, idle + ours / (last.at_ns - first.at_ns))
-        return self._free
+                others = self._cpus - idle - ours / (last.at_ns - first.at_ns)
+                self._share = min(1.0, self._cpus / (self._workers + max(0.0, others)))
+        return self._share
 
     def _sample(self, now_ns: int) -> Sample:
         worker_ns = time.process_time_ns()

@@ -219,7 +219,7 @@ class World:
                 Done(
                     arm, int(self.now_ns), ram, tried, encoded, wire, int(codec_ns),
                     int(lane.cpu_ns - worker_ns), int(lane.cpu_ns - worker_ns),
-                    int(self.now_ns - ended_ns), int(self.now_ns - waits_ns), load.free_cpus(int(self.now_ns)),
+                    int(self.now_ns - ended_ns), int(self.now_ns - waits_ns), load.fair_share(int(self.now_ns)),
                 )
             )  # fmt: skip
             ended_ns = self.now_ns
