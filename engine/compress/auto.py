@@ -28,9 +28,11 @@ LADDER: Final = (
 )
 #: What is known of a codec is looked at again after so long.
 PROBE_AGE_NS: Final = 500 * MS
-#: Probes take at most this part of the time, and so much at once at the start.
+#: Probes take at most this part of the time, and so much at once: of each codec one batch.
 PROBE_SHARE: Final = 0.01
-PROBE_START_NS: Final = 60 * MS
+PROBES_AT_ONCE_NS: Final = 60 * MS
+#: So much of the CPU budget may be saved up.
+CPU_AT_ONCE_NS: Final = 100 * MS
 #: Another codec must promise so much more, or noise alone would change it all the time.
 GAIN_MIN: Final = 1.03
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
@@ -63,6 +65,28 @@ class Knowledge:
         self.codec_ns += weight * (codec_ns - self.codec_ns)
         self.left += weight * (left - self.left)
         self.seen_ns = now_ns
+
+
+@dataclass(slots=True)
+class Allowance:
+    """CPU time: `share` of the time that passes, and at most `most_ns` at once."""
+
+    share: float
+    most_ns: float
+    _left_ns: float = field(init=False)
+    _earned_ns: int = 0  #: up to this time
+
+    def __post_init__(self) -> None:
+        self._left_ns = self.most_ns
+
+    def is_left(self, now_ns: int) -> bool:
+        earned_ns = self.share * (now_ns - (self._earned_ns or now_ns))
+        self._left_ns = min(self.most_ns, self._left_ns + earned_ns)
+        self._earned_ns = now_ns
+        return self._left_ns > 0
+
+    def spend(self, spent_ns: int) -> None:
+        self._left_ns -= spent_ns
 
 
 class Batch(NamedTuple):
@@ -130,21 +154,22 @@ class Auto:
         :param cpu_percent: of `cpus` that encoding may take on all channels."""
         self.drain = Drain()
         self._cpu_share = cpu_percent / 100 * cpus / channels
-        self._fair_share = 1.0  #: of a CPU, for each sender
+        self._budget = Allowance(self._cpu_share, CPU_AT_ONCE_NS)
+        self._probes = Allowance(PROBE_SHARE, PROBES_AT_ONCE_NS)
+        self._share_left = self._share_seen = 1.0  #: of a CPU, that this thread may get, and gets
         self._arms = tuple(arm.made() for arm in LADDER)
         self._known = [Knowledge() for _ in LADDER]
         self._known[0].seen_ns = 1
         self._current = 0
         self._worth = 1.0  #: part of the RAM that looks worth trying
         self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
-        self._began_ns = self._codec_ns = self._probes_ns = 0
+        self._probed_ns = 0  #: by the probe after the batch before
 
     # -- choices ---------------------------------------------------------------------------------
 
     def choose(self, now_ns: int) -> Arm:
         """The next batch's; the first codec is tried by using it for one batch."""
-        self._began_ns = self._began_ns or now_ns
-        if self._codec_ns > self._cpu_share * (now_ns - self._began_ns) + PROBE_START_NS:
+        if not self._budget.is_left(now_ns):
             return self._arms[0]
         best = min(range(len(self._arms)), key=self._ns_per_byte)
         if self._ns_per_byte(best) * GAIN_MIN < self._ns_per_byte(self._current):
@@ -168,8 +193,8 @@ class Auto:
 
     def _is_due(self, index: int, now_ns: int) -> bool:
         seen_ns = self._known[index].seen_ns
-        allowed_ns = PROBE_START_NS + PROBE_SHARE * (now_ns - self._began_ns)
-        return (not seen_ns or now_ns > seen_ns + PROBE_AGE_NS) and self._probes_ns < allowed_ns
+        is_old = not seen_ns or now_ns > seen_ns + PROBE_AGE_NS
+        return is_old and self._probes.is_left(now_ns)
 
     def _is_slowed_by_drain(self, index: int) -> bool:
         return self._wire_ns(index) > self._made_ns(index)
@@ -178,7 +203,12 @@ class Auto:
         """What a byte of RAM takes; the least is best, and of equals the weakest codec."""
         if not self._known[index].seen_ns:
             return float("inf")
-        return max(self._wire_ns(index), self._made_ns(index))
+        alone_ns = max(self._wire_ns(index), self._made_ns(index))
+        codec_ns = self._worth * self._known[index].codec_ns
+        if codec_ns <= self._cpu_share * alone_ns:
+            return alone_ns
+        plain_ns = self._wire_ns(0)  # and as many batches as the budget has CPU time for
+        return plain_ns / (1.0 + self._cpu_share * (plain_ns - self._wire_ns(index)) / codec_ns)
 
     def _wire_ns(self, index: int) -> float:
         left = 1.0 - self._worth * (1.0 - self._known[index].left)
@@ -186,26 +216,24 @@ class Auto:
 
     def _made_ns(self, index: int) -> float:
         codec_ns = self._worth * self._known[index].codec_ns
-        return max(
-            self._thread_ns + codec_ns,
-            (self._worker_ns + codec_ns) / self._fair_share,
-            codec_ns / self._cpu_share,
-        )
+        share = min(self._share_left, self._share_seen)
+        return max(self._thread_ns + codec_ns, (self._worker_ns + codec_ns) / share)
 
     # -- experience ------------------------------------------------------------------------------
 
     def learn(self, done: Done) -> None:
         """What became of a batch."""
         self.drain.learn(done)
-        self._codec_ns += done.codec_ns
-        self._fair_share = done.fair_share
+        self._budget.spend(done.codec_ns)
         weight = LEARNING * min(1.0, done.ram_bytes / LEARNING_BYTES)
-        self._thread_ns += weight * (
-            (done.thread_ns - done.codec_ns) / done.ram_bytes - self._thread_ns
-        )
-        self._worker_ns += weight * (
-            (done.worker_ns - done.codec_ns) / done.ram_bytes - self._worker_ns
-        )
+        codec_ns, self._probed_ns = done.codec_ns + self._probed_ns, 0
+        thread_ns = (done.thread_ns - codec_ns) / done.ram_bytes
+        worker_ns = (done.worker_ns - codec_ns) / done.ram_bytes
+        share = done.thread_ns / max(done.thread_ns, done.total_ns - done.waited_ns)
+        self._thread_ns += weight * (thread_ns - self._thread_ns)
+        self._worker_ns += weight * (worker_ns - self._worker_ns)
+        self._share_seen += weight * (share - self._share_seen)
+        self._share_left = done.fair_share
         index = self._arms.index(done.arm)
         if index:
             self._worth += weight * (done.tried_bytes / done.ram_bytes - self._worth)
@@ -216,7 +244,7 @@ class Auto:
             done.at_ns,
         )
         if index != self._current:
-            self._probes_ns += done.codec_ns
+            self._probes.spend(done.codec_ns)
 
     def learn_probe(self, probe: Probe) -> None:
         """The same pages by two codecs: what is known of the one in use says how unusual they
@@ -225,5 +253,6 @@ class Auto:
         known = self._known[self._arms.index(probe.arm)]
         left = used.left * probe.encoded_bytes / max(1, probe.used_bytes)
         known.learn(probe.codec_ns / probe.tried_bytes, left, 0.5, probe.at_ns)
-        self._probes_ns += probe.codec_ns
-        self._codec_ns += probe.codec_ns
+        self._probes.spend(probe.codec_ns)
+        self._budget.spend(probe.codec_ns)
+        self._probed_ns = probe.codec_ns

@@ -36,9 +36,8 @@ class Done:
     :ivar encoded_bytes: what they became; `tried_bytes` when that was in vain.
     :ivar wire_bytes: what the channel took for all of it.
     :ivar codec_ns: CPU time of the codec.
-    :ivar thread_ns: CPU time of the thread that encodes, from the end of the batch (or probe)
-        before to the end of this one; `worker_ns` with ZeroMQ's thread.
-    :ivar total_ns: from the end of the batch before to the end of this one.
+    :ivar total_ns: from the end of the batch before to the end of this one, with the probe between.
+    :ivar thread_ns: CPU time in `total_ns` of the thread that encodes; `worker_ns` with ZeroMQ's.
     :ivar waited_ns: of `total_ns`, until the channel or the bandwidth limit let it go.
     :ivar fair_share: of a CPU that the host has left for each sender, 0 to 1.
     """
@@ -50,9 +49,9 @@ class Done:
     encoded_bytes: int
     wire_bytes: int
     codec_ns: int
+    total_ns: int
     thread_ns: int
     worker_ns: int
-    total_ns: int
     waited_ns: int
     fair_share: float
 

@@ -188,11 +188,11 @@ class World:
 
     def _send(self, lane: Lane, load: Load, ram_bytes: int, batch_bytes: int) -> Iterator[None]:
         """What the sender does; each step ends when what it needs is there."""
-        ended_ns, left = self.now_ns, ram_bytes // CHANNELS
+        ended_ns, ended_cpu_ns, left = self.now_ns, lane.cpu_ns, ram_bytes // CHANNELS
         if self.limit:
             batch_bytes = max(PACED_BYTES_MIN, min(batch_bytes, int(self.limit * PACING_NS)))
         while left > 0:
-            ram, worker_ns = min(left, batch_bytes), lane.cpu_ns
+            ram = min(left, batch_bytes)
             left -= ram
             arm = lane.policy.choose(int(self.now_ns))
             index, unlike = self._index(arm), lane.chance.uniform(0.85, 1.15)
@@ -218,11 +218,11 @@ class World:
             lane.policy.learn(
                 Done(
                     arm, int(self.now_ns), ram, tried, encoded, wire, int(codec_ns),
-                    int(lane.cpu_ns - worker_ns), int(lane.cpu_ns - worker_ns),
-                    int(self.now_ns - ended_ns), int(self.now_ns - waits_ns), load.fair_share(int(self.now_ns)),
+                    int(self.now_ns - ended_ns), int(lane.cpu_ns - ended_cpu_ns),
+                    int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns), load.fair_share(int(self.now_ns)),
                 )
             )  # fmt: skip
-            ended_ns = self.now_ns
+            ended_ns, ended_cpu_ns = self.now_ns, lane.cpu_ns
             if tried and (other := lane.policy.probe(int(self.now_ns))) is not None:
                 left_of, cost_ns = self.contents[self._index(other)]
                 lane.work_ns = tried * cost_ns * unlike
