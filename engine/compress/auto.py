@@ -32,7 +32,7 @@ PROBE_AGE_NS: Final = 500 * MS
 PROBE_SHARE: Final = 0.01
 PROBES_AT_ONCE_NS: Final = 60 * MS
 #: So much of the CPU budget may be saved up.
-CPU_AT_ONCE_NS: Final = 100 * MS
+CPU_AT_ONCE_NS: Final = 50 * MS
 #: Another codec must promise so much more, or noise alone would change it all the time.
 GAIN_MIN: Final = 1.03
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
@@ -127,17 +127,17 @@ class Drain:
         total_ns = sum(batch.total_ns for batch in window)
         self.is_full = sum(batch.waited_ns for batch in window) > FULL_SHARE * total_ns
         if self.is_full:
-            self._measure()
+            self._measure(done.limit)
         elif self.rate and self._now_ns >= self._grows_at_ns:
             self.rate = self._believed = self.rate * GROWTH
             self._grows_at_ns = self._now_ns + GROWTH_NS
 
-    def _measure(self) -> None:
+    def _measure(self, limit: float) -> None:
         exact = [batch for batch in self._window if batch.is_exact]
         self._grows_at_ns = self._now_ns + self._patience_ns
-        if not exact:
+        if not exact and not limit:
             return
-        seen = sum(one.left_bytes for one in exact) / sum(one.total_ns for one in exact)
+        seen = limit or sum(one.left_bytes for one in exact) / sum(one.total_ns for one in exact)
         if self._believed:
             was_wrong = seen * GROWTH < self._believed
             longer_ns = min(2 * self._patience_ns, PATIENCE_MAX_NS)

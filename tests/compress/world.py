@@ -206,9 +206,11 @@ class World:
             yield
             waits_ns = self.now_ns
             lane.packet = wire
+            paced_ns = 0.0
             if self.limit:
                 self.sold_ns = max(self.sold_ns, self.now_ns - BURST_NS)
                 lane.until_ns, self.sold_ns = self.sold_ns, self.sold_ns + wire / self.limit
+                paced_ns = lane.until_ns - self.now_ns
             yield
             lane.packet = 0
             lane.queue.append(wire)
@@ -219,7 +221,9 @@ class World:
                 Done(
                     arm, int(self.now_ns), ram, tried, encoded, wire, int(codec_ns),
                     int(self.now_ns - ended_ns), int(lane.cpu_ns - ended_cpu_ns),
-                    int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns), load.fair_share(int(self.now_ns)),
+                    int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns), 
+                    self.limit / CHANNELS if 2 * paced_ns > self.now_ns - waits_ns else 0.0,
+                    load.fair_share(int(self.now_ns)),
                 )
             )  # fmt: skip
             ended_ns, ended_cpu_ns = self.now_ns, lane.cpu_ns
