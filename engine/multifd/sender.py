@@ -11,7 +11,7 @@ import select
 import sys
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import zmq
 
@@ -55,6 +55,16 @@ class RoundTotals:
         self.cursor = 0
 
 
+class Clocks(NamedTuple):
+    """What the policy measures batches by, in ns."""
+
+    at: int
+    thread: int  #: CPU time of this thread, `worker` of all
+    worker: int
+    stalled: int
+    paced: int
+
+
 class Sender:
     """The loop's state between orders; owns everything that `PrepareSender` lent it."""
 
@@ -64,8 +74,6 @@ class Sender:
         self._channel: Channel | None = None
         self._round: RoundTotals | None = None
         self._policy: Policy = Fixed(Arm("none"))
-        self._load = HostLoad()
-        self._sent_ns = self._waited_ns = 0  #: of the batch before: its end, and how long it waited
         self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._watch(None)
@@ -120,6 +128,7 @@ class Sender:
                     self._harvest(order)
                 case wire.SendRound():
                     self._round = RoundTotals(order.round_number)
+                    self._before = self._clocks()  #: at the end of the batch before
 
     def _prepare(self, order: wire.PrepareSender, fds: Sequence[int]) -> None:
         """Map what was lent; from now on this worker is sender `index` of `count`."""
@@ -135,6 +144,7 @@ class Sender:
         self._in_flight = PageBitmaps(self._blocks, shared["in_flight"])
         self._progress = Progress(shared["progress"])
         self._budget = Budget(shared["budget"])
+        self._load = HostLoad(order.count)
         self._harvester = self._make_harvester(order, shared, tracker_fds)
 
     def _make_harvester(
@@ -237,8 +247,8 @@ class Sender:
     def _send_pages(
         self, totals: RoundTotals, i: int, data_count: int, zero_count: int, pages: int, zeros: int
     ) -> None:
-        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        arm = self._policy.choose(began_ns)
+        began_cpu_ns = time.thread_time_ns()
+        arm = self._policy.choose(time.monotonic_ns())
         payload = self._payload(i, data_count, arm.codec)
         packet = self._packet(
             wire.PacketKind.PAGES,
@@ -255,7 +265,7 @@ class Sender:
             zero_runs=bytes(self._zero_runs[: zero_count * wire.RUN.size]),
         )
         self._harvester.sent_zeros(i, self._zero_runs, zero_count)
-        encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
+        self._progress.add(Count.ENCODE_NS, time.thread_time_ns() - began_cpu_ns)
         self._send(packet, payload.frames)
         totals.packets += 1
         totals.pages += pages
@@ -263,7 +273,7 @@ class Sender:
         totals.payload_bytes += packet.payload_bytes
         self._count(packet, payload)
         if pages:
-            self._learn(arm, packet, payload, encode_ns, cpu_ns)
+            self._learn(arm, packet, payload)
 
     def _payload(self, i: int, data_count: int, codec: Codec | None) -> Payload:
         """Of the taken data runs."""
@@ -287,50 +297,56 @@ class Sender:
             progress.add(Count.PLAIN_BYTES, payload.plain_bytes)
             progress.add(Count.ENCODED_BYTES, payload.encoded_bytes)
 
-    def _learn(
-        self, arm: Arm, packet: wire.Packet, payload: Payload, encode_ns: int, cpu_ns: int
-    ) -> None:
+    def _clocks(self) -> Clocks:
+        progress = self._progress
+        return Clocks(
+            time.monotonic_ns(), time.thread_time_ns(), time.process_time_ns(),
+            progress[Count.STALLED_NS], progress[Count.PACED_NS],
+        )  # fmt: skip
+
+    def _learn(self, arm: Arm, packet: wire.Packet, payload: Payload) -> None:
         """Tell the policy, and whoever looks, what became of a batch."""
-        now_ns = time.monotonic_ns()
-        waited_ns = self._progress[Count.STALLED_NS] + self._progress[Count.PACED_NS]
-        self._progress.add(Count.ENCODE_NS, cpu_ns)
+        now, before = self._clocks(), self._before
+        self._before = now
+        stalled_ns, paced_ns = now.stalled - before.stalled, now.paced - before.paced
+        limit = self._budget.rate_bytes_per_s / self._order.count / 1_000_000_000
         self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
         self._policy.learn(
             Done(
                 arm,
-                at_ns=now_ns,
+                at_ns=now.at,
                 ram_bytes=packet.pages * PAGE_SIZE,
                 tried_bytes=len(payload.tried),
                 encoded_bytes=payload.encoded_bytes,
                 wire_bytes=packet.payload_bytes,
-                encode_ns=encode_ns,
-                cpu_ns=cpu_ns,
-                total_ns=now_ns - (self._sent_ns or now_ns),
-                waited_ns=waited_ns - self._waited_ns,
-                busy_share=self._load.busy_share(now_ns),
+                codec_ns=payload.codec_ns,
+                total_ns=now.at - before.at,
+                thread_ns=now.thread - before.thread,
+                worker_ns=now.worker - before.worker,
+                waited_ns=stalled_ns + paced_ns,
+                limit=limit if paced_ns > stalled_ns else 0.0,
+                fair_share=self._load.fair_share(now.at),
             )
         )
-        self._sent_ns, self._waited_ns = now_ns, waited_ns
-        if payload.tried and (other := self._policy.probe(now_ns)) is not None:
-            self._probe(arm, other, payload, encode_ns)
+        if payload.tried and (other := self._policy.probe(now.at)) is not None:
+            self._probe(arm, other, payload)
 
-    def _probe(self, used: Arm, other: Arm, payload: Payload, encode_ns: int) -> None:
+    def _probe(self, used: Arm, other: Arm, payload: Payload) -> None:
         """Encode the pages of the batch once more, to learn; nothing of it is sent."""
         assert other.codec is not None
-        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        began_ns = time.thread_time_ns()
         encoded = other.codec.encode(payload.tried)
-        now_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns() - began_cpu_ns
-        self._progress.add(Count.ENCODE_NS, cpu_ns)
+        codec_ns = time.thread_time_ns() - began_ns
+        self._progress.add(Count.ENCODE_NS, codec_ns)
         self._policy.learn_probe(
             Probe(
                 other,
                 used,
-                at_ns=now_ns,
+                at_ns=time.monotonic_ns(),
                 tried_bytes=len(payload.tried),
                 encoded_bytes=len(payload.tried if encoded is None else encoded),
                 used_bytes=payload.encoded_bytes,
-                encode_ns=encode_ns - payload.codec_ns + now_ns - began_ns,
-                cpu_ns=cpu_ns,
+                codec_ns=codec_ns,
             )
         )
 
