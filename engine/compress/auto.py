@@ -240,7 +240,9 @@ class Auto:
         if not done.tried_bytes:
             return
         self._known[index].learn(
-            done.codec_ns / done.tried_bytes, done.encoded_bytes / done.tried_bytes, weight,
+            done.codec_ns / done.tried_bytes,
+            done.encoded_bytes / done.tried_bytes,
+            weight,
             done.at_ns,
         )
         if index != self._current:

@@ -39,8 +39,8 @@ class Done:
     :ivar total_ns: from the end of the batch before to the end of this one, with the probe between.
     :ivar thread_ns: CPU time in `total_ns` of the thread that encodes; `worker_ns` with ZeroMQ's.
     :ivar waited_ns: of `total_ns`, until the channel or the bandwidth limit let it go.
-    :ivar limit: bytes per ns, this channel's part of the bandwidth limit if it waited for that; 0 if
-        it waited for the channel.
+    :ivar limit: bytes per ns, this channel's part of the bandwidth limit if it waited for that, or
+        0.
     :ivar fair_share: of a CPU that the host has left for each sender, 0 to 1.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from typing import Final, NamedTuple
 
@@ -21,23 +20,22 @@ class Sample(NamedTuple):
     """Of this moment.
 
     :ivar idle: of all CPUs, in ticks, and `total` idle or not.
-    :ivar worker_ns: CPU time of this process."""
+    :ivar senders_ns: CPU time of all senders."""
 
     at_ns: int
     idle: int
     total: int
-    worker_ns: int
+    senders_ns: int
 
 
 class HostLoad:
     """Owns one descriptor until the worker ends."""
 
-    def __init__(self, workers: int) -> None:
-        """:param workers: that do as this process does."""
-        self._workers = workers
+    def __init__(self, senders: int) -> None:
+        self._senders = senders
         self._cpus = float(os.cpu_count() or 1)
         self._samples: deque[Sample] = deque(maxlen=SAMPLES)
-        self._share = min(1.0, self._cpus / workers)
+        self._share = min(1.0, self._cpus / senders)
         try:
             self._fd = os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -49,23 +47,25 @@ class HostLoad:
             os.close(self._fd)
             self._fd = -1
 
-    def fair_share(self, now_ns: int) -> float:
-        """Of a CPU, 0 to 1: what the scheduler has for each worker beside what others keep busy."""
+    def fair_share(self, now_ns: int, senders_ns: int) -> float:
+        """Of a CPU, 0 to 1: what the scheduler has for each sender beside what others keep busy.
+
+        :param senders_ns: CPU time that all senders have used."""
         samples = self._samples
         if not samples or now_ns >= samples[-1].at_ns + SAMPLE_NS:
-            samples.append(self._sample(now_ns))
+            samples.append(Sample(now_ns, *self._ticks(), senders_ns))
             first, last = samples[0], samples[-1]
             if last.total > first.total:
                 idle = self._cpus * (last.idle - first.idle) / (last.total - first.total)
-                ours = self._workers * (last.worker_ns - first.worker_ns)
-                others = self._cpus - idle - ours / (last.at_ns - first.at_ns)
-                self._share = min(1.0, self._cpus / (self._workers + max(0.0, others)))
+                ours = (last.senders_ns - first.senders_ns) / (last.at_ns - first.at_ns)
+                others = max(0.0, self._cpus - idle - ours)
+                self._share = min(1.0, self._cpus / (self._senders + others))
         return self._share
 
-    def _sample(self, now_ns: int) -> Sample:
-        worker_ns = time.process_time_ns()
+    def _ticks(self) -> tuple[int, int]:
+        """Idle, and all."""
         if self._fd < 0:
-            return Sample(now_ns, 0, 0, worker_ns)
+            return 0, 0
         line = os.pread(self._fd, LINE_BYTES_MAX, 0).partition(b"\n")[0]
         times = [int(word) for word in line.split()[1 : 1 + TIMES]]
-        return Sample(now_ns, sum(times[IDLE]), sum(times), worker_ns)
+        return sum(times[IDLE]), sum(times)

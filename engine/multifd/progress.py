@@ -10,7 +10,7 @@ import enum
 import mmap
 import os
 import time
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from engine import _native
 from engine.memory.bitmaps import shared_memory
@@ -104,8 +104,11 @@ class Budget:
     """The bandwidth budget that all senders take from; control owns it and sets its rate.
 
     Three words: bytes per second (0: unlimited), the time up to which bandwidth is sold, and the
-    generation of the rate.
+    generation of the rate. After them, what each sender has used of the CPUs.
     """
+
+    #: A page has 512 words, and there are at most 255 channels.
+    CPU_WORDS: Final = 8
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -130,6 +133,11 @@ class Budget:
     def generation(self) -> int:
         """Counts the rates; what was bought before it changed must be bought again."""
         return self._words[2]
+
+    def used_cpu(self, index: int, cpu_ns: int) -> int:
+        """Sender `index` has used so much CPU time; return the sum of all senders."""
+        self._words[self.CPU_WORDS + index] = cpu_ns
+        return sum(self._words[self.CPU_WORDS :])
 
     def take(self, byte_count: int, now_ns: int, burst_ns: int) -> int:
         """Buy bandwidth; return the monotonic time when the bytes may go."""

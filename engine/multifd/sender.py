@@ -325,7 +325,9 @@ class Sender:
                 worker_ns=now.worker - before.worker,
                 waited_ns=stalled_ns + paced_ns,
                 limit=limit if paced_ns > stalled_ns else 0.0,
-                fair_share=self._load.fair_share(now.at),
+                fair_share=self._load.fair_share(
+                    now.at, self._budget.used_cpu(self._order.index, now.worker)
+                ),
             )
         )
         if payload.tried and (other := self._policy.probe(now.at)) is not None:

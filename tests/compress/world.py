@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from engine.compress.auto import LADDER, Auto
-from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
-from engine.multifd.hostload import HostLoad, Sample
+from engine.compress.policy import Arm, Done, Policy, Probe
+from engine.multifd.hostload import HostLoad
 
 MIB: Final = 2**20
 BATCH_BYTES: Final = 2 * MIB
@@ -57,16 +57,16 @@ def in_runs(seed: int) -> Worth:
 class Load(HostLoad):
     """/proc/stat of the simulated host: ticks of 10 ms."""
 
-    def __init__(self, world: World, lane: Lane) -> None:
+    def __init__(self, world: World) -> None:
         super().__init__(CHANNELS)
         self.close()
         self._cpus = float(CPUS)
-        self._world, self._lane = world, lane
+        self._world = world
 
-    def _sample(self, now_ns: int) -> Sample:
+    def _ticks(self) -> tuple[int, int]:
         shares = [self._world.idle_ns / CPUS + i * TICK_NS / CPUS for i in range(CPUS)]
         idle = sum(int(share / TICK_NS) for share in shares)
-        return Sample(now_ns, idle, CPUS * (now_ns // TICK_NS), int(self._lane.cpu_ns))
+        return idle, CPUS * int(self._world.now_ns / TICK_NS)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Lane:
     queue: deque[float] = field(default_factory=deque)
     decoding: deque[float] = field(default_factory=deque)  #: CPU time that each packet needs
     costs: deque[float] = field(default_factory=deque)  #: and will need, by queued packet
-    steps: Iterator[None] = iter(())
+    steps: Iterator[None] = field(default_factory=lambda: iter(()))
     is_done: bool = False
 
     def to_room(self, kernel_bytes: int) -> float:
@@ -121,7 +121,7 @@ class World:
         self.lanes = [
             Lane(policy(), random.Random(self.seed * CHANNELS + i)) for i in range(CHANNELS)
         ]
-        self.loads = [Load(self, lane) for lane in self.lanes]
+        self.loads = [Load(self) for _ in self.lanes]
         return self
 
     # -- time ------------------------------------------------------------------------------------
@@ -173,9 +173,10 @@ class World:
             lane.work_ns -= step_ns * speed
             lane.cpu_ns += step_ns * speed
         for lane in self.lanes:
-            if not lane.is_done and lane.work_ns < 1 and lane.until_ns <= self.now_ns:
-                if not self._waits(lane) or lane.to_room(self.kernel_bytes) < 1:
-                    self._resume(lane)
+            is_free = not self._waits(lane) or lane.to_room(self.kernel_bytes) < 1
+            is_ready = not lane.is_done and lane.work_ns < 1 and lane.until_ns <= self.now_ns
+            if is_ready and is_free:
+                self._resume(lane)
 
     def _waits(self, lane: Lane) -> bool:
         return bool(lane.packet) and lane.until_ns <= self.now_ns
@@ -223,7 +224,7 @@ class World:
                     int(self.now_ns - ended_ns), int(lane.cpu_ns - ended_cpu_ns),
                     int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns), 
                     self.limit / CHANNELS if 2 * paced_ns > self.now_ns - waits_ns else 0.0,
-                    load.fair_share(int(self.now_ns)),
+                    load.fair_share(int(self.now_ns), int(sum(x.cpu_ns for x in self.lanes))),
                 )
             )  # fmt: skip
             ended_ns, ended_cpu_ns = self.now_ns, lane.cpu_ns
@@ -244,8 +245,3 @@ class World:
 
 def auto(cpu_percent: int = 100) -> Auto:
     return Auto(CHANNELS, CPUS, cpu_percent)
-
-
-def best_fixed_ns(make: Callable[[], World], move: Callable[[World], float]) -> float:
-    """How long the best fixed codec takes in the same world."""
-    return min(move(make().start(lambda arm=arm: Fixed(arm))) for arm in LADDER)
