@@ -26,8 +26,9 @@ LADDER: Final = (
     Arm("zstd", 3, Zstd),
     Arm("zstd", 7, Zstd),
 )
-#: What is known of a codec is looked at again after so long.
-PROBE_AGE_NS: Final = 500 * MS
+#: What is known of a codec that was seen so often is looked at again after so long.
+AGE_MAX_NS: Final = 500 * MS
+SURE_TIMES: Final = 4
 #: Probes take at most this part of the time, and so much at once: of each codec one batch.
 PROBE_SHARE: Final = 0.01
 PROBES_AT_ONCE_NS: Final = 60 * MS
@@ -58,13 +59,19 @@ class Knowledge:
 
     codec_ns: float = 0.0
     left: float = 1.0
+    times: int = 0
     seen_ns: int = 0
 
     def learn(self, codec_ns: float, left: float, weight: float, now_ns: int) -> None:
-        weight = weight if self.seen_ns else 1.0
+        self.times += 1
+        weight = max(weight, 1 / self.times)
         self.codec_ns += weight * (codec_ns - self.codec_ns)
         self.left += weight * (left - self.left)
         self.seen_ns = now_ns
+
+    def is_old(self, now_ns: int) -> bool:
+        """One batch may be unlike the others, so the first ones are soon followed by more."""
+        return now_ns >= self.seen_ns + AGE_MAX_NS * min(1.0, self.times / SURE_TIMES)
 
 
 @dataclass(slots=True)
@@ -159,7 +166,7 @@ class Auto:
         self._share_left = self._share_seen = 1.0  #: of a CPU, that this thread may get, and gets
         self._arms = tuple(arm.made() for arm in LADDER)
         self._known = [Knowledge() for _ in LADDER]
-        self._known[0].seen_ns = 1
+        self._known[0].times = 1
         self._current = 0
         self._worth = 1.0  #: part of the RAM that looks worth trying
         self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
@@ -192,16 +199,14 @@ class Auto:
         return None
 
     def _is_due(self, index: int, now_ns: int) -> bool:
-        seen_ns = self._known[index].seen_ns
-        is_old = not seen_ns or now_ns > seen_ns + PROBE_AGE_NS
-        return is_old and self._probes.is_left(now_ns)
+        return self._known[index].is_old(now_ns) and self._probes.is_left(now_ns)
 
     def _is_slowed_by_drain(self, index: int) -> bool:
         return self._wire_ns(index) > self._made_ns(index)
 
     def _ns_per_byte(self, index: int) -> float:
         """What a byte of RAM takes; the least is best, and of equals the weakest codec."""
-        if not self._known[index].seen_ns:
+        if not self._known[index].times:
             return float("inf")
         alone_ns = max(self._wire_ns(index), self._made_ns(index))
         codec_ns = self._worth * self._known[index].codec_ns

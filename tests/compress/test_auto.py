@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -19,8 +20,11 @@ Move = Callable[[World], float]
 
 def slowness(make: Make, move: Move) -> float:
     """The time of `auto` by that of the best fixed codec."""
-    best_ns = min(move(make().start(lambda arm=arm: Fixed(arm))) for arm in LADDER)  # type: ignore[misc]
+    best_ns = min(move(make().start(functools.partial(Fixed, arm))) for arm in LADDER)
     return move(make().start(auto)) / best_ns
+
+
+SEEDS = (1, 2, 3)
 
 
 def move_gib(world: World) -> float:
@@ -46,8 +50,9 @@ def after(**changes: object) -> Move:
 def test_it_is_about_as_fast_as_the_best_codec(
     contents: Contents, gbit: float, is_local: bool
 ) -> None:
-    for seed in (1, 2, 3):
-        assert slowness(lambda s=seed: World(gbit, contents, seed=s, is_local=is_local), move_gib) <= 1.05  # fmt: skip
+    for seed in SEEDS:
+        make = functools.partial(World, gbit, contents, seed=seed, is_local=is_local)
+        assert slowness(make, move_gib) <= 1.05
 
 
 @pytest.mark.parametrize("gbit", [0.1, 1, 2.5, 5, 10])
@@ -64,8 +69,9 @@ def test_threads_that_never_sleep_do_not_mislead_it(gbit: float, others: int) ->
 
 @pytest.mark.parametrize("gbit", [0.1, 1, 2.5, 5, 10])
 def test_content_in_runs_of_noise_and_heap_does_not_mislead_it(gbit: float) -> None:
-    for seed in (1, 2, 3):
-        assert slowness(lambda s=seed: World(gbit, HEAP, in_runs(s), seed=s), move_gib) <= 1.05
+    for seed in SEEDS:
+        make = functools.partial(World, gbit, HEAP, in_runs(seed), seed)
+        assert slowness(make, move_gib) <= 1.05
 
 
 @pytest.mark.parametrize("gbit", [0.3, 1, 2.5, 5, 10])
@@ -82,8 +88,7 @@ def test_short_rounds_do_not_mislead_it(gbit: float) -> None:
 
 @pytest.mark.parametrize("limit", [0.01, 0.05, 0.125, 0.3, 0.5, 1.0])
 def test_a_bandwidth_limit_is_like_a_slow_link(limit: float) -> None:
-    """The channels buy from one budget, not always as much: the slower one ends later."""
-    assert slowness(lambda: World(100, limit=limit), move_gib) <= 1.10
+    assert slowness(lambda: World(100, limit=limit), move_gib) <= 1.05
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_a_bandwidth_limit_is_like_a_slow_link(limit: float) -> None:
 )
 def test_a_change_of_bandwidth_is_followed_within_two_seconds(before: float, then: float) -> None:
     for contents in (TEXT, HEAP):
-        assert slowness(lambda c=contents: World(before, c), after(gbit=then)) <= 1.05
+        assert slowness(functools.partial(World, before, contents), after(gbit=then)) <= 1.05
 
 
 @pytest.mark.parametrize("gbit", [0.3, 1, 2.5, 5])
@@ -130,7 +135,7 @@ def test_a_channel_that_is_never_full_gets_pages_as_they_are() -> None:
 
 
 def test_probes_are_few() -> None:
-    for gbit in (0.3, 1, 2.5, 5):
+    for gbit in (0.3, 1, 2.5):
         world = World(gbit).start(auto)
         took_ns = world.move(2 * GIB)
         assert 0 < world.probed_ns <= 0.03 * took_ns + 200_000_000

@@ -222,7 +222,7 @@ class World:
                 Done(
                     arm, int(self.now_ns), ram, tried, encoded, wire, int(codec_ns),
                     int(self.now_ns - ended_ns), int(lane.cpu_ns - ended_cpu_ns),
-                    int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns), 
+                    int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns),
                     self.limit / CHANNELS if 2 * paced_ns > self.now_ns - waits_ns else 0.0,
                     load.fair_share(int(self.now_ns), int(sum(x.cpu_ns for x in self.lanes))),
                 )
