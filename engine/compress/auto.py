@@ -168,7 +168,8 @@ class Auto:
         self._known = [Knowledge() for _ in LADDER]
         self._known[0].times = 1
         self._current = 0
-        self._worth = 1.0  #: part of the RAM that looks worth trying
+        self._worth = 1.0  #: part of the RAM that looks worth trying, seen in `_tries` batches
+        self._tries = 0
         self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
         self._probed_ns = 0  #: by the probe after the batch before
 
@@ -241,7 +242,9 @@ class Auto:
         self._share_left = done.fair_share
         index = self._arms.index(done.arm)
         if index:
-            self._worth += weight * (done.tried_bytes / done.ram_bytes - self._worth)
+            self._tries += 1
+            worth = done.tried_bytes / done.ram_bytes
+            self._worth += max(weight, 1 / self._tries) * (worth - self._worth)
         if not done.tried_bytes:
             return
         self._known[index].learn(
