@@ -36,6 +36,11 @@ PROBES_AT_ONCE_NS: Final = 60 * MS
 CPU_AT_ONCE_NS: Final = 50 * MS
 #: Another codec must promise so much more, or noise alone would change it all the time.
 GAIN_MIN: Final = 1.03
+#: After so long a codec must have kept its promise, or it is avoided for so long, twice as long each
+#: time.
+TRIAL_NS: Final = 200 * MS
+AVOIDED_NS: Final = 1_000 * MS
+DOUBLINGS_MAX: Final = 4
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
 LEARNING: Final = 0.25
 LEARNING_BYTES: Final = 1024 * 1024
@@ -61,6 +66,8 @@ class Knowledge:
     left: float = 1.0
     times: int = 0
     seen_ns: int = 0
+    disproved: int = 0  #: so often it was slower than the weaker one before
+    avoided_until_ns: int = 0
 
     def learn(self, codec_ns: float, left: float, weight: float, now_ns: int) -> None:
         self.times += 1
@@ -94,6 +101,14 @@ class Allowance:
 
     def spend(self, spent_ns: int) -> None:
         self._left_ns -= spent_ns
+
+
+class Trial(NamedTuple):
+    """A stronger codec was taken instead of `index`, when the channel drained `rate`."""
+
+    began_ns: int
+    index: int
+    rate: float
 
 
 class Batch(NamedTuple):
@@ -168,6 +183,8 @@ class Auto:
         self._known = [Knowledge() for _ in LADDER]
         self._known[0].times = 1
         self._current = 0
+        self._trial: Trial | None = None
+        self._held_until_ns = 0
         self._worth = 1.0  #: part of the RAM that looks worth trying, seen in `_tries` batches
         self._tries = 0
         self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
@@ -179,12 +196,39 @@ class Auto:
         """The next batch's; the first codec is tried by using it for one batch."""
         if not self._budget.is_left(now_ns):
             return self._arms[0]
-        best = min(range(len(self._arms)), key=self._ns_per_byte)
+        self._judge(now_ns)
+        if now_ns < self._held_until_ns:
+            return self._arms[self._current]
+        allowed = [i for i, known in enumerate(self._known) if now_ns >= known.avoided_until_ns]
+        best = min(allowed, key=self._ns_per_byte)
         if self._ns_per_byte(best) * GAIN_MIN < self._ns_per_byte(self._current):
-            self._current = best
+            self._change(best, now_ns)
         if self._current == 0 and self.drain.is_full and self._is_due(1, now_ns):
             return self._arms[1]
         return self._arms[self._current]
+
+    def _change(self, index: int, now_ns: int) -> None:
+        trial = self._trial
+        if trial is None and self.drain.is_full:
+            trial = Trial(now_ns, self._current, self.drain.rate)
+        self._trial = trial if trial is not None and index > trial.index else None
+        self._current = index
+
+    def _judge(self, now_ns: int) -> None:
+        """A channel that is full because the other side cannot decode as fast drains less of what is
+        stronger: then it was wrong."""
+        trial = self._trial
+        if trial is None or now_ns < trial.began_ns + TRIAL_NS:
+            return
+        self._trial, known = None, self._known[self._current]
+        expected = self.drain.rate * self._wire_ns(trial.index) / trial.rate if trial.rate else 0.0
+        if not self.drain.is_full or self._wire_ns(self._current) <= expected * GAIN_MIN:
+            known.disproved = 0
+            return
+        known.avoided_until_ns = now_ns + AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX)
+        known.disproved += 1
+        self._current = trial.index
+        self._held_until_ns = now_ns + TRIAL_NS  # the drain is seen anew
 
     def probe(self, now_ns: int) -> Arm | None:
         """What to encode the pages of the batch with a second time, to learn: while the channel is
