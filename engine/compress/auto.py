@@ -2,19 +2,18 @@
 the CPUs that are left.
 
 The worker encodes while ZeroMQ's thread sends: so a byte of RAM takes the longest of preparing it,
-sending what is left of it, and its CPU time on the CPUs that all senders share. Cost and gain are
-those of the pages that looked worth it. A probe encodes the pages of one batch a second time, so
-that two codecs are compared on the same pages. A channel that is not full does not tell what it
-could drain: then the drain is believed to grow, and the next full queue says what it is.
+sending what is left of it, and its CPU time at the share of a CPU that the worker gets. Cost and
+gain are those of the pages that looked worth it. A probe encodes the pages of one batch a second
+time, so that two codecs are compared on the same pages.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from engine.compress.codecs import Lz4, Zstd
+from engine.compress.drain import WINDOW_NS, Drain
 from engine.compress.policy import Arm, Done, Probe
 
 MS: Final = 1_000_000
@@ -36,26 +35,16 @@ PROBES_AT_ONCE_NS: Final = 60 * MS
 CPU_AT_ONCE_NS: Final = 50 * MS
 #: Another codec must promise so much more, or noise alone would change it all the time.
 GAIN_MIN: Final = 1.03
-#: After so long a codec must have kept its promise, or it is avoided for so long, twice as long each
-#: time.
+#: After so long a stronger codec is judged by what the channel drains of it; later if the channel
+#: is not full, but then at the latest.
 TRIAL_NS: Final = 200 * MS
+TRIAL_MAX_NS: Final = 800 * MS
+#: One that was slower is avoided for so long, and each time twice as long.
 AVOIDED_NS: Final = 1_000 * MS
 DOUBLINGS_MAX: Final = 4
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
 LEARNING: Final = 0.25
 LEARNING_BYTES: Final = 1024 * 1024
-#: The channel is full when so much of the time is waiting for it; polling alone is less.
-FULL_SHARE: Final = 0.06
-WINDOW_NS: Final = 100 * MS
-#: Packets that ZeroMQ has taken and not sent: the queue, and the one that is being sent.
-QUEUED_PACKETS: Final = 3
-#: While the channel is not full, its drain is believed to be so much more after each step: tenfold
-#: in 650 ms...
-GROWTH: Final = 1.2
-GROWTH_NS: Final = 50 * MS
-#: ...but not before so long; after a belief that was wrong twice as long, up to the maximum.
-PATIENCE_NS: Final = 200 * MS
-PATIENCE_MAX_NS: Final = 1_000 * MS
 
 
 @dataclass(slots=True)
@@ -104,68 +93,11 @@ class Allowance:
 
 
 class Trial(NamedTuple):
-    """A stronger codec was taken instead of `index`, when the channel drained `rate`."""
+    """A stronger codec was taken instead of `weaker`, while the channel drained `rate`."""
 
     began_ns: int
-    index: int
+    weaker: int
     rate: float
-
-
-class Batch(NamedTuple):
-    """`left_bytes` left the queue while this one was made, if `is_exact`: it was full before and
-    after."""
-
-    at_ns: int
-    total_ns: int
-    waited_ns: int
-    left_bytes: int
-    is_exact: bool
-
-
-@dataclass(slots=True)
-class Drain:
-    """What the channel takes, in bytes per ns; 0 until it was full once."""
-
-    rate: float = 0.0
-    is_full: bool = False
-    _now_ns: int = 0  #: counts only while the channel is used
-    _window: deque[Batch] = field(default_factory=deque)
-    _queued: deque[int] = field(default_factory=deque)
-    _patience_ns: int = PATIENCE_NS
-    _grows_at_ns: int = 0
-    _believed: float = 0.0  #: grown to, and not yet seen
-
-    def learn(self, done: Done) -> None:
-        """Take one batch into account: when it was taken, one that was queued before had left."""
-        self._now_ns += done.total_ns
-        self._queued.append(done.wire_bytes)
-        left_bytes = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
-        window = self._window
-        was_full = bool(window) and window[-1].waited_ns > FULL_SHARE * window[-1].total_ns
-        is_exact = was_full and done.waited_ns > FULL_SHARE * done.total_ns
-        window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, is_exact))
-        while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
-            window.popleft()
-        total_ns = sum(batch.total_ns for batch in window)
-        self.is_full = sum(batch.waited_ns for batch in window) > FULL_SHARE * total_ns
-        if self.is_full:
-            self._measure(done.limit)
-        elif self.rate and self._now_ns >= self._grows_at_ns:
-            self.rate = self._believed = self.rate * GROWTH
-            self._grows_at_ns = self._now_ns + GROWTH_NS
-
-    def _measure(self, limit: float) -> None:
-        exact = [batch for batch in self._window if batch.is_exact]
-        self._grows_at_ns = self._now_ns + self._patience_ns
-        if not exact and not limit:
-            return
-        seen = limit or sum(one.left_bytes for one in exact) / sum(one.total_ns for one in exact)
-        if self._believed:
-            was_wrong = seen * GROWTH < self._believed
-            longer_ns = min(2 * self._patience_ns, PATIENCE_MAX_NS)
-            self._patience_ns = longer_ns if was_wrong else PATIENCE_NS
-            self._believed = 0.0
-        self.rate = seen
 
 
 class Auto:
@@ -184,7 +116,7 @@ class Auto:
         self._known[0].times = 1
         self._current = 0
         self._trial: Trial | None = None
-        self._held_until_ns = 0
+        self._changed_ns = self._held_until_ns = 0  #: the choice, and since when and until when
         self._worth = 1.0  #: part of the RAM that looks worth trying, seen in `_tries` batches
         self._tries = 0
         self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
@@ -211,24 +143,27 @@ class Auto:
         trial = self._trial
         if trial is None and self.drain.is_full:
             trial = Trial(now_ns, self._current, self.drain.rate)
-        self._trial = trial if trial is not None and index > trial.index else None
-        self._current = index
+        self._trial = trial if trial is not None and index > trial.weaker else None
+        self._current, self._changed_ns = index, now_ns
 
     def _judge(self, now_ns: int) -> None:
-        """A channel that is full because the other side cannot decode as fast drains less of what is
-        stronger: then it was wrong."""
+        """A channel is also full when the other side cannot decode as fast; then it drains less of
+        a stronger codec's packets, and the weaker one was better."""
         trial = self._trial
-        if trial is None or now_ns < trial.began_ns + TRIAL_NS:
+        if trial is None or not trial.rate or now_ns < self._changed_ns + WINDOW_NS:
+            return
+        trial_ns = now_ns - trial.began_ns
+        if trial_ns < TRIAL_NS or (not self.drain.is_full and trial_ns < TRIAL_MAX_NS):
             return
         self._trial, known = None, self._known[self._current]
-        expected = self.drain.rate * self._wire_ns(trial.index) / trial.rate if trial.rate else 0.0
-        if not self.drain.is_full or self._wire_ns(self._current) <= expected * GAIN_MIN:
+        promised_ns = self._wire_ns(trial.weaker) * self.drain.rate / trial.rate
+        if not self.drain.is_full or self._wire_ns(self._current) <= promised_ns * GAIN_MIN:
             known.disproved = 0
             return
         known.avoided_until_ns = now_ns + AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX)
         known.disproved += 1
-        self._current = trial.index
-        self._held_until_ns = now_ns + TRIAL_NS  # the drain is seen anew
+        self._current = trial.weaker
+        self._held_until_ns = now_ns + TRIAL_NS  # until the drain was seen with the weaker one
 
     def probe(self, now_ns: int) -> Arm | None:
         """What to encode the pages of the batch with a second time, to learn: while the channel is
@@ -279,7 +214,7 @@ class Auto:
         codec_ns, self._probed_ns = done.codec_ns + self._probed_ns, 0
         thread_ns = (done.thread_ns - codec_ns) / done.ram_bytes
         worker_ns = (done.worker_ns - codec_ns) / done.ram_bytes
-        share = done.thread_ns / max(done.thread_ns, done.total_ns - done.waited_ns)
+        share = done.thread_ns / max(1, done.thread_ns, done.total_ns - done.waited_ns)
         self._thread_ns += weight * (thread_ns - self._thread_ns)
         self._worker_ns += weight * (worker_ns - self._worker_ns)
         self._share_seen += weight * (share - self._share_seen)

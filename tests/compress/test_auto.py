@@ -67,6 +67,14 @@ def test_threads_that_never_sleep_do_not_mislead_it(gbit: float, others: int) ->
     assert slowness(lambda: World(gbit, others=others), move_gib) <= 1.05
 
 
+@pytest.mark.parametrize("gbit", [0.3, 1, 7, 10, 100])
+def test_a_destination_that_decodes_slowly_is_noticed(gbit: float) -> None:
+    """The channel is full then, as on a slow link; it takes trials to see the difference."""
+    for seed in SEEDS:
+        make = functools.partial(World, gbit, seed=seed, is_local=False, decode_factor=3.0)
+        assert slowness(make, move_gib) <= 1.15
+
+
 @pytest.mark.parametrize("gbit", [0.1, 1, 2.5, 5, 10])
 def test_content_in_runs_of_noise_and_heap_does_not_mislead_it(gbit: float) -> None:
     for seed in SEEDS:
