@@ -35,10 +35,13 @@ class Done:
     :ivar tried_bytes: of these, given to the codec.
     :ivar encoded_bytes: what they became; `tried_bytes` when that was in vain.
     :ivar wire_bytes: what the channel took for all of it.
-    :ivar encode_ns: making the packet; `cpu_ns` is that in CPU time.
-    :ivar total_ns: from the end of the batch before to the end of this one.
+    :ivar codec_ns: CPU time of the codec.
+    :ivar total_ns: from the end of the batch before to the end of this one, with the probe between.
+    :ivar thread_ns: CPU time in `total_ns` of the thread that encodes; `worker_ns` with ZeroMQ's.
     :ivar waited_ns: of `total_ns`, until the channel or the bandwidth limit let it go.
-    :ivar busy_share: of the host's CPU time, 0 to 1, lately.
+    :ivar limit: bytes per ns, this channel's part of the bandwidth limit if it waited for that, or
+        0.
+    :ivar fair_share: of a CPU that the host has left for each sender, 0 to 1.
     """
 
     arm: Arm
@@ -47,11 +50,13 @@ class Done:
     tried_bytes: int
     encoded_bytes: int
     wire_bytes: int
-    encode_ns: int
-    cpu_ns: int
+    codec_ns: int
     total_ns: int
+    thread_ns: int
+    worker_ns: int
     waited_ns: int
-    busy_share: float
+    limit: float
+    fair_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ class Probe:
     """The same pages, encoded a second time and not sent.
 
     :ivar used: the arm that they were sent with, and `used_bytes` what they became.
+    :ivar codec_ns: CPU time of the codec.
     """
 
     arm: Arm
@@ -67,8 +73,7 @@ class Probe:
     tried_bytes: int
     encoded_bytes: int
     used_bytes: int
-    encode_ns: int
-    cpu_ns: int
+    codec_ns: int
 
 
 class Policy(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import time
+from typing import Final
 
 from engine import _native
 from engine.memory.words import SharedWords
@@ -72,8 +73,11 @@ class Budget(SharedWords):
     """The bandwidth budget that all senders take from; control owns it and sets its rate.
 
     Three words: bytes per second (0: unlimited), the time up to which bandwidth is sold, and the
-    generation of the rate.
+    generation of the rate. After them, what each sender has used of the CPUs.
     """
+
+    #: A page has 512 words, and there are at most 255 channels.
+    CPU_WORDS: Final = 8
 
     @property
     def rate_bytes_per_s(self) -> int:
@@ -88,6 +92,11 @@ class Budget(SharedWords):
     def generation(self) -> int:
         """Counts the rates; what was bought before it changed must be bought again."""
         return self.words[2]
+
+    def used_cpu(self, index: int, cpu_ns: int) -> int:
+        """Sender `index` has used so much CPU time; return the sum of all senders."""
+        self.words[self.CPU_WORDS + index] = cpu_ns
+        return sum(self.words[self.CPU_WORDS :])
 
     def take(self, byte_count: int, now_ns: int, burst_ns: int) -> int:
         """Buy bandwidth; return the monotonic time when the bytes may go."""

@@ -17,10 +17,8 @@ from typing import Final
 import zmq
 
 from engine import _native, wire
-from engine.compress.choice import policy_of
 from engine.compress.codecs import Codec
 from engine.compress.elision import HASH_BYTES
-from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE
@@ -35,9 +33,9 @@ from engine.memory.tracking import (
     hash_tables,
 )
 from engine.multifd.channel import Channel, SocketChannel, StreamChannel, Superseded
+from engine.multifd.chooser import Chooser
 from engine.multifd.deltas import Deltas
 from engine.multifd.elision import Elision
-from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
 from engine.multifd.progress import Budget, Count, Progress
 from engine.worker import Inbox, allow_private_memory, blocks_of, run_worker
@@ -79,9 +77,6 @@ class Sender:
         self._channel: Channel | None = None
         self._stream_fd = -1  #: in place of ZeroMQ, until its channel has it
         self._round: RoundTotals | None = None
-        self._policy: Policy = Fixed(Arm("none"))
-        self._load = HostLoad()
-        self._sent_ns = self._waited_ns = 0  #: of the batch before: its end, and how long it waited
         self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
         self._watch(None)
@@ -136,6 +131,7 @@ class Sender:
                     self._harvest(order)
                 case wire.SendRound():
                     self._round = RoundTotals(order.round_number)
+                    self._chooser.begin_round()
                 case wire.EndChannel():
                     self._end_channel()
 
@@ -153,6 +149,7 @@ class Sender:
         self._in_flight = PageBitmaps(self._blocks, shared["in_flight"])
         self._progress = Progress(shared["progress"])
         self._budget = Budget(shared["budget"])
+        self._chooser = Chooser(order.index, order.count, self._progress, self._budget)
         self._deltas = Deltas(self._slices, self._progress)
         self._elision = Elision(self._blocks, self._progress)
         self._harvester = self._make_harvester(order, shared, tracker_fds)
@@ -180,7 +177,7 @@ class Sender:
         hash_bytes = sum(block.page_count for block in self._blocks) * HASH_BYTES
         cache_bytes = order.xbzrle_cache_bytes // self._order.count
         allow_private_memory(cache_bytes + hash_bytes)
-        self._policy = policy_of(order, self._order.count)
+        self._chooser.follow(order)
         self._deltas.resize(cache_bytes)
         self._elision.set(order.elide)
 
@@ -288,8 +285,7 @@ class Sender:
 
     def _send_taken(self, totals: RoundTotals, taken: Taken) -> None:
         """Send what `_data_runs` and `_zero_runs` hold, in one packet or two."""
-        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        arm = self._policy.choose(began_ns)
+        began_cpu_ns, arm = time.thread_time_ns(), self._chooser.choose()
         payloads = self._payloads(totals.round_number, taken, arm.codec)
         zero_runs = bytes(self._zero_runs[: taken.zero_count * wire.RUN.size])
         self._harvester.sent_zeros(taken.block_index, self._zero_runs, taken.zero_count)
@@ -297,13 +293,13 @@ class Sender:
             taken.block_index, totals.round_number, self._zero_runs, taken.zero_count
         )
         self._elision.sent_otherwise(taken.block_index, self._zero_runs, taken.zero_count)
-        encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
+        self._progress.add(Count.ENCODE_NS, time.thread_time_ns() - began_cpu_ns)
         for payload in payloads:
             if payload.pages or zero_runs:
                 self._send_payload(totals, taken, payload, zero_runs)
             zero_runs = b""
         if taken.pages:
-            self._learn(arm, taken, payloads, encode_ns, cpu_ns)
+            self._chooser.learn(arm, taken.pages * PAGE_SIZE, payloads)
 
     def _payloads(self, round_number: int, taken: Taken, codec: Codec | None) -> list[Payload]:
         """Of the taken data runs; the first may have no pages."""
@@ -357,54 +353,6 @@ class Sender:
         if payload.codec is not wire.CodecId.RAW:
             progress.add(Count.PLAIN_BYTES, payload.plain_bytes)
             progress.add(Count.ENCODED_BYTES, payload.encoded_bytes)
-
-    def _learn(
-        self, arm: Arm, taken: Taken, payloads: Sequence[Payload], encode_ns: int, cpu_ns: int
-    ) -> None:
-        """Tell the policy, and whoever looks, what became of a batch."""
-        now_ns = time.monotonic_ns()
-        waited_ns = self._progress[Count.STALLED_NS] + self._progress[Count.PACED_NS]
-        self._progress.add(Count.ENCODE_NS, cpu_ns)
-        self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
-        self._policy.learn(
-            Done(
-                arm,
-                at_ns=now_ns,
-                ram_bytes=taken.pages * PAGE_SIZE,
-                tried_bytes=sum(len(payload.tried) for payload in payloads),
-                encoded_bytes=sum(payload.encoded_bytes for payload in payloads),
-                wire_bytes=sum(payload.payload_bytes for payload in payloads),
-                encode_ns=encode_ns,
-                cpu_ns=cpu_ns,
-                total_ns=now_ns - (self._sent_ns or now_ns),
-                waited_ns=waited_ns - self._waited_ns,
-                busy_share=self._load.busy_share(now_ns),
-            )
-        )
-        self._sent_ns, self._waited_ns = now_ns, waited_ns
-        payload = payloads[0]
-        if payload.tried and (other := self._policy.probe(now_ns)) is not None:
-            self._probe(arm, other, payload, encode_ns)
-
-    def _probe(self, used: Arm, other: Arm, payload: Payload, encode_ns: int) -> None:
-        """Encode the pages of the batch once more, to learn; nothing of it is sent."""
-        assert other.codec is not None
-        began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        encoded = other.codec.encode(payload.tried)
-        now_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns() - began_cpu_ns
-        self._progress.add(Count.ENCODE_NS, cpu_ns)
-        self._policy.learn_probe(
-            Probe(
-                other,
-                used,
-                at_ns=now_ns,
-                tried_bytes=len(payload.tried),
-                encoded_bytes=len(payload.tried if encoded is None else encoded),
-                used_bytes=payload.encoded_bytes,
-                encode_ns=encode_ns - payload.codec_ns + now_ns - began_ns,
-                cpu_ns=cpu_ns,
-            )
-        )
 
     def _end_round(self, totals: RoundTotals) -> None:
         assert self._channel is not None

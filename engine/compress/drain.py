@@ -1,0 +1,84 @@
+"""What a channel drains, by when it takes packets.
+
+A channel that is not full does not tell what it could drain: then the drain is believed to grow,
+and the next full queue says what it is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from engine.compress.policy import Done
+
+MS: Final = 1_000_000
+#: The channel is full when so much of the time is waiting for it; polling alone is less.
+FULL_SHARE: Final = 0.06
+WINDOW_NS: Final = 100 * MS
+#: Packets that ZeroMQ has taken and not sent: the queue, and the one that is being sent.
+QUEUED_PACKETS: Final = 3
+#: While the channel is not full, its drain is believed to be so much more after each step: tenfold
+#: in 650 ms...
+GROWTH: Final = 1.2
+GROWTH_NS: Final = 50 * MS
+#: ...but not before so long; after a belief that was wrong twice as long, up to the maximum.
+PATIENCE_NS: Final = 200 * MS
+PATIENCE_MAX_NS: Final = 1_000 * MS
+
+
+class Batch(NamedTuple):
+    """`left_bytes` left the queue while this one was made, if `is_exact`: it was full before and
+    after."""
+
+    at_ns: int
+    total_ns: int
+    waited_ns: int
+    left_bytes: int
+    is_exact: bool
+
+
+@dataclass(slots=True)
+class Drain:
+    """What the channel takes, in bytes per ns; 0 until it was full once."""
+
+    rate: float = 0.0
+    is_full: bool = False
+    _now_ns: int = 0  #: counts only while the channel is used
+    _window: deque[Batch] = field(default_factory=deque)
+    _queued: deque[int] = field(default_factory=deque)
+    _patience_ns: int = PATIENCE_NS
+    _grows_at_ns: int = 0
+    _believed: float = 0.0  #: grown to, and not yet seen
+
+    def learn(self, done: Done) -> None:
+        """Take one batch into account: when it was taken, one that was queued before had left."""
+        self._now_ns += done.total_ns
+        self._queued.append(done.wire_bytes)
+        left_bytes = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
+        window = self._window
+        was_full = bool(window) and window[-1].waited_ns > FULL_SHARE * window[-1].total_ns
+        is_exact = was_full and done.waited_ns > FULL_SHARE * done.total_ns
+        window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, is_exact))
+        while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
+            window.popleft()
+        total_ns = sum(batch.total_ns for batch in window)
+        self.is_full = sum(batch.waited_ns for batch in window) > FULL_SHARE * total_ns
+        if self.is_full:
+            self._measure(done.limit)
+        elif self.rate and self._now_ns >= self._grows_at_ns:
+            self.rate = self._believed = self.rate * GROWTH
+            self._grows_at_ns = self._now_ns + GROWTH_NS
+
+    def _measure(self, limit: float) -> None:
+        exact = [batch for batch in self._window if batch.is_exact]
+        self._grows_at_ns = self._now_ns + self._patience_ns
+        if not exact and not limit:
+            return
+        seen = limit or sum(one.left_bytes for one in exact) / sum(one.total_ns for one in exact)
+        if self._believed:
+            was_wrong = seen * GROWTH < self._believed
+            longer_ns = min(2 * self._patience_ns, PATIENCE_MAX_NS)
+            self._patience_ns = longer_ns if was_wrong else PATIENCE_NS
+            self._believed = 0.0
+        self.rate = seen

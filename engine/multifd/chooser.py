@@ -1,0 +1,103 @@
+"""A sender's choice of codec: what the policy decides by, measured batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine import wire
+from engine.compress.choice import policy_of
+from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
+from engine.multifd.hostload import HostLoad
+from engine.multifd.payload import Payload
+from engine.multifd.progress import Budget, Count, Progress
+
+
+class Clocks(NamedTuple):
+    """What batches are measured by, in ns."""
+
+    at: int
+    thread: int  #: CPU time of this thread, `worker` of all
+    worker: int
+    stalled: int
+    paced: int
+
+
+class Chooser:
+    """Follows one policy at a time, and tells it and the progress page what became of a batch."""
+
+    def __init__(self, index: int, count: int, progress: Progress, budget: Budget) -> None:
+        self._index, self._count = index, count
+        self._progress, self._budget = progress, budget
+        self._load = HostLoad(count)
+        self._policy: Policy = Fixed(Arm("none"))
+        self._before = self._clocks()  #: at the end of the batch before
+
+    def follow(self, order: wire.Compress) -> None:
+        """Another policy from the next batch on."""
+        self._policy = policy_of(order, self._count)
+
+    def begin_round(self) -> None:
+        """What was between two rounds is nobody's cost."""
+        self._before = self._clocks()
+
+    def choose(self) -> Arm:
+        """The next batch's."""
+        return self._policy.choose(time.monotonic_ns())
+
+    def _clocks(self) -> Clocks:
+        progress = self._progress
+        return Clocks(
+            time.monotonic_ns(), time.thread_time_ns(), time.process_time_ns(),
+            progress[Count.STALLED_NS], progress[Count.PACED_NS],
+        )  # fmt: skip
+
+    def learn(self, arm: Arm, ram_bytes: int, payloads: Sequence[Payload]) -> None:
+        """What became of a batch, in one packet or two, once they are queued."""
+        now, before = self._clocks(), self._before
+        self._before = now
+        stalled_ns, paced_ns = now.stalled - before.stalled, now.paced - before.paced
+        limit = self._budget.rate_bytes_per_s / self._count / 1_000_000_000
+        self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
+        self._policy.learn(
+            Done(
+                arm,
+                at_ns=now.at,
+                ram_bytes=ram_bytes,
+                tried_bytes=sum(len(payload.tried) for payload in payloads),
+                encoded_bytes=sum(payload.encoded_bytes for payload in payloads),
+                wire_bytes=sum(payload.payload_bytes for payload in payloads),
+                codec_ns=sum(payload.codec_ns for payload in payloads),
+                total_ns=now.at - before.at,
+                thread_ns=now.thread - before.thread,
+                worker_ns=now.worker - before.worker,
+                waited_ns=stalled_ns + paced_ns,
+                limit=limit if paced_ns > stalled_ns else 0.0,
+                fair_share=self._load.fair_share(
+                    now.at, self._budget.used_cpu(self._index, now.worker)
+                ),
+            )
+        )
+        tried = payloads[0]
+        if tried.tried and (other := self._policy.probe(now.at)) is not None:
+            self._probe(arm, other, tried)
+
+    def _probe(self, used: Arm, other: Arm, payload: Payload) -> None:
+        """Encode the pages of a batch once more, to learn; nothing of it is sent."""
+        assert other.codec is not None
+        began_ns = time.thread_time_ns()
+        encoded = other.codec.encode(payload.tried)
+        codec_ns = time.thread_time_ns() - began_ns
+        self._progress.add(Count.ENCODE_NS, codec_ns)
+        self._policy.learn_probe(
+            Probe(
+                other,
+                used,
+                at_ns=time.monotonic_ns(),
+                tried_bytes=len(payload.tried),
+                encoded_bytes=len(payload.tried if encoded is None else encoded),
+                used_bytes=payload.encoded_bytes,
+                codec_ns=codec_ns,
+            )
+        )
