@@ -105,7 +105,7 @@ class IncomingMigration:
                 self._main = StreamDestination(self._address, self._sources)
         except (OSError, MigrationError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else exc
-            self.error = str(exc)
+            self.error = str(reason)
             if isinstance(self._address, Address):
                 self.error = f"Failed to listen on '{self._address.display}': {reason}"
             self._set_status(Status.FAILED)

@@ -72,8 +72,9 @@ class OutgoingMigration:
         try:
             self._route.open()
         except (MigrationError, OSError) as exc:
-            self.handle(machine.Failure(str(exc)))
-            raise
+            reason = exc.strerror if isinstance(exc, OSError) else exc
+            self.handle(machine.Failure(str(reason)))
+            raise exc if isinstance(exc, MigrationError) else MigrationError(reason) from exc
 
     @property
     def may_continue(self) -> bool:

@@ -273,6 +273,8 @@ class ControlProcess:
 
         :param named: takes a client's descriptor by its name.
         :raise MigrationError: it has not begun, or has failed at once."""
+        if self.outgoing is not None and self.outgoing.status in ENDED:
+            await self.outgoing.ended.wait()  # it still gives back what the next one would use
         self._check_transport(address)
         if resume:
             raise UsageError("Cannot resume if there is no paused migration")

@@ -14,6 +14,7 @@ from typing import Final
 
 from engine import wire
 from engine.control.framestream import ConnectionLost
+from engine.control.mainchannel import HELLO_WAIT_S
 from engine.control.streams import vsock
 from engine.control.streams.line import ChunkWriter, MessageReader
 from engine.control.streams.opening import Sources, Stream, open_destination
@@ -69,7 +70,10 @@ class StreamDestination:
                 await self._drop()
                 self._stream = await vsock.accept(self._listener)
             try:
-                return await self._greet()
+                async with asyncio.timeout(None if self._listener is None else HELLO_WAIT_S):
+                    return await self._greet()
+            except TimeoutError:
+                log.warning("refused a source: it says nothing")
             except (ConnectionLost, WireError, PeerRefused) as exc:
                 if self._listener is None:
                     raise
@@ -78,6 +82,8 @@ class StreamDestination:
     async def _greet(self) -> wire.Hello:
         assert self._stream is not None
         stream = self._stream
+        if stream.is_fifo:  # one with a name reads as ended before its first writer has come
+            await until_readable(stream.fd)
         reader = MessageReader(stream.fd, wire.StreamHello, STREAM_HELLO_BYTES_MAX)
         begin: wire.StreamHello = await reader.receive()
         self._writer = None
@@ -135,7 +141,10 @@ class StreamDestination:
             stream.cut()
         stream.close()
         if stream.child is not None:
-            await stream.child.end(0.0 if has_failed else CHILD_GRACE_S)
+            if has_failed:
+                await stream.child.kill()
+            else:
+                await stream.child.end(CHILD_GRACE_S)
             status = await stream.child.wait()
             if status and not has_failed:
                 log.warning("%s; the whole stream had come", stream.child.describe(status))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ class ChunkWriter:
         """:param is_file: a write may take as long as a disk does, whatever the descriptor says."""
         self._fd, self._is_file = fd, is_file
         self._turn = asyncio.Lock()
+        self._writing: asyncio.Future[int] | None = None  #: in a thread, to a file
         self.sent_bytes = 0
 
     async def send(self, message: wire.Message) -> None:
@@ -44,7 +46,8 @@ class ChunkWriter:
     async def _write(self, data: memoryview) -> int:
         if self._is_file:
             loop = asyncio.get_running_loop()
-            count = await asyncio.shield(loop.run_in_executor(None, os.write, self._fd, data))
+            self._writing = loop.run_in_executor(None, os.write, self._fd, data)
+            count = await asyncio.shield(self._writing)
         else:
             try:
                 count = os.write(self._fd, data)
@@ -53,6 +56,12 @@ class ChunkWriter:
                 return 0
         self.sent_bytes += count
         return count
+
+    async def settle(self) -> None:
+        """Wait for a write that was cancelled: its descriptor can be closed after this."""
+        if self._writing is not None:
+            with contextlib.suppress(OSError):
+                await self._writing
 
 
 class MessageReader:

@@ -11,7 +11,7 @@ import re
 import socket
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,7 +24,7 @@ from engine.control.uri import (
     StreamAddress,
     VsockAddress,
 )
-from engine.errors import MigrationError, UsageError, shown
+from engine.errors import UsageError, shown
 
 log = logging.getLogger("ramferry.stream")
 
@@ -61,6 +61,8 @@ class Stream:
     :ivar fd: where the stream itself goes out or comes in; non-blocking.
     :ivar answer_fd: where answers go the other way, or -1.
     :ivar start: of a regular file: where the stream begins in it; else None.
+    :ivar may_be_cut: nothing of anybody else's is in the file behind `start`.
+    :ivar is_fifo: it is a pipe, with or without a name.
     """
 
     def __init__(self, fd: int, answer_fd: int = -1, child: Child | None = None) -> None:
@@ -69,18 +71,31 @@ class Stream:
         :raise OSError: the descriptor is not open."""
         self.fd, self.answer_fd, self.child = fd, answer_fd, child
         self.start: int | None = None
+        self.may_be_cut = False
         self._was_blocking: list[int] = []
-        mode = os.fstat(fd).st_mode
-        self.is_socket = stat.S_ISSOCK(mode)
-        if stat.S_ISREG(mode):
-            self.start = os.lseek(fd, 0, os.SEEK_CUR)
-        if stat.S_ISFIFO(mode):
+        found = os.fstat(fd)
+        self.is_socket, self.is_fifo = stat.S_ISSOCK(found.st_mode), stat.S_ISFIFO(found.st_mode)
+        if stat.S_ISREG(found.st_mode):
+            appends = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND
+            self.start = found.st_size if appends else os.lseek(fd, 0, os.SEEK_CUR)
+            self.may_be_cut = found.st_size <= self.start
+        if self.is_fifo:
             with contextlib.suppress(OSError):  # this user has many large ones already
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         for one in {fd, answer_fd} - {-1}:
             if os.get_blocking(one):
                 self._was_blocking.append(one)
                 os.set_blocking(one, False)
+
+    @contextlib.contextmanager
+    def reopened_for_reading(self) -> Iterator[int]:
+        """The other end of the pipe, for what nobody reads; whoever holds it does not see that the
+        last reader has gone, so only when everything was written."""
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def say_end(self) -> None:
         """Nothing more comes from us, also where others hold the same socket. Idempotent."""
@@ -95,7 +110,7 @@ class Stream:
                 ours.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give the descriptors back as they were; the program is ended by `child.end`. Idempotent.
+        """Give the descriptors back as they were; the program is ended by `child`. Idempotent.
 
         What others hold of the same open file is theirs, and blocks again if it did."""
         for fd in self._was_blocking:
@@ -105,6 +120,15 @@ class Stream:
         for fd in {self.fd, self.answer_fd} - {-1}:
             os.close(fd)
         self.fd = self.answer_fd = -1
+
+
+def read_all(fd: int) -> int:
+    """Take everything out that is there; return how many bytes that was."""
+    total = 0
+    with contextlib.suppress(BlockingIOError):
+        while data := os.read(fd, PIPE_BYTES):
+            total += len(data)
+    return total
 
 
 # -- the source's end ----------------------------------------------------------------------------
@@ -153,14 +177,10 @@ def _unfit(fd: int, mode: int, access: int) -> str | None:
             is_stream = ours.type == socket.SOCK_STREAM
             listens = bool(ours.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         return None if is_stream and not listens else "is not a connected stream socket"
-    opened = _access(fd)
-    if opened not in (access, os.O_RDWR):
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH or flags & os.O_ACCMODE not in (access, os.O_RDWR):
         return f"is not open for {'writing' if access == os.O_WRONLY else 'reading'}"
     return None
-
-
-def _access(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
 
 def _created(address: FileAddress, sources: Sources) -> Stream:
@@ -184,11 +204,13 @@ def _created(address: FileAddress, sources: Sources) -> Stream:
 
 
 def _open_file(path: str, flags: int, sources: Sources, doing: str) -> int:
-    """:raise UsageError: QEMU's text."""
+    """Without waiting for the other end of a named pipe.
+
+    :raise UsageError: QEMU's text."""
     if match := _FDSET.fullmatch(path):
         return sources.fdsets.duplicate(int(match[1]), flags)
     try:
-        return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
+        return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
     except UnicodeEncodeError:
         raise UsageError(f"'{shown(path)}' is no path") from None
     except OSError as exc:
@@ -201,7 +223,7 @@ def _spawned(args: tuple[str, ...], *, answers: bool) -> Stream:
     answer_read, answer_write = os.pipe() if answers else (-1, subprocess.DEVNULL)
     try:
         child = Child(args, out_read, answer_write)
-    except MigrationError:
+    except BaseException:
         _close(out_write, answer_read)
         raise
     finally:
@@ -272,7 +294,7 @@ def _spawned_reader(args: tuple[str, ...]) -> Stream:
     answer_read, answer_write = os.pipe()
     try:
         child = Child(args, answer_read, in_write)
-    except MigrationError:
+    except BaseException:
         _close(in_read, answer_write)
         raise
     finally:

@@ -18,8 +18,9 @@ from engine.control.host import Host
 from engine.control.route import Agreement
 from engine.control.senders import SenderGroup
 from engine.control.streams import vsock
+from engine.control.streams.child import Child
 from engine.control.streams.line import ChunkWriter, MessageReader
-from engine.control.streams.opening import Sources, Stream, open_source
+from engine.control.streams.opening import Sources, Stream, open_source, read_all
 from engine.control.uri import StreamAddress, VsockAddress
 from engine.errors import GuestError, MigrationError, PeerRefused, WireError
 from engine.guest.base import Guest, Handover
@@ -111,7 +112,7 @@ class StreamRoute:
                 case wire.Armed():
                     if not self._armed.done():
                         self._armed.set_result(None)
-                case wire.TookOver():
+                case wire.TookOver() if self._is_taking:
                     self._judge(Handover.TAKEN)
                 case wire.Failed(reason) | wire.Refused(reason):
                     self._judge(Handover.REFUSED)
@@ -151,7 +152,10 @@ class StreamRoute:
     async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
         """The guest gives its right up before the first byte of `Take` is written: whoever dies
         from here on, it does not run by itself."""
-        await guest.give_away()
+        try:
+            await guest.give_away()
+        except GuestError as exc:  # nothing was written, so nobody else can have it
+            return Handover.REFUSED, f"the guest does not give its right to run up: {exc}"
         outcome, reason = await self._take()
         if outcome is Handover.REFUSED:
             await guest.settle(taken=False)
@@ -184,28 +188,37 @@ class StreamRoute:
         except OSError as exc:
             reason = f"Unable to write: {exc.strerror}"
             return (Handover.REFUSED if self._void(stream) else Handover.UNKNOWN), reason
-        self._is_over = True
         stream.say_end()
-        if stream.child is None:
-            return Handover.TAKEN, ""
-        stream.close()  # the program sees the end
-        try:
-            async with asyncio.timeout(CHILD_WAIT_S):
-                status = await stream.child.wait()
-        except TimeoutError:
-            return Handover.UNKNOWN, "the command took the whole stream and does not end"
+        if stream.child is not None:
+            return await self._settle_with(stream, stream.child)
+        self._is_over = True
+        return Handover.TAKEN, ""
+
+    async def _settle_with(self, stream: Stream, child: Child) -> tuple[Handover, str]:
+        """The program sees the end. What it leaves unread is taken back, the last byte with it:
+        then nobody has all of `Take`, nor ever will."""
+        with stream.reopened_for_reading() as unread:
+            stream.close()
+            try:
+                async with asyncio.timeout(CHILD_WAIT_S):
+                    status = await child.wait()
+                ended = child.describe(status)
+            except TimeoutError:
+                status, ended = -1, "the command does not end"
+            if left := read_all(unread):
+                return Handover.REFUSED, f"{ended}, and left {left} bytes of the stream unread"
         if status:
-            reason = f"{stream.child.describe(status)} after it had taken the whole stream"
-            return Handover.UNKNOWN, reason
+            return Handover.UNKNOWN, f"{ended} after it had taken the whole stream"
+        self._is_over = True
         return Handover.TAKEN, ""
 
     @staticmethod
     def _void(stream: Stream) -> bool:
         """Take what was written out of the file again; False where that cannot be done."""
-        if stream.start is None or stream.fd < 0:
+        if not stream.may_be_cut or stream.fd < 0:
             return False
         try:
-            os.ftruncate(stream.fd, stream.start)
+            os.ftruncate(stream.fd, stream.start or 0)
         except OSError as exc:
             log.warning("what was written cannot be taken back: %s", exc.strerror)
             return False
@@ -225,11 +238,16 @@ class StreamRoute:
         if self._flushing is not None:
             with contextlib.suppress(OSError):
                 await self._flushing
+        if self._writer is not None:
+            await self._writer.settle()
         if not self._is_over:
             self._void(stream)
         stream.close()
         if stream.child is not None:
-            await stream.child.end(CHILD_GRACE_S if self._is_over else 0.0)
+            if self._is_over:
+                await stream.child.end(CHILD_GRACE_S)
+            else:
+                await stream.child.kill()
 
     def _need(self) -> tuple[Stream, ChunkWriter]:
         assert self._stream is not None, "`open` or `connect` comes first"

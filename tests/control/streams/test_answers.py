@@ -144,6 +144,22 @@ def test_after_take_a_refusal_gives_the_guest_back() -> None:
     asyncio.run(scenario())
 
 
+def test_nobody_takes_over_what_was_not_given() -> None:
+    """Before `Take` the answer is a lie, or a mistake: the guest runs on."""
+
+    async def scenario() -> str:
+        async with played() as far:
+            migration = await far.source.migrate("fd:way")
+            await messages_until(far, wire.Arm)
+            await far.writer.send(wire.TookOver())
+            await far.writer.send(wire.Armed())
+            failure = await ended(migration)
+            await runs(far.source)
+            return str(failure)
+
+    assert "unexpected TookOver" in asyncio.run(scenario())
+
+
 def test_a_count_that_differs_ends_the_stream() -> None:
     async def scenario() -> str:
         async with played() as far:

@@ -162,6 +162,29 @@ def test_a_listener_drops_strangers_and_waits_for_a_right_stream(
     asyncio.run(scenario())
 
 
+def test_a_stranger_that_says_nothing_keeps_no_source_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    monkeypatch.setattr(vsock, "listen", lambda _address: listener)
+    monkeypatch.setattr("engine.control.streams.destination.HELLO_WAIT_S", 0.1)
+    hello = wire.Hello(wire.VERSION, bytes(16), 4096, [], 1, "ram", True)
+
+    async def scenario() -> None:
+        destination = StreamDestination(VsockAddress("1", "2"), Sources())
+        accepting = asyncio.create_task(destination.accept())
+        with (
+            socket.create_connection(listener.getsockname()),
+            socket.create_connection(listener.getsockname()) as source,
+        ):
+            source.sendall(wire.chunk(wire.encode(wire.StreamHello(hello, False))))
+            assert await asyncio.wait_for(accepting, 10) == hello
+            await destination.end(has_failed=True)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("cid", "port", "says"), [("x", "1", "Failed to parse cid 'x'"), ("1", "y", "port 'y'")]
 )
