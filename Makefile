@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*.c native/*.h)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*.[ch] native/binding/*.[ch])
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: run test lint clean
