@@ -314,6 +314,7 @@ class Sender:
             self._harvester.sent(i, copy, runs, count)
             return [copied_payload(copy, runs, count, codec)]
         if self._deltas.are_due(round_number):
+            self._elision.sent_otherwise(i, runs, count)
             return self._deltas.payloads(i, round_number, ram, runs, count, codec)
         if count and self._elision.is_due(round_number, i, wire.RUN.unpack_from(runs)[0]):
             return [copied_payload(*self._elision.gather(i, ram, runs, count), codec)]
