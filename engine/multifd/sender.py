@@ -19,7 +19,7 @@ import zmq
 from engine import _native, wire
 from engine.compress.choice import policy_of
 from engine.compress.codecs import Codec
-from engine.compress.elision import HASH_BYTES
+from engine.compress.delta import memory_bytes
 from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
@@ -176,12 +176,12 @@ class Sender:
                 return ContentHash(*where, self._ram, candidates, hashes, order.hash_seed)
 
     def _compress(self, order: wire.Compress) -> None:
-        """From the next batch on; what is kept of pages comes on top of a worker's memory."""
-        hash_bytes = sum(block.page_count for block in self._blocks) * HASH_BYTES
-        cache_bytes = order.xbzrle_cache_bytes // self._order.count
-        allow_private_memory(cache_bytes + hash_bytes)
+        """From the next batch on; the cache comes on top of a worker's memory."""
+        wanted = self._deltas.useful_bytes(order.xbzrle_cache_bytes // self._order.count)
+        allow_private_memory(self._deltas.memory_bytes + memory_bytes(wanted))  # both, for a while
+        self._deltas.resize(wanted)
+        allow_private_memory(self._deltas.memory_bytes)
         self._policy = policy_of(order, self._order.count)
-        self._deltas.resize(cache_bytes)
         self._elision.set(order.elide)
 
     def _harvest(self, order: wire.Harvest) -> None:
@@ -289,7 +289,8 @@ class Sender:
     def _send_taken(self, totals: RoundTotals, taken: Taken) -> None:
         """Send what `_data_runs` and `_zero_runs` hold, in one packet or two."""
         began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-        arm = self._policy.choose(began_ns)
+        policy = self._policy  # an order may bring another one while we wait for the channel
+        arm = policy.choose(began_ns)
         payloads = self._payloads(totals.round_number, taken, arm.codec)
         zero_runs = bytes(self._zero_runs[: taken.zero_count * wire.RUN.size])
         self._harvester.sent_zeros(taken.block_index, self._zero_runs, taken.zero_count)
@@ -298,12 +299,14 @@ class Sender:
         )
         self._elision.sent_otherwise(taken.block_index, self._zero_runs, taken.zero_count)
         encode_ns, cpu_ns = time.monotonic_ns() - began_ns, time.thread_time_ns() - began_cpu_ns
+        if not zero_runs and not any(payload.pages for payload in payloads):
+            self._wait_for_room()  # no packet, but a look at orders and connection all the same
         for payload in payloads:
             if payload.pages or zero_runs:
                 self._send_payload(totals, taken, payload, zero_runs)
             zero_runs = b""
         if taken.pages:
-            self._learn(arm, taken, payloads, encode_ns, cpu_ns)
+            self._learn(policy, arm, taken, payloads, encode_ns, cpu_ns)
 
     def _payloads(self, round_number: int, taken: Taken, codec: Codec | None) -> list[Payload]:
         """Of the taken data runs; the first may have no pages."""
@@ -360,14 +363,15 @@ class Sender:
             progress.add(Count.ENCODED_BYTES, payload.encoded_bytes)
 
     def _learn(
-        self, arm: Arm, taken: Taken, payloads: Sequence[Payload], encode_ns: int, cpu_ns: int
-    ) -> None:
-        """Tell the policy, and whoever looks, what became of a batch."""
+        self, policy: Policy, arm: Arm, taken: Taken, payloads: Sequence[Payload], encode_ns: int,
+        cpu_ns: int,
+    ) -> None:  # fmt: skip
+        """Tell the policy that chose, and whoever looks, what became of a batch."""
         now_ns = time.monotonic_ns()
         waited_ns = self._progress[Count.STALLED_NS] + self._progress[Count.PACED_NS]
         self._progress.add(Count.ENCODE_NS, cpu_ns)
         self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
-        self._policy.learn(
+        policy.learn(
             Done(
                 arm,
                 at_ns=now_ns,
@@ -384,17 +388,19 @@ class Sender:
         )
         self._sent_ns, self._waited_ns = now_ns, waited_ns
         payload = payloads[0]
-        if payload.tried and (other := self._policy.probe(now_ns)) is not None:
-            self._probe(arm, other, payload, encode_ns)
+        if payload.tried and (other := policy.probe(now_ns)) is not None:
+            self._probe(policy, arm, other, payload, encode_ns)
 
-    def _probe(self, used: Arm, other: Arm, payload: Payload, encode_ns: int) -> None:
+    def _probe(
+        self, policy: Policy, used: Arm, other: Arm, payload: Payload, encode_ns: int
+    ) -> None:
         """Encode the pages of the batch once more, to learn; nothing of it is sent."""
         assert other.codec is not None
         began_ns, began_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
         encoded = other.codec.encode(payload.tried)
         now_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns() - began_cpu_ns
         self._progress.add(Count.ENCODE_NS, cpu_ns)
-        self._policy.learn_probe(
+        policy.learn_probe(
             Probe(
                 other,
                 used,
@@ -448,7 +454,7 @@ class Sender:
             self._pace(channel, wire_bytes)  # the others are few and short
         parts: list[Frame] = [header, *frames]
         while True:
-            self._wait_for_room(channel)
+            self._wait_for_room()
             try:
                 if channel.send(parts):
                     break
@@ -457,9 +463,9 @@ class Sender:
         self._progress.add(Count.PACKETS, 1)
         self._progress.add(Count.WIRE_BYTES, wire_bytes)
 
-    def _wait_for_room(self, channel: Channel) -> None:
+    def _wait_for_room(self) -> None:
         """The one look at orders and connection between two packets."""
-        began_ns = time.monotonic_ns()
+        channel, began_ns = self._channel, time.monotonic_ns()
         self._wait(self._room)
         self._progress.add(Count.STALLED_NS, time.monotonic_ns() - began_ns)
         if self._channel is not channel:
