@@ -9,7 +9,7 @@
 #include <time.h>
 
 static const unsigned char MAGIC[4] = {'r', 'f', 'p', 'f'};
-#define VERSION 1
+#define VERSION 1 /* FAULT_VERSION of engine/wire/postcopy.py */
 #define CODEC_RAW 1
 
 uint64_t monotonic_ns(void)

@@ -25,10 +25,10 @@ xbzrle_encode_fn *xbzrle_default(void);
 /* Whether the bytes are one whole delta that stays within its page. */
 bool xbzrle_is_valid(const unsigned char *delta, size_t length);
 
-/* A batch of deltas is, for each: its length (little-endian uint16, never 0), then its bytes. None that
- * this side makes is as long as a page. */
+/* A batch of deltas is, for each: its length (little-endian uint16, never 0), then its bytes. With its
+ * length, none that this side makes is longer than a page, and a batch no longer than its pages. */
 #define DELTA_LENGTH_BYTES ((size_t)2)
-#define DELTA_BYTES_MAX (PAGE_BYTES - 1)
+#define DELTA_BYTES_MAX (PAGE_BYTES - DELTA_LENGTH_BYTES)
 
 /* Check that the bytes are a batch of exactly `count` valid deltas.
  * Returns 0, or -EINVAL and the index of the first that is wrong (`count`: bytes are left over). */

@@ -34,7 +34,7 @@ def pages_packets(draw: st.DrawFn) -> wire.Packet:
     pages, encoded_pages = (sum(count for _, count in part) for part in (data, data[:encoded]))
     plain_bytes, codec = encoded_pages * 4096, wire.CodecId.RAW
     if kind is wire.PacketKind.DELTAS:
-        plain_bytes = draw(st.integers(3 * pages, 4098 * pages))
+        plain_bytes = draw(st.integers(3 * pages, 4096 * pages))
     payload_bytes = plain_bytes
     if encoded and (kind is wire.PacketKind.PAGES or draw(st.booleans())):
         codec = draw(st.sampled_from([one for one in wire.CodecId if one is not wire.CodecId.RAW]))
@@ -95,7 +95,7 @@ def encoded_packet(**other: Any) -> wire.Packet:
         {"encoded_runs": 2}, {"encoded_runs": 3}, {"gathered_runs": 2},
         {"kind": wire.PacketKind.DELTAS},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 8},
-        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 512 * 4098 + 1},
+        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 3 * 4096 + 1},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 9, "payload_bytes": 9},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 9, "payload_bytes": 8,
          "zero_pages": 1, "zero_runs": b"\x09\0\0\0\x01\0\0\0"},

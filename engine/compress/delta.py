@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from typing_extensions import Buffer
 
 from engine import _native
 from engine.memory.blocks import PAGE_SIZE
+
+SLOT_BYTES: Final = 16  #: beside each page of the cache
 
 
 class DeltaOutput(NamedTuple):
@@ -161,6 +163,11 @@ class DeltaCache:
     def statistics(self) -> DeltaStatistics:
         """Counts since the beginning, and the size now."""
         return self._counts
+
+
+def memory_bytes(cache_bytes: int) -> int:
+    """What a cache of that size takes at most; 0 of none."""
+    return cache_bytes + cache_bytes // PAGE_SIZE * SLOT_BYTES
 
 
 def _pages_of(cache_bytes: int) -> int:

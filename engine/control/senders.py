@@ -32,8 +32,7 @@ from engine.multifd.progress import Budget, Count, Progress
 
 log = logging.getLogger("ramferry.source")
 
-#: No byte and no acknowledgement for so long ends the migration (heartbeats notice most deaths
-#: sooner).
+#: A round that does not get on for so long ends the migration (most deaths are noticed sooner).
 STALL_NS: Final = 30_000_000_000
 WATCH_S: Final = 1.0
 
@@ -161,6 +160,12 @@ class SenderGroup:
         """RAM that was dealt with: sent as it is or shorter, or left out as unchanged."""
         deltas = self.total(Count.DELTA_HITS) - self.total(Count.DELTA_OVERFLOWS)
         return (self.total(Count.PAGES) + deltas + self.total(Count.ELIDED_PAGES)) * PAGE_SIZE
+
+    @property
+    def _moved(self) -> int:
+        """Grows as long as a round gets on, also where nothing of it is worth a byte."""
+        unsent = self.total(Count.ELIDED_PAGES) + self.total(Count.DELTA_UNCHANGED)
+        return self.total(Count.WIRE_BYTES) + self.total(Count.PACED_NS) + unsent
 
     def count_up(self, numbers: MigrationNumbers) -> None:
         """Refresh the totals from the workers' counters, at any time."""
@@ -446,7 +451,7 @@ class SenderGroup:
             made_anew = sum(lane.incarnation for lane in self.lanes)
             harvested = self.total(Count.HARVEST_PAGES)
             if doing is None:
-                moved = self.total(Count.WIRE_BYTES) + self.total(Count.PACED_NS) + made_anew
+                moved = self._moved + made_anew
                 # A long harvest holds the bytes up; short ones say nothing about them.
                 busy = harvested if any(lane.harvest_due for lane in self.lanes) else None
                 if watch.silent_ns(moved, busy) > STALL_NS:

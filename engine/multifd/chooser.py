@@ -32,6 +32,7 @@ class Chooser:
         self._progress, self._budget = progress, budget
         self._load = HostLoad(count)
         self._policy: Policy = Fixed(Arm("none"))
+        self._chosen_by: Policy = self._policy  #: of the batch that is on its way
         self._before = self._clocks()  #: at the end of the batch before
 
     def follow(self, order: wire.Compress) -> None:
@@ -43,7 +44,8 @@ class Chooser:
         self._before = self._clocks()
 
     def choose(self) -> Arm:
-        """The next batch's."""
+        """The next batch's; an order may bring another policy before it is queued."""
+        self._chosen_by = self._policy
         return self._policy.choose(time.monotonic_ns())
 
     def _clocks(self) -> Clocks:
@@ -54,13 +56,13 @@ class Chooser:
         )  # fmt: skip
 
     def learn(self, arm: Arm, ram_bytes: int, payloads: Sequence[Payload]) -> None:
-        """What became of a batch, in one packet or two, once they are queued."""
+        """What became of the batch that was chosen for, in one packet or two, now queued."""
         now, before = self._clocks(), self._before
         self._before = now
         stalled_ns, paced_ns = now.stalled - before.stalled, now.paced - before.paced
         limit = self._budget.rate_bytes_per_s / self._count / 1_000_000_000
         self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
-        self._policy.learn(
+        self._chosen_by.learn(
             Done(
                 arm,
                 at_ns=now.at,
@@ -80,7 +82,7 @@ class Chooser:
             )
         )
         tried = payloads[0]
-        if tried.tried and (other := self._policy.probe(now.at)) is not None:
+        if tried.tried and (other := self._chosen_by.probe(now.at)) is not None:
             self._probe(arm, other, tried)
 
     def _probe(self, used: Arm, other: Arm, payload: Payload) -> None:
@@ -90,7 +92,7 @@ class Chooser:
         encoded = other.codec.encode(payload.tried)
         codec_ns = time.thread_time_ns() - began_ns
         self._progress.add(Count.ENCODE_NS, codec_ns)
-        self._policy.learn_probe(
+        self._chosen_by.learn_probe(
             Probe(
                 other,
                 used,

@@ -7,7 +7,7 @@ from typing import Final
 
 from engine import _native, wire
 from engine.compress.codecs import Codec
-from engine.compress.delta import DeltaCache, DeltaOutput, DeltaStatistics
+from engine.compress.delta import DeltaCache, DeltaOutput, DeltaStatistics, memory_bytes
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.payload import Payload, copied_payload, deltas_payload
 from engine.multifd.progress import Count, Progress
@@ -36,6 +36,19 @@ class Deltas:
         self._cache: DeltaCache | None = None
         self._shown = DeltaStatistics()
         self._output = DeltaOutput.allocate()
+
+    def useful_bytes(self, cache_bytes: int) -> int:
+        """So much of it as has a use: no more than a power of two that holds all our pages."""
+        pages = sum(
+            -(-page_count // (stripe * count)) * stripe
+            for page_count, stripe, _, count in self._slices
+        )
+        return min(cache_bytes, PAGE_SIZE << max(0, pages - 1).bit_length())
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the cache takes at most."""
+        return memory_bytes(self._cache.statistics.cache_bytes) if self._cache else 0
 
     def resize(self, cache_bytes: int) -> None:
         """Keep what fits; 0 turns it off. Without memory for it all goes on as before."""

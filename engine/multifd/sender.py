@@ -18,7 +18,7 @@ import zmq
 
 from engine import _native, wire
 from engine.compress.codecs import Codec
-from engine.compress.elision import HASH_BYTES
+from engine.compress.delta import memory_bytes
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE
@@ -173,12 +173,12 @@ class Sender:
                 return ContentHash(*where, self._ram, candidates, hashes, order.hash_seed)
 
     def _compress(self, order: wire.Compress) -> None:
-        """From the next batch on; what is kept of pages comes on top of a worker's memory."""
-        hash_bytes = sum(block.page_count for block in self._blocks) * HASH_BYTES
-        cache_bytes = order.xbzrle_cache_bytes // self._order.count
-        allow_private_memory(cache_bytes + hash_bytes)
+        """From the next batch on; the cache comes on top of a worker's memory."""
+        wanted = self._deltas.useful_bytes(order.xbzrle_cache_bytes // self._order.count)
+        allow_private_memory(self._deltas.memory_bytes + memory_bytes(wanted))  # both, for a while
+        self._deltas.resize(wanted)
+        allow_private_memory(self._deltas.memory_bytes)
         self._chooser.follow(order)
-        self._deltas.resize(cache_bytes)
         self._elision.set(order.elide)
 
     def _harvest(self, order: wire.Harvest) -> None:
@@ -294,6 +294,8 @@ class Sender:
         )
         self._elision.sent_otherwise(taken.block_index, self._zero_runs, taken.zero_count)
         self._progress.add(Count.ENCODE_NS, time.thread_time_ns() - began_cpu_ns)
+        if not zero_runs and not any(payload.pages for payload in payloads):
+            self._wait_for_room()  # no packet, but a look at orders and connection all the same
         for payload in payloads:
             if payload.pages or zero_runs:
                 self._send_payload(totals, taken, payload, zero_runs)
@@ -310,6 +312,7 @@ class Sender:
             self._harvester.sent(i, copy, runs, count)
             return [copied_payload(copy, runs, count, codec)]
         if self._deltas.are_due(round_number):
+            self._elision.sent_otherwise(i, runs, count)
             return self._deltas.payloads(i, round_number, ram, runs, count, codec)
         if count and self._elision.is_due(round_number, i, wire.RUN.unpack_from(runs)[0]):
             return [copied_payload(*self._elision.gather(i, ram, runs, count), codec)]
@@ -395,7 +398,7 @@ class Sender:
             self._pace(channel, wire_bytes)  # the others are few and short
         parts: list[Frame] = [header, *frames]
         while True:
-            self._wait_for_room(channel)
+            self._wait_for_room()
             try:
                 if channel.send(parts):
                     break
@@ -404,9 +407,9 @@ class Sender:
         self._progress.add(Count.PACKETS, 1)
         self._progress.add(Count.WIRE_BYTES, wire_bytes)
 
-    def _wait_for_room(self, channel: Channel) -> None:
+    def _wait_for_room(self) -> None:
         """The one look at orders and connection between two packets."""
-        began_ns = time.monotonic_ns()
+        channel, began_ns = self._channel, time.monotonic_ns()
         self._wait(self._room)
         self._progress.add(Count.STALLED_NS, time.monotonic_ns() - began_ns)
         if self._channel is not channel:

@@ -23,9 +23,8 @@ ZERO_PAGES_MAX: Final = 16384  #: of one packet; what a sender looks at before i
 RUNS_MAX: Final = 512  #: of each run table: a whole batch in single-page runs
 PAYLOAD_BYTES_MAX: Final = BATCH_PAGES_MAX * PAGE_SIZE
 HEADER_BYTES_MAX: Final = HEADER.size + 2 * RUNS_MAX * RUN.size
-#: A delta is at most a page and at least a byte, behind its length (u16).
+#: A length (u16), and at least a byte of delta behind it.
 DELTA_BYTES_MIN: Final = 3
-DELTAS_BYTES_MAX: Final = BATCH_PAGES_MAX * (2 + PAGE_SIZE)
 PACKET_FRAMES_MAX: Final = (
     1 + 2 + RUNS_MAX
 )  #: header, encoded pages, gathered pages, one frame for each direct run
@@ -210,7 +209,7 @@ def _check_sizes(packet: Packet, encoded_pages: int) -> None:
     if packet.kind is PacketKind.DELTAS:
         is_right = encoded_pages == packet.pages and not packet.zero_pages
         least = encoded_pages * DELTA_BYTES_MIN
-        is_right &= 0 < least <= packet.plain_bytes <= DELTAS_BYTES_MAX
+        is_right &= 0 < least <= packet.plain_bytes <= packet.pages * PAGE_SIZE
     else:
         is_right = packet.plain_bytes == encoded_pages * PAGE_SIZE
         is_right &= is_raw is not bool(encoded_pages)

@@ -15,7 +15,7 @@ from typing import Final
 
 from engine.errors import WireError
 from engine.memory.blocks import PAGE_SIZE
-from engine.wire.messages import SESSION_BYTES, VERSION, BlockShape, Message
+from engine.wire.messages import SESSION_BYTES, BlockShape, Message
 from engine.wire.orders import Ready, WorkerFailed
 
 # -- orders and reports ------------------------------------------------------------------------
@@ -109,6 +109,7 @@ PagesReport = Ready | FaultChannelOpened | FaultChannelBroken | WorkerFailed
 # -- frames --------------------------------------------------------------------------------------
 
 FAULT_MAGIC: Final = b"rfpf"
+FAULT_VERSION: Final = 1  #: of native/fault_frames.c, too
 FAULT_FRAME: Final = struct.Struct("<4sHBB16sQQIIIHH")
 FAULT_PAGES_MAX: Final = 512  #: of one request or answer: a huge page of 2 MiB
 FAULT_CODEC_RAW: Final = 1
@@ -156,7 +157,7 @@ class FaultFrame:
     def encode(self) -> bytes:
         """The frame's header."""
         return FAULT_FRAME.pack(
-            FAULT_MAGIC, VERSION, self.kind, FAULT_CODEC_RAW, self.session, self.sequence,
+            FAULT_MAGIC, FAULT_VERSION, self.kind, FAULT_CODEC_RAW, self.session, self.sequence,
             self.request, self.first_page, self.pages, self.payload_bytes, self.block_id, 0,
         )  # fmt: skip
 
@@ -170,7 +171,7 @@ def decode_fault_frame(header: bytes | memoryview) -> FaultFrame:
         raise WireError(f"fault frame of {len(header)} bytes; {FAULT_FRAME.size} expected")
     (magic, version, kind, codec, session, sequence, request, first_page, pages, payload_bytes,
      block_id, reserved) = FAULT_FRAME.unpack(header)  # fmt: skip
-    if magic != FAULT_MAGIC or version != VERSION:
+    if magic != FAULT_MAGIC or version != FAULT_VERSION:
         raise WireError(f"fault frame with magic {bytes(magic)!r} and version {version}")
     if kind not in _KINDS or codec != FAULT_CODEC_RAW:
         raise WireError(f"fault frame of kind {kind} with codec {codec}")

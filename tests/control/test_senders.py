@@ -315,6 +315,10 @@ def test_a_page_left_after_the_last_round_is_an_error_that_counts(where: str) ->
         asyncio.run(scenario())
 
 
+class EndOfTest(Exception):
+    """So far it must come."""
+
+
 class Clock:
     """Time that passes when the group waits for news, with something happening at each wait."""
 
@@ -365,6 +369,26 @@ def test_short_harvests_do_not_hide_that_no_byte_moves(monkeypatch: pytest.Monke
             await rig.group.send_round(2)
 
     with pytest.raises(MigrationError, match="no byte moved"):
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("count", [Count.ELIDED_PAGES, Count.DELTA_UNCHANGED])
+def test_a_round_may_go_on_as_long_as_it_finds_pages_unchanged(
+    count: Count, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with played() as rig:
+            rig.group.dirty.set_data()
+
+            def get_on(waits: int) -> None:
+                rig.lane.progress.add(count, 512)
+                if waits == 100:
+                    raise EndOfTest
+
+            Clock(monkeypatch, rig, get_on)
+            await rig.group.send_round(2)
+
+    with pytest.raises(EndOfTest):
         asyncio.run(scenario())
 
 
