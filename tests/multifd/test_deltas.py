@@ -34,9 +34,10 @@ any_memory = pytest.mark.parametrize(
 class Destination:
     """RAM as the packets make it; counts pages by the kind of packet."""
 
-    def __init__(self) -> None:
-        self.ram = memoryview(mmap.mmap(-1, PAGE_COUNT * PAGE_SIZE))
-        self.placed = bytearray(8)
+    def __init__(self, page_count: int = PAGE_COUNT) -> None:
+        self.page_count = page_count
+        self.ram = memoryview(mmap.mmap(-1, page_count * PAGE_SIZE))
+        self.placed = bytearray(page_count // 8)
         self.pages = dict.fromkeys(wire.PacketKind, 0)
         self._decoders = decoders()
 
@@ -51,7 +52,7 @@ class Destination:
         runs = _runs(header.data_runs)
         if header.kind is wire.PacketKind.DELTAS:
             _native.delta_apply(
-                self.ram, self.placed, frames, header.data_runs, len(runs), PAGE_COUNT
+                self.ram, self.placed, frames, header.data_runs, len(runs), self.page_count
             )
             return
         for first, count in runs:
