@@ -51,7 +51,8 @@ class PauseModel:
             rate = done.sent_bytes * 1e9 / max(1, done.send_ns)
             known = self.rate_bytes_per_s or rate
             self.rate_bytes_per_s = 0.5 * known + 0.5 * rate
-            self.left = 0.5 * self.left + 0.5 * done.wire_bytes / max(1, done.sent_bytes)
+            if done.sent_bytes >= RATE_BYTES_MIN:
+                self.left = 0.5 * self.left + 0.5 * done.wire_bytes / done.sent_bytes
             return
         fixed = done.send_ns - done.sent_bytes * 1e9 / max(1.0, self.rate_bytes_per_s)
         self.fixed_ns = 0.5 * self.fixed_ns + 0.5 * max(0.0, fixed)

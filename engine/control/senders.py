@@ -23,6 +23,7 @@ from engine import wire
 from engine.control.compression import codecs_of, compression_info, delta_statistics, lacking_codecs
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
 from engine.control.statistics import ChannelSample, MigrationNumbers
+from engine.control.watch import WATCH_S, Watch
 from engine.errors import MigrationError, WorkerLost
 from engine.guest.base import TrackerName, Tracking
 from engine.memory.bitmaps import PageBitmaps, shared_memory
@@ -34,7 +35,6 @@ log = logging.getLogger("ramferry.source")
 
 #: A round that does not get on for so long ends the migration (most deaths are noticed sooner).
 STALL_NS: Final = 30_000_000_000
-WATCH_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +77,6 @@ class Lane:
     sent: wire.RoundSent | None = None
     received: wire.RoundReceived | None = None
     has_ended: bool = False  #: of a stream: its sender touches it no more
-
-
-class Watch:
-    """How long something has not moved, looked at once in WATCH_S."""
-
-    def __init__(self) -> None:
-        self._looked_ns = self._moved_ns = time.monotonic_ns()
-        self._moved: int | None = None
-        self._busy: int | None = None
-
-    def is_due(self) -> bool:
-        return time.monotonic_ns() - self._looked_ns >= int(WATCH_S * 1e9)
-
-    def silent_ns(self, moved: int, busy: int | None) -> int:
-        """Since `moved` was another number, or `busy` one number at one look and another at the
-        next."""
-        self._looked_ns = time.monotonic_ns()
-        if moved != self._moved or (None not in (busy, self._busy) and busy != self._busy):
-            self._moved_ns = self._looked_ns
-        self._moved, self._busy = moved, busy
-        return self._looked_ns - self._moved_ns
 
 
 class SenderGroup:
@@ -157,9 +136,10 @@ class SenderGroup:
 
     @property
     def sent_ram_bytes(self) -> int:
-        """RAM that was dealt with: sent as it is or shorter, or left out as unchanged."""
+        """RAM that was sent, as it is or shorter; what was left out as unchanged costs no time."""
         deltas = self.total(Count.DELTA_HITS) - self.total(Count.DELTA_OVERFLOWS)
-        return (self.total(Count.PAGES) + deltas + self.total(Count.ELIDED_PAGES)) * PAGE_SIZE
+        deltas -= self.total(Count.DELTA_UNCHANGED)
+        return (self.total(Count.PAGES) + deltas) * PAGE_SIZE
 
     @property
     def _moved(self) -> int:
@@ -245,8 +225,9 @@ class SenderGroup:
 
         :param known: codec ids that it can decode."""
         if lacking := lacking_codecs(codecs_of(wanted), known):
-            log.warning("the destination cannot decode %s; nothing is changed", lacking)
-        elif wanted != self._compress:
+            log.warning("the destination cannot decode %s; the codec stays", lacking)
+            wanted = msgspec.structs.replace(wanted, codec=self._compress.codec)
+        if wanted != self._compress:
             self._compress = wanted
             for lane in self.lanes:
                 self._order(lane, wanted)

@@ -100,6 +100,13 @@ def test_what_codecs_leave_is_what_takes_time() -> None:
     assert model.send_ns(100 * MIB, 10 * MIB) == pytest.approx(2_500 * MS, rel=0.05)
 
 
+def test_a_round_of_zero_pages_says_nothing_about_codecs() -> None:
+    model = PauseModel()
+    model.learn(Round(MS, 10 * MS, 0, 3 * MIB))
+
+    assert model.send_ns(100 * MIB, 10 * MIB) == pytest.approx(10_000 * MS, rel=0.01)
+
+
 def test_auto_converge_starts_in_the_second_round_that_dirties_too_much() -> None:
     throttle = Throttle()
 
