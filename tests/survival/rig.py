@@ -82,12 +82,14 @@ async def pair(
     uri: str = "tcp:127.0.0.1:0",
     guest: str = GUEST,
     settings: Sequence[str] = (),
+    writes: str = WRITES,
 ) -> AsyncIterator[Pair]:
     """Start both sides; at the end every process that they ever started must be gone.
 
-    :param settings: of both sides."""
+    :param settings: of both sides.
+    :param writes: what the source's guest does."""
     rundirs = [f"rundir={_private(directory, name)}" for name in ("source", "destination")]
-    source = engine.Control.start(f"{guest},{WRITES},{rundirs[0]}", settings=settings)
+    source = engine.Control.start(f"{guest},{writes},{rundirs[0]}", settings=settings)
     destination = engine.Control.start(f"{guest},{rundirs[1]}", uri, settings)
     try:
         async with source, destination:

@@ -25,8 +25,10 @@ GUEST: Final = "workload:size=16M"  #: mixed contents: text, pointers, noise, ze
 #: 12 runs of 5: 60 kills. What all runs together take: see `KILLS` x about 0.2 s + 12 x 2 s.
 KILLS: Final = 5
 BETWEEN_BYTES_MAX: Final = 3_000_000
-#: The compressed rounds of a 16 MiB guest are short: slow enough that kills strike in them.
+#: The compressed rounds of a 16 MiB guest are short: slow enough that kills strike in them, and
+#: written so fast that none ends with nothing dirty, which would end the migration.
 BANDWIDTH: Final = 20_000_000
+WRITES: Final = "rate=100M,pattern=random"
 
 MODES: Final[dict[str, tuple[str, ...]]] = {
     "zlib": ("multifd-compression=zlib",),
@@ -72,7 +74,7 @@ def test_killed_at_random_every_page_arrives(tmp_path: Path, mode: str, seed: in
     draw = random.Random(f"{mode} {seed}")
 
     async def scenario() -> tuple[dict[str, Any], engine.Verdict]:
-        async with pair(tmp_path, guest=GUEST, settings=MODES[mode]) as both:
+        async with pair(tmp_path, guest=GUEST, settings=MODES[mode], writes=WRITES) as both:
             migration = await both.source.migrate(
                 both.destination, max_bandwidth=BANDWIDTH, downtime_limit=0, x_heal_limit=255
             )
