@@ -46,29 +46,36 @@ async def once(
             await made.start()
             with contextlib.ExitStack() as stack:
                 if background:
-                    await _push(made, stack, size, background, channels)
-                before, began_ns = _pushed(made, size), time.monotonic_ns()
+                    pushed_since_ns = await _push(made, stack, size, background, channels)
                 stride = STRIDES[pattern]
                 answer = await made.toucher.ask(
                     Touches(count=min(touches, size // PAGE_SIZE), stride=stride)
                 )
-                took_s = (time.monotonic_ns() - began_ns) / 1e9
-                after = _pushed(made, size)
+                figures = _figures(made, answer)
+                if background:
+                    took_s = (time.monotonic_ns() - pushed_since_ns) / 1e9
+                    pushed_mib = _pushed(made, size) * PAGE_SIZE / 2**20
+                    figures["background_mib_per_s"] = pushed_mib / took_s
             if answer["wrong"]:
                 raise AssertionError(f"wrong pages: {answer['wrong']}")
-            return _figures(made, answer, (after - before) * PAGE_SIZE / took_s), answer["took_ns"][
-                "buckets"
-            ]
+            return figures, answer["took_ns"]["buckets"]
 
 
 async def _push(
     made: Rig, stack: contextlib.ExitStack, size: int, background: int, channels: int
-) -> None:
+) -> int:
+    """Start the background, and see it run.
+
+    :return: the time in ns of its first page, from which its throughput is counted: the touches
+        alone may be over before it places another."""
     dirty = PageBitmaps.create("pushed", [made.block])
     stack.callback(dirty.close)
     _native.bitmap_set_range(dirty[0], size // PAGE_SIZE, background // PAGE_SIZE)
     stack.enter_context(pushing(made, channels, dirty))
+    await made.until(lambda: _pushed(made, size) > 0)
+    since_ns = time.monotonic_ns()
     await made.until(lambda: _pushed(made, size) >= STARTED_PAGES)
+    return since_ns
 
 
 def _pushed(made: Rig, size: int) -> int:
@@ -77,9 +84,9 @@ def _pushed(made: Rig, size: int) -> int:
     return made.received.count() - _native.bitmap_count(made.received[0], touched)
 
 
-def _figures(made: Rig, answer: dict[str, Any], pushed_bytes_per_s: float) -> dict[str, float]:
+def _figures(made: Rig, answer: dict[str, Any]) -> dict[str, float]:
     took, counts = answer["took_ns"], made.fault_statistics
-    figures = {
+    return {
         "touch_p50_us": took["p50"] / 1e3,
         "touch_p99_us": took["p99"] / 1e3,
         "touch_max_us": took["max"] / 1e3,
@@ -89,9 +96,6 @@ def _figures(made: Rig, answer: dict[str, Any], pushed_bytes_per_s: float) -> di
         "faults_per_touch": counts[FaultCount.WAITS] / answer["touched"],
         "load_1m": os.getloadavg()[0],
     }
-    if pushed_bytes_per_s:
-        figures["background_mib_per_s"] = pushed_bytes_per_s / 2**20
-    return figures
 
 
 def measure(
