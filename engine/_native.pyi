@@ -339,8 +339,10 @@ def workload_start(
     write."""
 
 def workload_set_bitmap(workload: Workload, written_bitmap: Buffer | None) -> None: ...
-def workload_pause(workload: Workload) -> int:
-    """Park every vCPU between two page writes; return how long it took in ns."""
+def workload_pause(workload: Workload, wait_ns: int) -> int:
+    """Park every vCPU between two page writes; return how long it took in ns.
+
+    :raise TimeoutError: a vCPU is still within a write, for a page that is missing; all run on."""
 
 def workload_resume(workload: Workload) -> None: ...
 def workload_throttle(workload: Workload, percent: int) -> None:
@@ -365,6 +367,9 @@ def workload_save(workload: Workload) -> bytes:
 def workload_load(workload: Workload, state: bytes) -> None:
     """Take over a state; ValueError says what is wrong with hostile bytes, nothing is changed
     then."""
+
+def workload_end(workload: Workload) -> None:
+    """Tell the threads to end, and do not wait for it; `workload_stop` does."""
 
 def workload_stop(workload: Workload) -> None:
     """Stop and join the threads; the RAM is no longer touched. Idempotent."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable
 
 from engine.guest.rundir import open_rundir, remove_file
@@ -41,3 +43,15 @@ class Adoption:
             asyncio.get_running_loop().remove_reader(self._listener)
             remove_file(self.path)
             self._listener.close()
+
+
+def say_where(state: str, path: str | None, reason: str = "") -> None:
+    """Tell people on stderr what the guest does without its control process, and what they can."""
+    text = f"ramferry guest[{os.getpid()}]: its control process is gone; it {state}"
+    if path is not None:
+        text += f"; adopt it with --guest workload:socket={path}"
+    else:
+        text += f"; nobody can adopt it: {reason}"
+    text += f"; end it with: kill {os.getpid()}\n"
+    with contextlib.suppress(OSError):  # stderr may have gone with control
+        os.write(sys.stderr.fileno(), text.encode())

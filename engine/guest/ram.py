@@ -10,7 +10,7 @@ from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, NotHandedOver
 from engine.guest.backing import OwnedRam
-from engine.guest.base import Handover, Standing, TrackedBlock, TrackerName, Tracking
+from engine.guest.base import Handover, Missing, Standing, TrackedBlock, TrackerName, Tracking
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.memory.blocks import RamBlock
 
@@ -159,7 +159,18 @@ class RamGuest:
             raise NotHandedOver("the guest is not connected to hand over")
         await self._source.check()
 
-    async def hand_over(self, wait_ns: int) -> Handover:
+    async def open_missing(self) -> Missing:
+        """Never: who touches the memory has it mapped, and this process does not know them."""
+        raise MemoryRefused(
+            "a ram guest has no userfaultfd to lend, for nobody knows who uses its memory; "
+            "postcopy needs a guest that does, such as workload"
+        )
+
+    async def close_missing(self) -> None:
+        """Nothing was opened."""
+
+    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
+        """As every guest does; its RAM stays as long as this process, `keeps_ram` or not."""
         if self._source is None:
             raise NotHandedOver("the guest is not connected to hand over")
         self._check_may_leave()
@@ -175,6 +186,9 @@ class RamGuest:
             raise NotHandedOver("only a guest that the engine holds is handed over")
         if not self._destination.is_settled:
             raise NotHandedOver(ARRIVED_JUST_NOW)
+
+    async def release_ram(self) -> None:
+        """RAM goes with this process."""
 
     async def give_away(self) -> None:
         self._check_may_leave()

@@ -13,7 +13,14 @@ from typing import Final
 from engine.errors import GuestError, MigrationError, UsageError
 from engine.guest import messages
 from engine.guest.backing import BLOCK_NAME, OwnedRam
-from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking, VcpuDirtied
+from engine.guest.base import (
+    Handover,
+    Missing,
+    TrackedBlock,
+    TrackerName,
+    Tracking,
+    VcpuDirtied,
+)
 from engine.guest.judgement import Judgement
 from engine.guest.link import ANSWER_WAIT_S, AgentLink, start_agent
 from engine.memory.blocks import RamBlock
@@ -22,6 +29,7 @@ log = logging.getLogger("ramferry.guest")
 
 #: Filling and judging read or write all of RAM; a slow and busy machine does 100 MB/s.
 BYTES_PER_S_MIN: Final = 100_000_000
+FAULTED_BYTES_PER_S_MIN: Final = 10_000_000  #: one page after the other comes from the source
 ADOPT_WAIT_S: Final = 5.0
 
 
@@ -43,6 +51,9 @@ class WorkloadGuest:
         self._is_stopped_by_user = stopped
         self._is_open = True
         self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
+        self.is_missing_open = False  #: its pages are missing until `close_missing`
+        self.is_gone = False  #: it runs at the destination, and keeps its RAM until `release_ram`
+        self._missing: Missing | None = None
         self._tracking_fd = -1
         self._when_taken: Callable[[int], Awaitable[None]] | None = None
         self._telling: set[asyncio.Task[None]] = set()
@@ -161,7 +172,8 @@ class WorkloadGuest:
         await self._do(messages.LoadState(self._link.next_id(), state))
 
     async def judge(self) -> Judgement:
-        """Judge every page, also after a handover; a running guest stands meanwhile.
+        """Judge every page, also after a handover; a running guest stands meanwhile. Each missing
+        page is waited for.
 
         :return: to be `close`d by the caller."""
         judged, fds = await self._link.ask(
@@ -175,7 +187,31 @@ class WorkloadGuest:
         )
 
     def _pass_wait_s(self) -> float:
-        return ANSWER_WAIT_S + self._ram.block.size / BYTES_PER_S_MIN
+        rate = FAULTED_BYTES_PER_S_MIN if self.is_missing_open else BYTES_PER_S_MIN
+        return ANSWER_WAIT_S + self._ram.block.size / rate
+
+    # -- missing pages ---------------------------------------------------------------------------
+
+    async def open_missing(self) -> Missing:
+        if self._missing is None:
+            request = messages.OpenMissing(self._link.next_id())
+            opened, fds = await self._link.ask(request, messages.MissingOpened)
+            if len(fds) != 1:
+                messages.close_all(fds)
+                raise GuestError("the guest waits for missing pages without a userfaultfd")
+            self._missing = Missing((fds[0],), (opened.address,), opened.vcpus)
+            self.is_missing_open = True
+        return self._missing
+
+    async def close_missing(self) -> None:
+        self._close_lent()
+        await self._do(messages.CloseMissing(self._link.next_id()))
+        self.is_missing_open = False
+
+    def _close_lent(self) -> None:
+        if self._missing is not None:
+            messages.close_all(self._missing.uffds)
+            self._missing = None
 
     # -- handover --------------------------------------------------------------------------------
 
@@ -213,11 +249,15 @@ class WorkloadGuest:
             messages.CheckHandover(self._link.next_id()), messages.Done, wait_s=2 * ANSWER_WAIT_S
         )
 
-    async def hand_over(self, wait_ns: int) -> Handover:
-        request = messages.HandOver(self._link.next_id(), wait_ns)
+    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
+        request = messages.HandOver(self._link.next_id(), wait_ns, keeps_ram)
         wait_s = wait_ns / 1e9 + ANSWER_WAIT_S
         outcome, _ = await self._link.ask(request, messages.HandedOver, wait_s=wait_s)
+        self.is_gone = Handover(outcome.outcome) is Handover.TAKEN
         return Handover(outcome.outcome)
+
+    async def release_ram(self) -> None:
+        await self._do(messages.ReleaseRam(self._link.next_id()))
 
     async def give_away(self) -> None:
         await self._do(messages.GiveAway(self._link.next_id()))
@@ -249,6 +289,7 @@ class WorkloadGuest:
             task.cancel()
         await asyncio.gather(*self._telling, return_exceptions=True)
         self._close_tracking_fd()
+        self._close_lent()
         self._ram.close()
 
     async def leave(self) -> None:
@@ -262,6 +303,7 @@ class WorkloadGuest:
         await asyncio.gather(*self._telling, return_exceptions=True)
         self._link.leave()
         self._close_tracking_fd()
+        self._close_lent()
         os.close(self._ram.block.fd)
 
     async def start(self, request: messages.Start) -> None:
@@ -334,6 +376,7 @@ async def adopt_workload(path: str, tracker: TrackerName | None) -> WorkloadGues
         raise
     guest = WorkloadGuest(link, ram, tracker, running=attached.running, stopped=attached.stopped)
     guest.is_outcome_unknown = attached.unknown
+    guest.is_missing_open, guest.is_gone = attached.missing, attached.gone
     if attached.unknown:
         log.warning(
             "nobody has said whether this guest runs at the destination of its last migration; "

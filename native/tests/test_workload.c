@@ -13,6 +13,7 @@
 
 #define PAGES 1030u /* not a multiple of 64, nor of the number of vCPUs */
 #define SEED UINT64_C(77)
+#define LONG_NS UINT64_C(20000000000)
 
 #define CHECK(fact)                                                                                \
     do {                                                                                           \
@@ -124,7 +125,7 @@ static void written_pages_are_right_and_counted(enum workload_pattern pattern, u
     for (uint64_t writes = 3000; writes <= 12000; writes += 3000) {
         workload_resume(workload);
         wait_for_writes(workload, writes);
-        workload_pause(workload, NULL);
+        CHECK(workload_pause(workload, LONG_NS, NULL) == 0);
         all_is_right(ram, WORKLOAD_MIXED, workload);
     }
     for (unsigned page = 0; page < PAGES; page++)
@@ -144,7 +145,7 @@ static void damage_stays_visible_however_often_the_page_is_written(void)
     struct workload *workload = start(ram, WORKLOAD_SWEEP, 1, 508, 0);
     workload_resume(workload);
     wait_for_writes(workload, 20 * PAGES);
-    workload_pause(workload, NULL);
+    CHECK(workload_pause(workload, LONG_NS, NULL) == 0);
     struct workload_judgement judgement =
         workload_judge(ram, 0, PAGES, WORKLOAD_TEXT, SEED, counters);
     CHECK(judgement.wrong_pages == 1 && judgement.first_wrong == 100);
@@ -159,14 +160,14 @@ static void pauses_cut_every_wait_short(void)
     uint64_t took_ns;
     workload_resume(workload);
     nap_ms(20);
-    workload_pause(workload, &took_ns);
+    CHECK(workload_pause(workload, LONG_NS, &took_ns) == 0);
     CHECK(took_ns < UINT64_C(1000000000));
     workload_free(workload);
     workload = start(ram, WORKLOAD_SCATTER, 2, 8, 0);
     CHECK(workload_throttle(workload, 99) == 0 && workload_throttle(workload, 100) == -EINVAL);
     workload_resume(workload);
     nap_ms(30); /* now they sleep for almost a second */
-    workload_pause(workload, &took_ns);
+    CHECK(workload_pause(workload, LONG_NS, &took_ns) == 0);
     CHECK(took_ns < UINT64_C(900000000));
     workload_resume(workload);
     workload_stop(workload);
@@ -196,7 +197,7 @@ static void a_limit_holds_its_vcpu_and_no_other(void)
     CHECK(pages[1] >= PAGES / 2 && slept_ns[1] == 0); /* its whole share, at least once */
     CHECK(workload_limit_dirty(workload, 0, 1) == 0);
     nap_ms(30); /* now it sleeps for an hour */
-    workload_pause(workload, &took_ns);
+    CHECK(workload_pause(workload, LONG_NS, &took_ns) == 0);
     CHECK(took_ns < UINT64_C(900000000));
     CHECK(workload_limit_dirty(workload, 0, 0) == 0);
     workload_resume(workload);
@@ -237,7 +238,7 @@ static void a_state_goes_on_elsewhere_and_a_damaged_one_changes_nothing(void)
     workload_resume(source);
     wait_for_writes(source, 1000);
     CHECK(workload_save(source, state) == -EBUSY);
-    workload_pause(source, NULL);
+    CHECK(workload_pause(source, LONG_NS, NULL) == 0);
     size_t size = workload_state_size(source);
     CHECK(workload_save(source, state) == 0);
 
@@ -253,7 +254,7 @@ static void a_state_goes_on_elsewhere_and_a_damaged_one_changes_nothing(void)
     CHECK(workload_save(destination, other) == 0 && memcmp(state, other, size) == 0);
     workload_resume(destination);
     wait_for_writes(destination, vcpu_writes(source) + 1000);
-    workload_pause(destination, NULL);
+    CHECK(workload_pause(destination, LONG_NS, NULL) == 0);
     all_is_right(ram, WORKLOAD_ZERO, destination);
     workload_free(source);
     workload_free(destination);
@@ -288,7 +289,7 @@ static void a_bit_is_set_after_its_page_was_written(void)
             } else if (vcpu_writes(workload) == before) {
                 sched_yield(); /* it has not begun */
             }
-        workload_pause(workload, NULL);
+        CHECK(workload_pause(workload, LONG_NS, NULL) == 0);
         before = vcpu_writes(workload);
         CHECK(before == page[2]);
         CHECK(seen == page[2] || written == 1);

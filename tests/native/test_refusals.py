@@ -311,7 +311,7 @@ def test_every_damaged_device_state_is_refused_and_changes_nothing() -> None:
     with workload() as guest, workload() as other:
         _native.workload_resume(other)
         assert eventually(lambda: min(_native.workload_writes(other)) > 10)
-        _native.workload_pause(other)
+        _native.workload_pause(other, 20_000_000_000)
         state = _native.workload_save(other)
         before = _native.workload_save(guest)
         for position in range(len(state)):
