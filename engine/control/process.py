@@ -33,6 +33,7 @@ from engine.control.objects import Objects
 from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import Parameters, ParameterStore, parse_switch, parse_value
 from engine.control.pool import Pool, receiver_pool, sender_pool
+from engine.control.restart import Paused
 from engine.control.route import Route
 from engine.control.status import ENDED, RunState, Status
 from engine.control.streams.opening import Sources, no_names
@@ -68,6 +69,7 @@ class ControlProcess:
         uuid: str = "",
         journal: Journal | None = None,
         is_unknown: bool = False,
+        paused: Paused | None = None,
         inherited: Iterable[int] = (),
     ) -> None:
         """
@@ -75,11 +77,12 @@ class ControlProcess:
         :param journal: begun; stays the caller's.
         :param is_unknown: the process before this one was killed while the right to run was on
             its way, and nobody has said who has it.
+        :param paused: a postcopy of the process before this one that can be resumed.
         :param inherited: numbers of the descriptors that the process was started with."""
         self.guest, self.uuid = guest, uuid
         self._inherited = set(inherited)
         self.notifiers = Notifiers()
-        self._journal, self.inherits_unknown = journal, is_unknown
+        self._journal, self.inherits_unknown, self.paused = journal, is_unknown, paused
         self.leaves_guest = False  #: at the end a guest that was taken over goes on
         if journal is not None:
             self.notifiers.add(journal.moved)
@@ -117,6 +120,9 @@ class ControlProcess:
     def _initial_state(self, incoming: bool) -> RunState:
         if incoming:
             return RunState.INMIGRATE
+        is_source = self.paused is not None and self.paused.side is Side.SOURCE
+        if is_source and not self.inherits_unknown:
+            return RunState.POSTMIGRATE
         return RunState.RUNNING if self.guest.is_running else RunState.PAUSED
 
     # -- what a migration borrows ----------------------------------------------------------------

@@ -19,7 +19,7 @@ from engine.control.notifiers import Side
 from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
-from engine.control.restart import plan
+from engine.control.restart import paused_of, plan
 from engine.control.uri import Target, parse_listen_address, parse_uri
 from engine.guest.base import Guest
 from engine.guest.rundir import default_rundir
@@ -102,7 +102,12 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
         start = await plan(journal.found if journal else None, spec, incoming=is_incoming)
         if start.text:
             log.warning("%s", start.text)
-        guest = await open_guest(start.spec, incoming=start.incoming, run=start.runs)
+        guest = await open_guest(
+            start.spec, incoming=start.incoming, run=start.runs, given_up=start.given_up
+        )
+        paused, advice = paused_of(start, guest)
+        if advice:
+            log.warning("%s", advice)
         is_adopted = isinstance(start.spec, WorkloadSpec) and start.spec.socket is not None
         is_unknown = start.is_unknown or (
             isinstance(guest, WorkloadGuest) and guest.is_outcome_unknown
@@ -113,6 +118,7 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
             uuid=options.uuid,
             journal=journal,
             is_unknown=is_unknown,
+            paused=paused,
             inherited=inherited,
         )
         process.leaves_guest = is_adopted  # a mistake in what follows is not the guest's end
@@ -122,7 +128,10 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
         stack.push_async_callback(process.close)
         if journal is not None:
             promised = Side.SOURCE if is_unknown else None
-            journal.begin(_record(guest, spec, incoming=start.incoming), promised)
+            postcopy = (paused.side, paused.session) if paused is not None else None
+            journal.begin(_record(guest, spec, incoming=start.incoming), promised, postcopy)
+        if start.is_whole:
+            await guest.close_missing()
         for setting in options.settings:
             process.set(setting)
         registry = build_registry(process)

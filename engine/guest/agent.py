@@ -11,8 +11,7 @@ a socket in its run directory. What it does when control is gone depends on who 
     handed over                ends; in postcopy it keeps its RAM, and listens to be adopted
 
 SIGTERM ends it in any state; SIGINT is for control. A token that comes in makes it the owner and
-starts the vCPUs in one step of its event loop, so no death of control falls in between. The event
-loop never touches RAM: a page may be missing for ever.
+starts the vCPUs in one step of its event loop, which never touches RAM: a page may be missing.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ class Agent:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._threads.wait()
         await self._destination.end()
-        if self._source is not None:
-            self._source.close()
+        self._forget_source()
         if self._adoption is not None:
             self._adoption.close()
         self._hang_up()
@@ -349,9 +347,9 @@ class Agent:
         machine = self._need_machine()
         if self.role is not Role.INCOMING and not machine.is_missing_open:
             raise GuestError("only a guest that waits for a migration can miss pages")
-        uffd = machine.open_missing()
-        opened = messages.MissingOpened(request.id, machine.address, machine.options.vcpus)
-        return Reply(opened, [uffd])
+        lent = [machine.open_missing()]
+        vcpus = machine.options.vcpus
+        return Reply(messages.MissingOpened(request.id, machine.address, vcpus), lent)
 
     async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
         self._need_machine().close_missing()
@@ -435,8 +433,9 @@ class Agent:
             return Reply(messages.Done(request.id))
 
     async def _settle(self, request: messages.Settle, _fds: list[int]) -> Reply:
-        if self._source is None and self.role is Role.HANDING_OVER:
+        if self._is_unknown:
             self.role = Role.GONE if request.taken else Role.OWNER
+            self._forget_source()
         return Reply(messages.Done(request.id))
 
     async def _take_over(self, request: messages.TakeOver, _fds: list[int]) -> Reply:

@@ -267,9 +267,9 @@ class Guest(Protocol):
         ...
 
     async def settle(self, *, taken: bool) -> None:
-        """Source of a stream, after `give_away`: the destination's control said what became of the
-        right to run. Taken: this guest will not run again; else it is its own, and held as before.
-        """
+        """Source, after `give_away` or an UNKNOWN handover: the destination's control said what
+        became of the right to run, for ever. Taken: this guest will not run again; else it is its
+        own, and held as before. Nothing in any other state."""
         ...
 
     async def take_over(

@@ -199,7 +199,7 @@ class GiveAway(Request, frozen=True):
 
 
 class Settle(Request, frozen=True):
-    """What became of a right that was given away. Answer: Done."""
+    """What became of a right that was given up, and nobody knew. Answer: Done."""
 
     taken: bool
 

@@ -20,13 +20,23 @@ STATE: Final = b"ramferry ram guest 1"
 class RamGuest:
     """Memory that somebody else may write while it "runs"; owns the memory."""
 
-    def __init__(self, ram: OwnedRam, *, incoming: bool, run: bool = True) -> None:
-        """Take the memory over."""
+    def __init__(
+        self,
+        ram: OwnedRam,
+        *,
+        incoming: bool,
+        run: bool = True,
+        given_up: Handover | None = None,
+    ) -> None:
+        """Take the memory over.
+
+        :param given_up: what the process before this one knew of the right to run: TAKEN, it was
+            handed over; UNKNOWN, it may be."""
         self._ram = ram
         self._is_incoming = incoming
         self._standing = Standing(by_user=not run)
-        self._is_gone = False
-        self._is_given_away = False  #: with a stream: nobody can be asked
+        self._is_gone = given_up is Handover.TAKEN
+        self._is_given_away = given_up is Handover.UNKNOWN  #: nobody can be asked
         self._is_open = True
         self._tracking: Tracking | None = None
         self._destination = DestinationEnd(self._own)
@@ -195,8 +205,12 @@ class RamGuest:
         self._is_given_away = True
 
     async def settle(self, *, taken: bool) -> None:
-        if self._is_given_away:
+        is_busy = self._source is not None and self._source.is_busy
+        if self._is_given_up and not is_busy:
             self._is_given_away, self._is_gone = False, taken
+            if self._source is not None:
+                self._source.close()
+                self._source = None
 
     async def take_over(
         self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]

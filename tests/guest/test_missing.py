@@ -390,3 +390,29 @@ def test_a_guest_that_was_handed_over_keeps_its_ram_until_it_is_released(
 
     with gone(rundir, answers) as (path, pid):
         run(scenario(path, pid))
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_an_unknown_handover_is_settled_by_the_word_of_the_destinations_control(
+    taken: bool,
+) -> None:
+    async def scenario(endpoint: str) -> None:
+        async with workload("size=1M") as guest:
+            await guest.connect_handover(endpoint, SESSION)
+            await guest.pause(for_migration=True)
+            outcome = await guest.hand_over(SECOND_NS // 2, keeps_ram=True)
+            assert outcome is Handover.UNKNOWN
+
+            await guest.settle(taken=taken)
+
+            await guest.settle(taken=not taken)  # it is known for ever
+            if taken:
+                with pytest.raises(GuestError, match="runs at the destination"):
+                    await guest.resume(for_migration=True)
+            else:
+                await guest.resume(for_migration=True)
+                await writes_reach(guest, (await guest.writes() or 0) + 100)
+
+    answers: dict[Kind, Kind | None] = {Kind.HELLO: Kind.WAITING, Kind.TAKE: None, Kind.ASK: None}
+    with peer(answers, threading.Event()) as endpoint:
+        run(scenario(endpoint))
