@@ -409,10 +409,12 @@ def insert_zero(
     """The runs' pages, which were never placed, are zero: set their `received` bits and wake who
     waits; memory is had when a vCPU touches them. Return how many bits were clear."""
 
-def discard_missing(fd: int, received: Buffer, page_count: int, unit_pages: int) -> int:
-    """Punch every page whose `received` bit is clear; return how many there are. A unit of which
-    any page is not received is punched whole, and all its bits are cleared. Only before the guest
-    runs: afterwards a page may be there, and written, before its bit is set."""
+def discard_stale(
+    fd: int, received: Buffer, stale: Buffer, page_count: int, unit_pages: int
+) -> int:
+    """Punch every unit of which a page's `stale` bit is set; return how many pages that were. The
+    `received` bits of those units are cleared before, the `stale` bits after. Only before the
+    guest runs: afterwards a page may be there, and written, before its bit is set."""
 
 def bitmap_widen(bitmap: Buffer, page_count: int, unit_pages: int) -> int:
     """Set all bits of each unit that has one; return how many were clear."""

@@ -88,21 +88,24 @@ def placing_failed(exc: OSError) -> MemoryRefused | GuestError:
     return MemoryRefused(f"cannot place pages behind the guest: {exc.strerror}")
 
 
-def discard_missing(blocks: Sequence[RamBlock], received: PageBitmaps) -> int:
-    """Punch what is not received, whole huge pages, before the guest runs; return the pages.
+def discard(blocks: Sequence[RamBlock], received: PageBitmaps, stale: PageBitmaps) -> int:
+    """Free what is stale, whole huge pages, before the guest runs; return the pages.
+
+    Those are not received any more, nor stale. Killed at any instant, or failed, it can be done
+    again: what is still to be done is stale.
 
     :raise MemoryRefused: the memory cannot be punched, or its pages are too large."""
-    missing = 0
+    freed = 0
     for index, block in enumerate(blocks):
         try:
-            missing += _native.discard_missing(
-                block.fd, received[index], block.page_count, unit_pages(block)
+            freed += _native.discard_stale(
+                block.fd, received[index], stale[index], block.page_count, unit_pages(block)
             )
         except OSError as exc:
             raise MemoryRefused(
                 f"cannot discard pages of RAM block '{block.name}': {exc.strerror}"
             ) from exc
-    return missing
+    return freed
 
 
 def widen(blocks: Sequence[RamBlock], dirty: PageBitmaps) -> int:
