@@ -280,11 +280,16 @@ def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count:
     All runs are checked before the first byte is written."""
 
 def packet_runs_check(
-    data_runs: Buffer, encoded_count: int, gathered_count: int, zero_runs: Buffer, page_count: int
+    data_runs: Buffer,
+    encoded_count: int,
+    gathered_count: int,
+    zero_runs: Buffer,
+    page_count: int,
+    unit_pages: int,
 ) -> None:
     """Check all runs of a packet against a block: the encoded ones (the first `encoded_count` data
     runs), the gathered ones (the next `gathered_count`), the direct ones and the zero ones must
-    each be ascending, and no page be there twice.
+    each be ascending, no page be there twice, and each run be whole units of `unit_pages`.
 
     :raise ValueError: names the first run that is wrong."""
 

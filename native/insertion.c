@@ -11,6 +11,9 @@
 /* UFFDIO_COPY says EAGAIN while the address space changes; give up after this many in a row. */
 #define AGAIN_MAX 100000
 
+/* Pages of one call: 64 KiB, about 20 us, in which a kernel without preemption runs nobody else. */
+#define CALL_PAGES_MAX ((uint64_t)16)
+
 /* Where zeros are copied from: never written, so it costs no memory. */
 static unsigned char ZEROS[HUGE_UNIT_PAGES * PAGE_BYTES] __attribute__((aligned(4096)));
 
@@ -65,14 +68,13 @@ int insert_pages(const struct insertion *to, const unsigned char *payload, uint6
                  uint64_t page_count, struct inserted_pages *counts)
 {
     uint64_t page = first_page, end = first_page + page_count;
+    uint64_t step_max = to->unit_pages > CALL_PAGES_MAX ? to->unit_pages : CALL_PAGES_MAX;
     int again = 0;
 
     while (page < end) {
-        uint64_t step = end - page;
+        uint64_t step = end - page < step_max ? end - page : step_max;
         int64_t done;
 
-        if (!payload && step > HUGE_UNIT_PAGES)
-            step = HUGE_UNIT_PAGES;
         done = copy_once(to, payload ? payload + (page - first_page) * PAGE_BYTES : ZEROS, page,
                          step, counts);
         if (done < 0)

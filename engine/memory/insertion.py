@@ -31,7 +31,8 @@ def unit_pages(block: RamBlock) -> int:
 
 
 class Inserter:
-    """Inserts pages into all blocks of a guest; borrows the guest's userfaultfds and the bitmap."""
+    """Inserts pages into all blocks of a guest, in a `Placer`'s place; borrows the guest's
+    userfaultfds and the bitmap."""
 
     def __init__(
         self,
@@ -48,7 +49,22 @@ class Inserter:
             for block, uffd, address in zip(blocks, uffds, addresses, strict=True)
         ]
 
-    def insert(self, index: int, payload: Buffer, runs: Buffer, run_count: int) -> int:
+    def check(
+        self, index: int, data_runs: bytes, encoded: int, gathered: int, zero_runs: bytes
+    ) -> None:
+        """Check all runs of a packet before any of its pages is placed.
+
+        :raise WireError: a run is not within the block, out of order, cuts a huge page, or has a
+            page that another has; nothing was done."""
+        block = self._blocks[index]
+        try:
+            _native.packet_runs_check(
+                data_runs, encoded, gathered, zero_runs, block.page_count, unit_pages(block)
+            )
+        except ValueError as exc:
+            raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
+
+    def place(self, index: int, payload: Buffer, runs: Buffer, run_count: int) -> int:
         """Place the runs' pages where nothing is yet; return how many those were.
 
         :raise WireError: a run lies outside the block or cuts a huge page; nothing was placed.
@@ -66,10 +82,15 @@ class Inserter:
             raise placing_failed(exc) from exc
         return fresh
 
-    def insert_zero(self, index: int, runs: Buffer, run_count: int) -> int:
+    def apply_deltas(self, index: int, deltas: Buffer, runs: Buffer, run_count: int) -> None:
+        """:raise WireError: always: the guest may have changed the pages since."""
+        raise WireError(f"deltas for RAM block '{self._blocks[index].name}', whose guest may run")
+
+    def clear(self, index: int, runs: Buffer, run_count: int) -> int:
         """The runs' pages are zero; return how many of them were not received yet.
 
-        :raise WireError: a run lies outside the block or cuts a huge page; nothing was done."""
+        :raise WireError: a run lies outside the block or cuts a huge page; nothing was done.
+        :raise GuestError: the guest is gone."""
         block = self._blocks[index]
         try:
             return _native.insert_zero(
@@ -79,6 +100,9 @@ class Inserter:
             raise WireError(f"zero pages for RAM block '{block.name}': {exc}") from exc
         except OSError as exc:
             raise placing_failed(exc) from exc
+
+    def close(self) -> None:
+        """Nothing is owned."""
 
 
 def placing_failed(exc: OSError) -> MemoryRefused | GuestError:

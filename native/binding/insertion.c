@@ -68,14 +68,6 @@ static PyObject *native_insert_zero(PyObject *module, PyObject *args)
     return count_or_error(rc);
 }
 
-static int unit_fits(uint64_t unit_pages)
-{
-    if (unit_pages > 0 && unit_pages <= PAGE_COUNT_MAX)
-        return 1;
-    PyErr_Format(PyExc_ValueError, "units of %llu pages", (unsigned long long)unit_pages);
-    return 0;
-}
-
 static PyObject *native_discard_stale(PyObject *module, PyObject *args)
 {
     Py_buffer received, stale;

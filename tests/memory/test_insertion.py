@@ -81,11 +81,11 @@ def test_whatever_comes_first_stays(steps: list[tuple[bool, list[tuple[int, int]
             pages = pages_in(runs)
             if is_zero:  # never of pages that are there, as the source's RAM does not change
                 holes = sorted(set(pages) - there)
-                inserter.insert_zero(0, table_of([(page, 1) for page in holes]), len(holes))
+                inserter.clear(0, table_of([(page, 1) for page in holes]), len(holes))
                 received.update(holes)
                 continue
             payload = b"".join(bytes([number]) * PAGE for _ in pages)
-            fresh = inserter.insert(0, memoryview(payload), table_of(runs), len(runs))
+            fresh = inserter.place(0, memoryview(payload), table_of(runs), len(runs))
             new = set(pages) - received
             assert fresh == len(new)
             for page in new:
@@ -102,11 +102,11 @@ def test_a_page_that_was_placed_but_not_marked_is_marked_and_not_overwritten() -
     """Its receiver was killed in between, and the guest has written it since."""
     with guest(16) as made:
         inserter = made.inserter()
-        inserter.insert(0, memoryview(b"a" * PAGE), table_of([(3, 1)]), 1)
+        inserter.place(0, memoryview(b"a" * PAGE), table_of([(3, 1)]), 1)
         made.received.clear()
         made.ram[3 * PAGE : 3 * PAGE + 5] = b"guest"
 
-        fresh = inserter.insert(0, memoryview(b"a" * 3 * PAGE), table_of([(2, 3)]), 1)
+        fresh = inserter.place(0, memoryview(b"a" * 3 * PAGE), table_of([(2, 3)]), 1)
 
         assert fresh == 2
         assert made.ram[3 * PAGE : 3 * PAGE + 6] == b"guesta"
@@ -131,7 +131,7 @@ def test_who_waits_is_woken_whoever_placed_the_page(placed_by: str) -> None:
         assert len(os.read(made.uffd, 32)) == 32  # it waits
         if placed_by == "another mapping":  # which wakes nobody
             os.pwrite(made.block.fd, b"z" * PAGE, 5 * PAGE)
-        assert made.inserter().insert(0, memoryview(b"z" * PAGE), table_of([(5, 1)]), 1) == (
+        assert made.inserter().place(0, memoryview(b"z" * PAGE), table_of([(5, 1)]), 1) == (
             placed_by == "the guest's userfaultfd"
         )
         toucher.join(20)
@@ -147,10 +147,10 @@ def test_bad_runs_place_nothing(runs: list[tuple[int, int]], payload_pages: int)
     with guest(16) as made:
         inserter, payload = made.inserter(), memoryview(b"x" * payload_pages * PAGE)
         with pytest.raises(WireError, match="pages for RAM block 'ram'"):
-            inserter.insert(0, payload, table_of([(0, 1), *runs]), 1 + len(runs))
+            inserter.place(0, payload, table_of([(0, 1), *runs]), 1 + len(runs))
         if runs != [(3, 2)]:
             with pytest.raises(WireError, match="zero pages for RAM block 'ram'"):
-                inserter.insert_zero(0, table_of(runs), len(runs))
+                inserter.clear(0, table_of(runs), len(runs))
         assert made.block.allocated_bytes() == made.received.count() == 0
 
 
@@ -166,7 +166,7 @@ def test_memory_that_is_full_is_an_error_and_what_was_placed_is_marked(tmp_path:
         try:
             with guest(64, fd=fd) as made:
                 with pytest.raises(MemoryRefused, match="cannot place pages behind the guest"):
-                    made.inserter().insert(0, memoryview(b"x" * 64 * PAGE), table_of([(0, 64)]), 1)
+                    made.inserter().place(0, memoryview(b"x" * 64 * PAGE), table_of([(0, 64)]), 1)
                 marked = pages_of(made.received[0])
                 assert marked <= set(range(32))
                 assert made.block.allocated_bytes() >= len(marked) * PAGE
@@ -284,12 +284,10 @@ def test_huge_pages_are_placed_and_discarded_whole() -> None:
         with guest(1024, fd=fd, backing=HUGE) as made:
             content = random.Random(3).randbytes(HUGE)
             with pytest.raises(WireError, match="not whole units of 512"):
-                made.inserter().insert(0, memoryview(content), table_of([(256, 512)]), 1)
-            assert made.inserter().insert(0, memoryview(content), table_of([(512, 512)]), 1) == 512
+                made.inserter().place(0, memoryview(content), table_of([(256, 512)]), 1)
+            assert made.inserter().place(0, memoryview(content), table_of([(512, 512)]), 1) == 512
             assert made.ram[HUGE:] == content
-            assert (
-                made.inserter().insert(0, memoryview(bytes(HUGE)), table_of([(512, 512)]), 1) == 0
-            )
+            assert made.inserter().place(0, memoryview(bytes(HUGE)), table_of([(512, 512)]), 1) == 0
             dirty, stale = (PageBitmaps.create(name, [made.block]) for name in ("dirty", "stale"))
             for bitmaps in (dirty, stale):
                 _native.bitmap_set_range(bitmaps[0], 515, 1)

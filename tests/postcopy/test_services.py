@@ -93,7 +93,7 @@ def test_what_is_received_as_zero_is_a_hole_until_it_is_touched() -> None:
                     [made.block], [made.toucher.uffd], [made.toucher.address], made.received
                 )
                 zero_runs = b"".join(wire.RUN.pack(page, 1) for page in range(0, PAGES, 2))
-                assert inserter.insert_zero(0, zero_runs, PAGES // 2) == PAGES // 2
+                assert inserter.clear(0, zero_runs, PAGES // 2) == PAGES // 2
                 assert made.block.allocated_bytes() == 0
                 await made.start()
                 answer = await made.toucher.ask(Touches(writes=True))
