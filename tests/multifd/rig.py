@@ -221,7 +221,11 @@ class SenderRig:
 
 @asynccontextmanager
 async def sender(
-    block: RamBlock, *, tracker: str = "none", tracker_fds: tuple[int, ...] = ()
+    block: RamBlock,
+    *,
+    tracker: str = "none",
+    tracker_fds: tuple[int, ...] = (),
+    unread_packets_max: int = 1000,
 ) -> AsyncIterator[SenderRig]:
     dirty, in_flight, delivered = (
         PageBitmaps.create(name, [block]) for name in ("dirty", "in-flight", "delivered")
@@ -232,6 +236,7 @@ async def sender(
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RCVHWM, unread_packets_max)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     worker: Worker[wire.SenderReport] = Worker("sender", wire.SenderReport)
     heard = Heard()
