@@ -280,11 +280,16 @@ def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count:
     All runs are checked before the first byte is written."""
 
 def packet_runs_check(
-    data_runs: Buffer, encoded_count: int, gathered_count: int, zero_runs: Buffer, page_count: int
+    data_runs: Buffer,
+    encoded_count: int,
+    gathered_count: int,
+    zero_runs: Buffer,
+    page_count: int,
+    unit_pages: int,
 ) -> None:
     """Check all runs of a packet against a block: the encoded ones (the first `encoded_count` data
     runs), the gathered ones (the next `gathered_count`), the direct ones and the zero ones must
-    each be ascending, and no page be there twice.
+    each be ascending, no page be there twice, and each run be whole units of `unit_pages`.
 
     :raise ValueError: names the first run that is wrong."""
 
@@ -414,10 +419,12 @@ def insert_zero(
     """The runs' pages, which were never placed, are zero: set their `received` bits and wake who
     waits; memory is had when a vCPU touches them. Return how many bits were clear."""
 
-def discard_missing(fd: int, received: Buffer, page_count: int, unit_pages: int) -> int:
-    """Punch every page whose `received` bit is clear; return how many there are. A unit of which
-    any page is not received is punched whole, and all its bits are cleared. Only before the guest
-    runs: afterwards a page may be there, and written, before its bit is set."""
+def discard_stale(
+    fd: int, received: Buffer, stale: Buffer, page_count: int, unit_pages: int
+) -> int:
+    """Punch every unit of which a page's `stale` bit is set; return how many pages that were. The
+    `received` bits of those units are cleared before, the `stale` bits after. Only before the
+    guest runs: afterwards a page may be there, and written, before its bit is set."""
 
 def bitmap_widen(bitmap: Buffer, page_count: int, unit_pages: int) -> int:
     """Set all bits of each unit that has one; return how many were clear."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from engine import _native, wire
 from engine.errors import MigrationError, UsageError
 from engine.memory.bitmaps import PageBitmaps
-from engine.memory.insertion import discard_missing, placing_failed, unit_pages
+from engine.memory.insertion import discard, placing_failed, unit_pages
 from engine.postcopy.channel import Lobby
 from engine.postcopy.prefetch import Prefetcher
 from engine.postcopy.statistics import FaultCount, FaultStatistics
@@ -111,6 +111,7 @@ class FaultServer:
         rest = list(fds[len(wire.FAULTS_FDS) :])
         self._blocks = blocks_of(order.blocks, rest[count : 2 * count])
         self._received = PageBitmaps(self._blocks, shared["received"])
+        self._stale = PageBitmaps(self._blocks, shared["stale"])
         self._statistics = FaultStatistics(shared["statistics"])
         self._session, self._incarnation = order.session, order.incarnation - 1
         self._prefetcher = Prefetcher(order.prefetch_pages_max)
@@ -135,7 +136,7 @@ class FaultServer:
         """:raise UsageError: the guest has touched RAM already: punching would lose its writes."""
         if self._statistics[FaultCount.EVENTS]:
             raise UsageError("pages cannot be discarded once the guest runs")
-        self._inbox.report(wire.Discarded(discard_missing(self._blocks, self._received)))
+        self._inbox.report(wire.Discarded(discard(self._blocks, self._received, self._stale)))
 
     # -- the channel -----------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ from engine.wire.messages import (
     encode,
 )
 from engine.wire.orders import (
+    DEMANDS_FDS,
     INSERTION_FDS,
     RECEIVER_FDS,
     ChannelEnded,
@@ -125,6 +126,7 @@ __all__ = [
     "BLOCKS_MAX",
     "CHANNELS_MAX",
     "CHUNK",
+    "DEMANDS_FDS",
     "DESCRIPTORS_MAX",
     "FAULTS_FDS",
     "FAULT_FRAME",

@@ -83,13 +83,17 @@ class SendRound(Message, frozen=True):
 
 
 class EndRound(Message, frozen=True):
-    """Control -> sender: end the round here; what was not taken stays dirty. Without a round that
-    goes on: nothing."""
+    """Control -> sender: end the round here; what was not taken stays dirty, what was goes before
+    the end, without a wait for bandwidth. Without a round that goes on: nothing."""
 
 
 class FollowDemands(Message, frozen=True):
-    """Control -> sender, in postcopy: send first what is near the newest demand. Beside it: the
-    page service's statistics. The RAM does not change any more."""
+    """Control -> sender, in postcopy, between two rounds: from now on send first what is near the
+    newest demand, and huge pages whole. Beside it: what `DEMANDS_FDS` names, the page service's
+    statistics. The RAM does not change any more; XBZRLE and elision end here."""
+
+
+DEMANDS_FDS: Final = ("statistics",)
 
 
 class InsertPages(Message, frozen=True):

@@ -93,7 +93,7 @@ def test_what_is_received_as_zero_is_a_hole_until_it_is_touched() -> None:
                     [made.block], [made.toucher.uffd], [made.toucher.address], made.received
                 )
                 zero_runs = b"".join(wire.RUN.pack(page, 1) for page in range(0, PAGES, 2))
-                assert inserter.insert_zero(0, zero_runs, PAGES // 2) == PAGES // 2
+                assert inserter.clear(0, zero_runs, PAGES // 2) == PAGES // 2
                 assert made.block.allocated_bytes() == 0
                 await made.start()
                 answer = await made.toucher.ask(Touches(writes=True))
@@ -225,10 +225,14 @@ def test_what_is_stale_is_discarded_before_the_guest_runs_and_never_after() -> N
                 stale = os.urandom(PAGES * PAGE)
                 os.pwrite(made.block.fd, stale, 0)
                 os.pwrite(made.block.fd, os.pread(fd, 100 * PAGE, 50 * PAGE), 50 * PAGE)
-                _native.bitmap_set_range(made.received[0], 50, 100)
+                made.received.fill()
+                _native.bitmap_set_range(made.stale[0], 0, 50)
                 worker, heard = await made.start_faults()
                 worker.order(wire.Discard())
-                assert await heard.next(wire.Discarded) == wire.Discarded(PAGES - 100)
+                assert await heard.next(wire.Discarded) == wire.Discarded(50)
+                _native.bitmap_set_range(made.stale[0], 150, PAGES - 150)
+                worker.order(wire.Discard())
+                assert await heard.next(wire.Discarded, 2) == wire.Discarded(PAGES - 150)
                 assert made.block.allocated_bytes() == 100 * PAGE
                 await made.start_pages()
                 answer = await made.toucher.ask(Touches())
