@@ -50,6 +50,7 @@ class Statistics:
     :ivar phases_ns: where the downtime went.
     :ivar is_outcome_unknown: it failed in the handover; the guest may run at the destination, and
         stays stopped at the source.
+    :ivar postcopy: empty until the guest runs at the destination without all its pages.
     :ivar raw: the answer as QMP gives it.
     """
 
@@ -75,6 +76,7 @@ class Statistics:
     phases_ns: Mapping[str, int] = field(default_factory=dict)
     channels: tuple[Mapping[str, int], ...] = ()
     compression: Mapping[str, Any] = field(default_factory=dict)
+    postcopy: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -104,6 +106,7 @@ class Statistics:
             phases_ns=info.get("x-downtime-phases", {}),
             channels=tuple(info.get("x-channels", ())),
             compression=info.get("x-compression", {}),
+            postcopy=info.get("x-postcopy", {}),
             raw=dict(info),
         )
 
@@ -146,8 +149,30 @@ class Migration:
         return statistics
 
     async def cancel(self) -> None:
-        """Ask for the end; `result` then raises MigrationFailed."""
+        """Ask for the end; `result` then raises MigrationFailed.
+
+        :raise UsageError: the guest runs at the destination and lacks pages."""
         await self._source.execute("migrate_cancel")
+
+    async def start_postcopy(self) -> None:
+        """Move the guest as soon as it can be, its missing pages after it. Both sides need the
+        capability `postcopy-ram`.
+
+        :raise UsageError: the capability is off."""
+        await self._source.execute("migrate-start-postcopy")
+
+    async def pause(self) -> None:
+        """Break postcopy's connections off; the guest stands where it touches a missing page.
+
+        :raise UsageError: it is not in postcopy."""
+        await self._source.execute("migrate-pause")
+
+    async def resume(self, destination: str | Control) -> None:
+        """Go on with a paused postcopy at a destination that waits for it (`Control.recover`).
+
+        :raise UsageError: it is not paused."""
+        uri = await destination.address() if isinstance(destination, Control) else destination
+        await self._source.execute("migrate", uri=uri, resume=True)
 
 
 class Control:
@@ -410,6 +435,12 @@ class Control:
             await self.execute("migrate-set-parameters", **parameters)
         await self.execute("migrate", uri=uri)
         return Migration(self)
+
+    async def recover(self, uri: str = "tcp:127.0.0.1:0") -> None:
+        """Destination of a paused postcopy: wait for the source there.
+
+        :raise UsageError: nothing is paused here, or it cannot listen there."""
+        await self.execute("migrate-recover", uri=uri)
 
     async def query_guest(self) -> dict[str, Any]:
         """Kind, process, whether it runs, page writes so far, tracker, RAM blocks."""

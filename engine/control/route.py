@@ -89,9 +89,10 @@ class Route(Protocol):
         :raise TimeoutError: no answer."""
         ...
 
-    async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
+    async def hand_over(self, guest: Guest, *, keeps_ram: bool) -> tuple[Handover, str]:
         """Pass the right to run; return what became of it, and the reason where it was not taken.
 
+        :param keeps_ram: pages of the guest will still be read here (postcopy).
         :raise NotHandedOver: it never left the guest."""
         ...
 

@@ -20,7 +20,7 @@ from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
 from engine.control.restart import paused_of, plan
-from engine.control.uri import Target, parse_listen_address, parse_uri
+from engine.control.uri import parse_listen_address, parse_uri
 from engine.guest.base import Guest
 from engine.guest.rundir import default_rundir
 from engine.guest.spec import GuestSpec, WorkloadSpec, open_guest, parse_guest_spec
@@ -92,9 +92,8 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
     monitors = [parse_listen_address(text) for text in options.qmp]
     human_monitors = [parse_listen_address(text) for text in options.hmp]
     is_incoming = options.incoming is not None
-    address: Target | None = None
-    if options.incoming not in (None, "defer"):
-        address = parse_uri(str(options.incoming))
+    is_deferred = options.incoming in (None, "defer")
+    address = None if is_deferred else parse_uri(str(options.incoming))
     async with AsyncExitStack() as stack:
         journal = Journal(options.state_dir) if options.state_dir else None
         if journal is not None:
@@ -136,12 +135,14 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
             process.set(setting)
         registry = build_registry(process)
         human_monitor = hmp.register(registry, process)
+        if paused is not None:
+            process.postcopy.take_up(paused)
         server, human_server = QmpServer(registry), hmp.HmpServer(human_monitor)
         process.send_event = _to_all(server.emit, human_monitor.held.notify)
         stack.push_async_callback(server.close)
+        stack.push_async_callback(human_server.close)
         for monitor in monitors:
             await server.listen(monitor)
-        stack.push_async_callback(human_server.close)
         for monitor in human_monitors:
             await human_server.listen(monitor)
         if address is not None and start.incoming:

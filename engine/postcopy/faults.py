@@ -35,6 +35,7 @@ class FaultServer:
         self._lobby: Lobby | None = None
         self._channel: socket.socket | None = None
         self._incarnation = 0  #: newest that was opened
+        self._has_all = False  #: said so: whoever closes the channel now is right
         self._service: _native.FaultService | None = None
         self._prefetcher = Prefetcher(0)
 
@@ -66,6 +67,7 @@ class FaultServer:
         if happened & _native.FAULTS_LOST:
             self._lose_channel(_native.faults_reason(service))
         if happened & _native.FAULTS_COMPLETE:
+            self._has_all = True
             self._inbox.report(wire.AllReceived())
         if happened & _native.FAULTS_WOKEN:
             self._attend(0)
@@ -162,7 +164,8 @@ class FaultServer:
         assert self._channel is not None
         self._channel.close()
         self._channel = None
-        log.warning("the fault channel is broken: %s", reason)
+        if not self._has_all:
+            log.warning("the fault channel is broken: %s", reason)
         self._inbox.report(wire.FaultChannelBroken(self._incarnation, wire.cut(reason)))
 
 

@@ -64,6 +64,13 @@ def test_a_bug_in_a_callback_keeps_nobody_else_from_hearing() -> None:
 LEGAL = {
     (Status.NONE, Status.SETUP), (Status.SETUP, Status.ACTIVE), (Status.SETUP, Status.FAILED),
     (Status.ACTIVE, Status.COMPLETED), (Status.ACTIVE, Status.FAILED),
+    (Status.ACTIVE, Status.POSTCOPY_ACTIVE),
+    (Status.POSTCOPY_ACTIVE, Status.COMPLETED), (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED),
+    (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER),
+    (Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE),
+    (Status.POSTCOPY_RECOVER, Status.POSTCOPY_PAUSED),
+    *((one, Status.FAILED) for one in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED,
+                                       Status.POSTCOPY_RECOVER)),
 }  # fmt: skip
 
 

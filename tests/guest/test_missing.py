@@ -77,7 +77,7 @@ class Source:
         count = block.page_count if count is None else count
         payload = os.pread(block.fd, count * PAGE_SIZE, first * PAGE_SIZE)
         inserter = Inserter([block], missing.uffds, missing.addresses, self.received)
-        return inserter.insert(0, memoryview(payload), table_of([(first, count)]), 1)
+        return inserter.place(0, memoryview(payload), table_of([(first, count)]), 1)
 
 
 @contextlib.asynccontextmanager

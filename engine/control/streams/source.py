@@ -149,7 +149,7 @@ class StreamRoute:
 
     # -- the right to run ------------------------------------------------------------------------
 
-    async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
+    async def hand_over(self, guest: Guest, *, keeps_ram: bool) -> tuple[Handover, str]:
         """The guest gives its right up before the first byte of `Take` is written: whoever dies
         from here on, it does not run by itself."""
         try:

@@ -264,7 +264,7 @@ def test_a_guest_that_gives_nothing_up_has_lost_nothing(tmp_path: Path) -> None:
         route = StreamRoute(FileAddress(str(file)), Sources(), answers=False)
         route.open()
         guest: Any = Mute()
-        outcome, reason = await route.hand_over(guest)
+        outcome, reason = await route.hand_over(guest, keeps_ram=False)
         assert outcome is Handover.REFUSED
         assert "no answer" in reason
         assert file.read_bytes() == b""

@@ -65,13 +65,13 @@ class Migration:
         await self._process.cancel()
 
     async def migrate_start_postcopy(self, _: object) -> None:
-        self._process.start_postcopy()
+        self._process.postcopy.start()
 
     async def migrate_pause(self, _: object) -> None:
-        self._process.pause_postcopy()
+        self._process.postcopy.pause()
 
-    async def migrate_recover(self, _: MigrateRecover) -> None:
-        self._process.recover_postcopy()
+    async def migrate_recover(self, arguments: MigrateRecover) -> None:
+        self._process.postcopy.recover(lambda: parse_migrate_target(arguments.uri, None))
 
     async def query_migrate(self, _: object) -> object:
         process = self._process
