@@ -58,7 +58,7 @@ class OutgoingMigration:
         self._is_forced = False  #: a stall ends with the switchover, however long it takes
         self._is_held = False  #: the engine has stopped the guest, or tried to
         self.is_outcome_unknown = False  #: nobody has said who has the right to run
-        self._pause_began_ns = self._stood_ns = self._refreshed_ns = 0
+        self._pause_began_ns = self._stood_ns = 0
         self._round_number = 0
         self._events: deque[machine.Event] = deque()
         self._is_handling = False
@@ -102,7 +102,7 @@ class OutgoingMigration:
         except StateError as exc:
             log.error("%s; story: %s", exc, " | ".join(exc.story))
             effects = self.machine.handle(machine.Failure(str(exc)))
-        self.numbers.heals, self._refreshed_ns = self.machine.heals, 0
+        self.numbers.heals = self.machine.heals
         veto = self._tell(before, Moment.BEFORE)
         if self.machine.status is not before and self.machine.phase is not Phase.ENDED:
             self._announce()
@@ -446,14 +446,8 @@ class OutgoingMigration:
             self.numbers.take_rates()
             await asyncio.sleep(SAMPLE_S)
 
-    def refresh(self, *, age_ns: int = 0) -> None:
-        """Bring the totals in `numbers` up to this moment; from the handover on they stay.
-
-        :param age_ns: totals that are not older will do."""
-        now_ns = time.monotonic_ns()
-        if now_ns - self._refreshed_ns < age_ns:
-            return
-        self._refreshed_ns = now_ns
+    def refresh(self) -> None:
+        """Bring the totals in `numbers` up to this moment; from the handover on they stay."""
         self.numbers.main_bytes = self._route.sent_bytes
         is_over = self.machine.phase in (Phase.HANDING_OVER, Phase.ENDED)
         if self._senders is not None and not is_over:

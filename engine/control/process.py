@@ -106,6 +106,7 @@ class ControlProcess:
         self.senders: Pool[wire.SenderReport] = sender_pool()
         self.receivers: Pool[wire.ReceiverReport] = receiver_pool()
         self.send_event: Emit = _unheard
+        self.told_count = 0  #: events so far, also those that nobody hears
         self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._judgement: Judgement | None = None
         self._judging = asyncio.Lock()
@@ -138,6 +139,7 @@ class ControlProcess:
 
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
         """MIGRATION events go out only with the capability `events`, as in QEMU."""
+        self.told_count += 1
         if "MIGRATION" not in event or self.capability("events"):
             self.send_event(event, data)
 

@@ -12,8 +12,6 @@ from engine.control.status import ENDED, Status
 from engine.memory.blocks import PAGE_SIZE
 
 NS_PER_MS: Final = 1_000_000
-#: Totals may be so old: counting the dirty pages of 16 GiB takes 50 us, and clients poll.
-TOTALS_AGE_NS: Final = 5 * NS_PER_MS
 
 #: Statuses in which a source shows `ram` and its times.
 _WITH_NUMBERS: Final = frozenset(
@@ -51,7 +49,7 @@ def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
 
 def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
     """A source shows its numbers while it has some that mean something."""
-    outgoing.refresh(age_ns=TOTALS_AGE_NS)
+    outgoing.refresh()
     status, numbers = outgoing.status, outgoing.numbers
     info: dict[str, Any] = {"status": status.value}
     if outgoing.machine.error is not None and status in (Status.FAILED, Status.CANCELLED):
