@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from engine.control import views
 from engine.control.blockers import Blockers
 from engine.control.machine import Phase
 from engine.control.process import ControlProcess
@@ -29,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     one.now_ns = 10 * SHOWN_AGE_NS
     monkeypatch.setattr(migration, "time", one)
     made = iter(range(1_000_000))
-    monkeypatch.setattr(migration.views, "migration_info", lambda *_: {"made": next(made)})
+    monkeypatch.setattr(views, "migration_info", lambda *_: {"made": next(made)})
     return one
 
 
