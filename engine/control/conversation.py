@@ -171,6 +171,9 @@ class Conversation:
         if waiting is not None and not waiting.done():
             waiting.set_result(value)
 
+    def stop_waiting(self) -> None:
+        """Nothing: every wait here has its end."""
+
     async def break_off(self, last_word: wire.Abort | None) -> None:
         """Say a last word if anybody is there to hear it, and close."""
         if last_word is not None:

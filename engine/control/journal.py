@@ -63,11 +63,17 @@ class Settled(Record, frozen=True, tag="settled"):
     side: Side
 
 
+class Stood(Record, frozen=True, tag="stood"):
+    """Its user has stopped the guest, or let it run again."""
+
+    by_user: bool
+
+
 class Closed(Record, frozen=True, tag="closed"):
     """It ended in order, and its guest with it."""
 
 
-_DECODER: Final = msgspec.json.Decoder(Began | Moved | Promised | Settled | Closed)
+_DECODER: Final = msgspec.json.Decoder(Began | Moved | Promised | Settled | Stood | Closed)
 
 
 @dataclass(slots=True)
@@ -78,6 +84,7 @@ class Found:
     source: Status = Status.NONE
     destination: Status = Status.NONE
     promised: Side | None = None
+    is_stopped: bool = False  #: by its user
 
     @property
     def is_at_destination(self) -> bool:
@@ -161,12 +168,19 @@ class Journal:
                 raise UsageError(f"'{self._path}' line {number} is no record: {exc}") from exc
         return found
 
-    def begin(self, record: Began, promised: Side | None = None) -> None:
+    def begin(
+        self, record: Began, promised: Side | None = None, *, is_stopped: bool = False
+    ) -> None:
         """From now on the records are this process's; what was found is forgotten.
 
         :param promised: a promise of the process before this one that nobody has settled yet.
+        :param is_stopped: the guest stands, as its user wants it.
         :raise UsageError: the journal cannot be written."""
-        self._records = [record] if promised is None else [record, Promised(promised)]
+        self._records = [record]
+        if promised is not None:
+            self._records.append(Promised(promised))
+        if is_stopped:
+            self._records.append(Stood(by_user=True))
         try:
             self._rewrite()
         except OSError as exc:
@@ -205,10 +219,13 @@ class Journal:
         """It is known who has the right to run."""
         self._write(Settled(side))
 
+    def stood(self, *, by_user: bool) -> None:
+        """The guest's user has stopped it, or let it run."""
+        self._write(Stood(by_user))
+
     def _write(self, record: Record) -> bool:
         """Append; False, and a line in the log, where that cannot be done."""
-        if isinstance(record, Moved):
-            self._records = [r for r in self._records if not _is_superseded(r, record)]
+        self._records = [r for r in self._records if not _is_superseded(r, record)]
         self._records.append(record)
         try:
             _write_whole(self._fd, _line(record))
@@ -260,8 +277,10 @@ def _line(record: Record) -> bytes:
     return msgspec.json.encode(record) + b"\n"
 
 
-def _is_superseded(old: Record, new: Moved) -> bool:
+def _is_superseded(old: Record, new: Record) -> bool:
     """A new migration forgets the one before it, on the same side."""
+    if not isinstance(new, Moved):
+        return isinstance(old, Stood) and isinstance(new, Stood)
     if isinstance(old, Moved):
         return old.side is new.side
     is_settled = isinstance(old, Promised | Settled) and old.side is new.side
@@ -281,6 +300,8 @@ def _after(found: Found | None, record: Record) -> Found | None:
                 found.destination = status
             if status in (Status.SETUP, Status.COMPLETED):
                 found.promised = None
+        case Stood(by_user) if found is not None:
+            found.is_stopped = by_user
         case Promised(side) if found is not None:
             found.promised = side
         case Settled(side) if found is not None:

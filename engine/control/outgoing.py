@@ -76,6 +76,10 @@ class OutgoingMigration:
             self.handle(machine.Failure(str(reason)))
             raise exc if isinstance(exc, MigrationError) else MigrationError(reason) from exc
 
+    def stop_waiting(self) -> None:
+        """After `migrate_cancel`, `yank` or `quit`: also not for a program of `exec:` any more."""
+        self._route.stop_waiting()
+
     @property
     def may_continue(self) -> bool:
         """It completed without a word from the destination: `cont` is the operator's."""
@@ -103,6 +107,7 @@ class OutgoingMigration:
             log.error("%s; story: %s", exc, " | ".join(exc.story))
             effects = self.machine.handle(machine.Failure(str(exc)))
         self.numbers.heals = self.machine.heals
+        self.is_outcome_unknown |= Effect.ABANDON_STOPPED in effects  # before anybody is told
         veto = self._tell(before, Moment.BEFORE)
         if self.machine.status is not before and self.machine.phase is not Phase.ENDED:
             self._announce()
@@ -368,7 +373,6 @@ class OutgoingMigration:
 
     async def _abandon_stopped(self) -> None:
         """Nobody knows who has the token: `cont` is the operator's word that it is this side."""
-        self.is_outcome_unknown = True
         if self._host.guest.is_alive:
             self._host.set_run_state(RunState.PAUSED)
         await self._give_back(None)

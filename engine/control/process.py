@@ -145,10 +145,16 @@ class ControlProcess:
 
     def set_run_state(self, state: RunState) -> None:
         ran, self.run_state = self.run_state is RunState.RUNNING, state
+        if state in (RunState.RUNNING, RunState.PAUSED):
+            self._stood(by_user=state is RunState.PAUSED)
         if ran and state is not RunState.RUNNING:
             self.emit("STOP", None)
         elif not ran and state is RunState.RUNNING:
             self.emit("RESUME", None)
+
+    def _stood(self, *, by_user: bool) -> None:
+        if self._journal is not None:
+            self._journal.stood(by_user=by_user)
 
     def _settings_changed(self) -> None:
         if self.outgoing is not None:
@@ -237,6 +243,8 @@ class ControlProcess:
                 await self.guest.pause(for_migration=False)
                 if self.run_state is RunState.RUNNING:
                     self.set_run_state(RunState.PAUSED)
+                else:
+                    self._stood(by_user=True)
 
     async def cont(self) -> None:
         """QMP `cont`; before the guest has arrived: it will run when it arrives.
@@ -390,6 +398,7 @@ class ControlProcess:
         """QMP `migrate_cancel`: no-op where nothing runs."""
         if self.outgoing is not None:
             self.outgoing.handle(machine.Cancel())
+            self.outgoing.stop_waiting()
 
     @property
     def can_be_yanked(self) -> bool:
@@ -401,6 +410,7 @@ class ControlProcess:
         where it would after that. One that still waits for its source goes on waiting."""
         if self.outgoing is not None and self.is_migrating:
             self.outgoing.handle(machine.Failure("'yank' has cut the migration's connections"))
+            self.outgoing.stop_waiting()
         if self.incoming is not None:
             self.incoming.yank()
 
@@ -425,6 +435,7 @@ class ControlProcess:
         if self.outgoing is not None:
             if self.outgoing.status not in ENDED:
                 self.outgoing.handle(machine.Cancel())
+            self.outgoing.stop_waiting()
             await self.outgoing.ended.wait()
         if self.incoming is not None:
             await self.incoming.close()

@@ -20,6 +20,7 @@ from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
 from engine.control.restart import plan
+from engine.control.status import RunState
 from engine.control.uri import Target, parse_listen_address, parse_uri
 from engine.guest.base import Guest
 from engine.guest.rundir import default_rundir
@@ -122,7 +123,9 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
         stack.push_async_callback(process.close)
         if journal is not None:
             promised = Side.SOURCE if is_unknown else None
-            journal.begin(_record(guest, spec, incoming=start.incoming), promised)
+            is_stopped = process.run_state is RunState.PAUSED
+            record = _record(guest, spec, incoming=start.incoming)
+            journal.begin(record, promised, is_stopped=is_stopped)
         for setting in options.settings:
             process.set(setting)
         registry = build_registry(process)
