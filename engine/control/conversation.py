@@ -109,7 +109,7 @@ class Conversation:
                     senders.broken(_checked(message, senders))
                 case wire.Reopened(index, incarnation, endpoint):
                     self._answer(("reopened", index, incarnation), endpoint)
-                case wire.Armed():
+                case wire.Armed() if "armed" in self._answers:
                     self._answer("armed", None)
                 case wire.Failed(reason):
                     self._judge(Handover.REFUSED)

@@ -44,7 +44,7 @@ class StreamRoute:
         loop = asyncio.get_running_loop()
         self._armed: asyncio.Future[None] = loop.create_future()
         self._verdict: asyncio.Future[Handover] = loop.create_future()
-        self._is_taking = self._is_over = False
+        self._is_arming = self._is_taking = self._is_over = False
         self._flushing: asyncio.Future[None] | None = None
         self._waits_no_more = asyncio.Event()
 
@@ -108,9 +108,8 @@ class StreamRoute:
             match message:
                 case wire.RoundReceived() if message.index == 0:
                     senders.received(message)
-                case wire.Armed():
-                    if not self._armed.done():
-                        self._armed.set_result(None)
+                case wire.Armed() if self._is_arming and not self._armed.done():
+                    self._armed.set_result(None)
                 case wire.TookOver() if self._is_taking:
                     self._judge(Handover.TAKEN)
                 case wire.Failed(reason) | wire.Refused(reason):
@@ -142,6 +141,7 @@ class StreamRoute:
         _, writer = self._need()
         await senders.end_channels()
         await writer.send(wire.DeviceState(state))
+        self._is_arming = True
         await writer.send(wire.Arm(rounds, runs))
         if self._answers:
             await asyncio.wait_for(asyncio.shield(self._armed), ANSWER_WAIT_S)
