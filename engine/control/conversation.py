@@ -135,7 +135,7 @@ class Conversation:
                 self._answer(("reopened", index, incarnation), endpoint)
             case wire.PostcopyReady(faults):
                 self._answer("postcopy", faults)
-            case wire.Armed():
+            case wire.Armed() if "armed" in self._answers:
                 self._answer("armed", None)
             case wire.StaleDiscarded():
                 self._answer("stale", None)
@@ -263,6 +263,9 @@ class Conversation:
         waiting = self._answers.get(key)
         if waiting is not None and not waiting.done():
             waiting.set_result(value)
+
+    def stop_waiting(self) -> None:
+        """Nothing: every wait here has its end."""
 
     async def break_off(self, last_word: wire.Abort | None) -> None:
         """Say a last word if anybody is there to hear it, and close."""

@@ -43,7 +43,7 @@ class Driver(ABC):
         self._heals: dict[int, asyncio.Task[None]] = {}
         self._events: deque[machine.Event] = deque()
         self._is_handling = False
-        self._refreshed_ns = 0  #: when the totals in `numbers` were taken; 0: they are old
+        self.is_outcome_unknown = False  #: nobody has said who has the right to run
         self.ended = asyncio.Event()
         self.changed = asyncio.Event()  #: set at every step of the machine
 
@@ -87,7 +87,8 @@ class Driver(ABC):
         except StateError as exc:
             log.error("%s; story: %s", exc, " | ".join(exc.story))
             effects = self.machine.handle(machine.Failure(str(exc)))
-        self.numbers.heals, self._refreshed_ns = self.machine.heals, 0
+        self.numbers.heals = self.machine.heals
+        self.is_outcome_unknown |= Effect.ABANDON_STOPPED in effects  # before anybody is told
         veto = self._tell(before, Moment.BEFORE)
         if self.machine.status is not before and self.machine.phase is not Phase.ENDED:
             self._announce()

@@ -76,11 +76,19 @@ class Settled(Record, frozen=True, tag="settled"):
     side: Side
 
 
+class Stood(Record, frozen=True, tag="stood"):
+    """Its user has stopped the guest, or let it run again."""
+
+    by_user: bool
+
+
 class Closed(Record, frozen=True, tag="closed"):
     """It ended in order, and its guest with it."""
 
 
-_DECODER: Final = msgspec.json.Decoder(Began | Moved | Promised | Postcopy | Settled | Closed)
+_DECODER: Final = msgspec.json.Decoder(
+    Began | Moved | Promised | Postcopy | Settled | Stood | Closed
+)
 
 
 @dataclass(slots=True)
@@ -94,6 +102,7 @@ class Found:
     source: Status = Status.NONE
     destination: Status = Status.NONE
     promised: Side | None = None
+    is_stopped: bool = False  #: by its user
     source_session: bytes | None = None
     destination_session: bytes | None = None
 
@@ -193,17 +202,22 @@ class Journal:
         record: Began,
         promised: Side | None = None,
         postcopy: tuple[Side, bytes] | None = None,
+        *,
+        is_stopped: bool = False,
     ) -> None:
         """From now on the records are this process's; what was found is forgotten.
 
         :param promised: a promise of the process before this one that nobody has settled yet.
         :param postcopy: side and session of one that goes on.
+        :param is_stopped: the guest stands, as its user wants it.
         :raise UsageError: the journal cannot be written."""
         self._records = [record]
         if postcopy is not None:
             self._records.append(Postcopy(postcopy[0], postcopy[1].hex()))
         if promised is not None:
             self._records.append(Promised(promised))
+        if is_stopped:
+            self._records.append(Stood(by_user=True))
         try:
             self._rewrite()
         except OSError as exc:
@@ -247,10 +261,13 @@ class Journal:
         """It is known who has the right to run, and no postcopy goes on."""
         self._write(Settled(side))
 
+    def stood(self, *, by_user: bool) -> None:
+        """The guest's user has stopped it, or let it run."""
+        self._write(Stood(by_user))
+
     def _write(self, record: Record) -> bool:
         """Append; False, and a line in the log, where that cannot be done."""
-        if isinstance(record, Moved):
-            self._records = [r for r in self._records if not _is_superseded(r, record)]
+        self._records = [r for r in self._records if not _is_superseded(r, record)]
         self._records.append(record)
         try:
             _write_whole(self._fd, _line(record))
@@ -302,12 +319,26 @@ def _line(record: Record) -> bytes:
     return msgspec.json.encode(record) + b"\n"
 
 
-def _is_superseded(old: Record, new: Moved) -> bool:
+def _is_superseded(old: Record, new: Record) -> bool:
     """A new migration forgets the one before it, on the same side."""
+    if not isinstance(new, Moved):
+        return isinstance(old, Stood) and isinstance(new, Stood)
     if isinstance(old, Moved):
         return old.side is new.side
     is_of_side = isinstance(old, Promised | Postcopy | Settled) and old.side is new.side
     return is_of_side and new.status is Status.SETUP
+
+
+def _move(found: Found, side: Side, status: Status) -> None:
+    """A side has entered a status."""
+    if side is Side.SOURCE:
+        found.source = status
+    else:
+        found.destination = status
+    if status in (Status.SETUP, Status.COMPLETED):
+        found.promised = None
+    if status in (Status.SETUP, Status.COMPLETED, Status.FAILED):
+        found.set_session(side, None)
 
 
 def _after(found: Found | None, record: Record) -> Found | None:
@@ -317,14 +348,9 @@ def _after(found: Found | None, record: Record) -> Found | None:
         case Closed():
             return None
         case Moved(side, status) if found is not None:
-            if side is Side.SOURCE:
-                found.source = status
-            else:
-                found.destination = status
-            if status in (Status.SETUP, Status.COMPLETED):
-                found.promised = None
-            if status in (Status.SETUP, Status.COMPLETED, Status.FAILED):
-                found.set_session(side, None)
+            _move(found, side, status)
+        case Stood(by_user) if found is not None:
+            found.is_stopped = by_user
         case Promised(side, session) if found is not None:
             found.promised = side
             if session:

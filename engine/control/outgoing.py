@@ -59,7 +59,6 @@ class OutgoingMigration(Driver):
         self._convergence = Convergence(host, self.numbers)
         self._postcopy: PostcopySource | None = None
         self._is_held = False  #: the engine has stopped the guest, or tried to
-        self.is_outcome_unknown = False  #: nobody has said who has the right to run
         self._pause_began_ns = self._stood_ns = 0
         self.round_number = 0  #: newest that was ordered
 
@@ -103,6 +102,10 @@ class OutgoingMigration(Driver):
             reason = exc.strerror if isinstance(exc, OSError) else exc
             self.handle(machine.Failure(str(reason)))
             raise exc if isinstance(exc, MigrationError) else MigrationError(reason) from exc
+
+    def stop_waiting(self) -> None:
+        """After `migrate_cancel`, `yank` or `quit`: also not for a program of `exec:` any more."""
+        self._route.stop_waiting()
 
     @property
     def may_continue(self) -> bool:
@@ -298,7 +301,6 @@ class OutgoingMigration(Driver):
 
     async def _abandon_stopped(self) -> None:
         """Nobody knows who has the token: `cont` is the operator's word that it is this side."""
-        self.is_outcome_unknown = True
         if self.host.guest.is_alive:
             self.host.set_run_state(RunState.PAUSED)
         await self._give_back(None)
@@ -382,14 +384,8 @@ class OutgoingMigration(Driver):
             self.numbers.take_rates()
             await asyncio.sleep(SAMPLE_S)
 
-    def refresh(self, *, age_ns: int = 0) -> None:
-        """Bring the totals in `numbers` up to this moment; from the handover on they stay.
-
-        :param age_ns: totals that are not older will do."""
-        now_ns = time.monotonic_ns()
-        if now_ns - self._refreshed_ns < age_ns:
-            return
-        self._refreshed_ns = now_ns
+    def refresh(self) -> None:
+        """Bring the totals in `numbers` up to this moment; from the handover on they stay."""
         self.numbers.main_bytes = self.numbers.carried.main_bytes + self._route.sent_bytes
         is_over = self.machine.phase in (Phase.HANDING_OVER, Phase.ENDED)
         if self._senders is not None and not is_over:
@@ -433,6 +429,7 @@ class OutgoingMigration(Driver):
         for the end."""
         while not self.ended.is_set():
             self.handle(machine.Cancel())
+            self.stop_waiting()
             self.changed.clear()
             await first_of(self.ended.wait(), self.changed.wait())
 

@@ -119,6 +119,7 @@ class ControlProcess:
         self.pages: Pool[wire.PagesReport] = page_service_pool()
         self.faults: Pool[wire.FaultsReport] = fault_service_pool()
         self.send_event: Emit = _unheard
+        self.told_count = 0  #: events so far, also those that nobody hears
         self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._judgement: Judgement | None = None
         self._judging = asyncio.Lock()
@@ -159,15 +160,22 @@ class ControlProcess:
 
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
         """MIGRATION events go out only with the capability `events`, as in QEMU."""
+        self.told_count += 1
         if "MIGRATION" not in event or self.capability("events"):
             self.send_event(event, data)
 
     def set_run_state(self, state: RunState) -> None:
         ran, self.run_state = self.run_state is RunState.RUNNING, state
+        if state in (RunState.RUNNING, RunState.PAUSED):
+            self._stood(by_user=state is RunState.PAUSED)
         if ran and state is not RunState.RUNNING:
             self.emit("STOP", None)
         elif not ran and state is RunState.RUNNING:
             self.emit("RESUME", None)
+
+    def _stood(self, *, by_user: bool) -> None:
+        if self._journal is not None:
+            self._journal.stood(by_user=by_user)
 
     def _settings_changed(self) -> None:
         if self.outgoing is not None:
@@ -259,6 +267,8 @@ class ControlProcess:
                 await self.guest.pause(for_migration=False)
                 if self.run_state is RunState.RUNNING:
                     self.set_run_state(RunState.PAUSED)
+                else:
+                    self._stood(by_user=True)
 
     async def cont(self) -> None:
         """QMP `cont`; before the guest has arrived: it will run when it arrives.
@@ -396,6 +406,7 @@ class ControlProcess:
         if self.outgoing.status in POSTCOPY:
             raise UsageError("Postcopy migration in progress, cannot cancel.")
         self.outgoing.handle(machine.Cancel())
+        self.outgoing.stop_waiting()
 
     @property
     def can_be_yanked(self) -> bool:
@@ -407,6 +418,7 @@ class ControlProcess:
         where it would after that. One that still waits for its source goes on waiting."""
         if self.outgoing is not None and self.is_migrating:
             self.outgoing.handle(machine.Failure("'yank' has cut the migration's connections"))
+            self.outgoing.stop_waiting()
         if self.incoming is not None:
             self.incoming.yank()
 

@@ -119,7 +119,9 @@ def _plan_ram(found: Found, spec: RamSpec, *, incoming: bool) -> Plan:
             f"{found.story}; the guest had not arrived, so what is in '{spec.path}' is no guest's: "
             "start with --incoming, or remove the file"
         )
-    return Plan(spec, False, text=f"{found.story}; its memory is in '{spec.path}', it runs again")
+    text = f"{found.story}; its memory is in '{spec.path}', it "
+    text += "stands as its user left it" if found.is_stopped else "runs again"
+    return Plan(spec, False, runs=not found.is_stopped, text=text)
 
 
 def _plan_gone_ram(found: Found, spec: RamSpec, *, is_kept: bool) -> Plan:

@@ -96,6 +96,11 @@ class Route(Protocol):
         :raise NotHandedOver: it never left the guest."""
         ...
 
+    def stop_waiting(self) -> None:
+        """Whoever waits for it wants an end: wait no more for somebody who may never be done.
+        Idempotent."""
+        ...
+
     async def break_off(self, last_word: wire.Abort | None) -> None:
         """Let the destination know that nothing more comes. Idempotent."""
         ...

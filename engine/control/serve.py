@@ -20,6 +20,7 @@ from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
 from engine.control.restart import paused_of, plan
+from engine.control.status import RunState
 from engine.control.uri import parse_listen_address, parse_uri
 from engine.guest.base import Guest
 from engine.guest.rundir import default_rundir
@@ -126,9 +127,7 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
             stack.callback(lambda: journal.close(in_order=not process.leaves_guest))
         stack.push_async_callback(process.close)
         if journal is not None:
-            promised = Side.SOURCE if is_unknown else None
-            postcopy = (paused.side, paused.session) if paused is not None else None
-            journal.begin(_record(guest, spec, incoming=start.incoming), promised, postcopy)
+            _begin(journal, process, _record(guest, spec, incoming=start.incoming))
         if start.is_whole:
             await guest.close_missing()
         for setting in options.settings:
@@ -159,6 +158,15 @@ def _allow_descriptors() -> None:
     wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _begin(journal: Journal, process: ControlProcess, record: Began) -> None:
+    """Put on record what this process begins with."""
+    promised = Side.SOURCE if process.inherits_unknown else None
+    paused = process.paused
+    postcopy = (paused.side, paused.session) if paused is not None else None
+    is_stopped = process.run_state is RunState.PAUSED
+    journal.begin(record, promised, postcopy, is_stopped=is_stopped)
 
 
 def _record(guest: Guest, spec: GuestSpec, *, incoming: bool) -> Began:

@@ -13,8 +13,6 @@ from engine.control.status import ENDED, POSTCOPY, Status
 from engine.memory.blocks import PAGE_SIZE
 
 NS_PER_MS: Final = 1_000_000
-#: Totals may be so old: counting the dirty pages of 16 GiB takes 50 us, and clients poll.
-TOTALS_AGE_NS: Final = 5 * NS_PER_MS
 
 _LISTENING: Final = (Status.SETUP, Status.ACTIVE, Status.POSTCOPY_PAUSED)
 _WITH_REASON: Final = (Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED)
@@ -69,7 +67,7 @@ def _incoming_postcopy(found: dict[str, Any], incoming: IncomingMigration) -> di
 
 def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
     """A source shows its numbers while it has some that mean something."""
-    outgoing.refresh(age_ns=TOTALS_AGE_NS)
+    outgoing.refresh()
     status, numbers = outgoing.status, outgoing.numbers
     info: dict[str, Any] = {"status": status.value}
     if outgoing.machine.error is not None and status in _WITH_REASON:

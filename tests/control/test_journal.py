@@ -286,6 +286,23 @@ def test_memory_without_a_name_went_with_its_process(
     assert decide(found, RAM, incoming=incoming) == expected
 
 
+def test_a_guest_that_its_user_had_stopped_stays_stopped(tmp_path: Path, kept: RamSpec) -> None:
+    Path(str(kept.path)).touch()
+    journal = Journal(str(tmp_path / "state"))
+    journal.begin(BEGAN, is_stopped=True)
+    for by_user, runs in ((None, False), (False, True), (True, False)):
+        if by_user is not None:
+            journal.stood(by_user=by_user)
+        found = _reread(tmp_path / "state")
+        made = asyncio.run(plan(found, kept, incoming=False))
+        assert (made.runs, made.is_unknown) == (runs, False)
+    for _ in range(2 * COMPACT_RECORDS):
+        journal.stood(by_user=True)
+    assert (tmp_path / "state" / "journal").stat().st_size < 100 * COMPACT_RECORDS
+    assert _reread(tmp_path / "state").is_stopped
+    journal.close(in_order=False)
+
+
 def test_a_guest_that_was_given_away_stays_away() -> None:
     with pytest.raises(UsageError, match="its guest runs at the destination"):
         asyncio.run(plan(Found(BEGAN, Status.COMPLETED), RAM, incoming=False))

@@ -194,3 +194,23 @@ def test_an_unknown_outcome_is_not_forgotten_by_looking(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert ram.read_bytes() == b"A" * 4096 * 256
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_ram_guest_stands_or_runs_as_its_user_left_it(tmp_path: Path, is_stopped: bool) -> None:
+    spec = f"ram:size=1M,path={tmp_path}/ram"
+
+    async def scenario() -> list[str]:
+        states = []
+        for life in range(3):
+            async with engine.Control.start(spec, state_dir=tmp_path / "state") as one:
+                states.append((await one.execute("query-status"))["status"])
+                if not life:
+                    await one.execute("stop")
+                    if not is_stopped:
+                        await one.execute("cont")
+                one.kill()
+                await one.wait()
+        return states
+
+    assert asyncio.run(scenario()) == ["running", *["paused" if is_stopped else "running"] * 2]

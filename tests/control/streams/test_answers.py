@@ -107,6 +107,27 @@ def test_before_take_whatever_happens_the_guest_runs_on(last: str) -> None:
     assert says[last] in asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_armed_is_an_answer_to_arm_alone(times: int) -> None:
+    """Who says so before it was asked, or twice, has promised nothing: the guest stays here."""
+
+    async def scenario() -> str:
+        async with played() as far:
+            migration = await far.source.migrate("fd:way")
+            await messages_until(far, wire.StreamHello if times == 1 else wire.Arm)
+            for _ in range(times):
+                await far.writer.send(wire.Armed())
+            with contextlib.suppress(AssertionError):
+                await messages_until(far, wire.Take)
+            failure = await ended(migration)
+            if times == 1:
+                assert isinstance(failure, engine.MigrationFailed)
+                await runs(far.source)
+            return str(failure)
+
+    assert "unexpected Armed" in asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("last", ["end", "junk"])
 def test_after_take_without_an_answer_the_outcome_is_unknown(last: str) -> None:
     """It may run there: here it stands until its user says otherwise."""
