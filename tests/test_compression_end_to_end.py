@@ -15,7 +15,7 @@ import pytest
 import engine
 from engine.compress.codecs import CODECS
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.process
 
 GUEST: Final = "workload:size=32M"  #: its contents are mixed: text, pointers, noise, zeros
 WRITING: Final = f"{GUEST},rate=15M,pattern=random"

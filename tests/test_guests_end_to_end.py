@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import engine
+from tests.hugepages import huge_pages
+
+__all__ = ["huge_pages"]
 
 pytestmark = pytest.mark.process
 
-RESERVED = Path("/proc/sys/vm/nr_hugepages")
-PAGES_NEEDED = 40  #: two guests of 32 MiB, and some to spare
 
-
-@pytest.fixture
-def huge_pages() -> Iterator[None]:
-    """2 MiB pages for two small guests; one test at a time, also beside other test processes."""
-    with RESERVED.open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = int(RESERVED.read_text())
-        if before < PAGES_NEEDED:
-            if os.geteuid() != 0:
-                pytest.skip("reserving huge pages needs root; CI runs this as root")
-            RESERVED.write_text(str(PAGES_NEEDED))
-        try:
-            if int(RESERVED.read_text()) < PAGES_NEEDED:
-                pytest.skip("this machine has no free memory for huge pages")
-            yield
-        finally:
-            if before < PAGES_NEEDED:
-                RESERVED.write_text(str(before))
-
-
+@pytest.mark.usefixtures("huge_pages")
 @pytest.mark.parametrize("tracker", ["uffd-wp", "guest-bitmap", "content-hash"])
-def test_a_guest_on_huge_pages_arrives_right(huge_pages: None, tracker: str) -> None:
+def test_a_guest_on_huge_pages_arrives_right(tracker: str) -> None:
     guest = "workload:size=32M,hugetlb=2M"
 
     async def scenario() -> tuple[engine.Verdict, int]:
@@ -58,7 +37,8 @@ def test_a_guest_on_huge_pages_arrives_right(huge_pages: None, tracker: str) -> 
     assert page_size == 2 * 1024 * 1024
 
 
-def test_a_destination_with_another_page_size_is_refused(huge_pages: None) -> None:
+@pytest.mark.usefixtures("huge_pages")
+def test_a_destination_with_another_page_size_is_refused() -> None:
     async def scenario() -> str:
         source = engine.Control.start("workload:size=32M,hugetlb=2M")
         destination = engine.Control.start("workload:size=32M", "tcp:127.0.0.1:0")
