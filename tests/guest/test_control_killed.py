@@ -69,7 +69,7 @@ def peer(answers: Mapping[Kind, Kind | None], asked: threading.Event) -> Iterato
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
@@ -208,7 +208,7 @@ def test_a_guest_in_the_middle_of_a_handover_finishes_it_by_itself(
         control.do(do="connect", endpoint=endpoint, session=SESSION.hex())
         control.do(do="pause", for_migration=True)
         control.order(do="hand_over", wait_ns=wait_ns)
-        assert asked.wait(20)
+        assert asked.wait(60)
         control.kill()
 
         if expected == "ends":

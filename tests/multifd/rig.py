@@ -19,7 +19,7 @@ from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.multifd.progress import Budget, Progress
 
 SESSION = b"session-of-tests"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def memory(page_count: int, content: bytes = b"") -> RamBlock:
