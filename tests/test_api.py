@@ -51,6 +51,9 @@ def test_qmp_shell_drives_a_migration_as_the_readme_says() -> None:
             lines = ("migrate-set-parameters max-bandwidth=0", f"migrate uri={uri}")
             said = await asyncio.to_thread(shell, source, *lines)
             await engine.Migration(source).result()
+            async with asyncio.timeout(60):  # its guest tells the source, and then its own control
+                while not (await destination.execute("query-status"))["running"]:
+                    await asyncio.sleep(0.01)
             return said, await asyncio.to_thread(shell, destination, "query-status", "x-judge")
 
     at_source, at_destination = asyncio.run(scenario())

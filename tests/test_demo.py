@@ -62,8 +62,8 @@ def test_a_demo_that_is_ended_in_the_middle_leaves_no_process(number: int) -> No
     process.send_signal(number)
     process.wait(timeout=60)
 
-    _, alive = psutil.wait_procs(started, timeout=20)
-    _, stderr = process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert alive == []
     assert len(started) >= 6  # two control processes, two guests, workers
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)

@@ -153,13 +153,16 @@ def test_migration_precopy_unix_xbzrle() -> None:
         async with (
             engine.Control.start(GUEST) as somebody,
             couple(
-                "xbzrle", uri=f"unix:{somebody.qmp_path}-m", xbzrle_cache_size=32 * 1024 * 1024
+                "xbzrle",
+                uri=f"unix:{somebody.qmp_path}-m",
+                guest="workload:size=8M,contents=random",
+                xbzrle_cache_size=32 * 1024 * 1024,
             ) as (source, destination),
         ):
             await set_and_read(source, SLOW)
             migration = await source.migrate(destination)
             await until_marker(destination)
-            await set_and_read(source, {"max-bandwidth": 50_000_000})
+            await set_and_read(source, {"max-bandwidth": 10_000_000})  # less than it writes
 
             async def has_deltas() -> bool:
                 info = await source.execute("query-migrate")

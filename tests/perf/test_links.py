@@ -151,7 +151,7 @@ def test_a_process_inside_keeps_its_pid_and_sees_the_link_only() -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        output, _ = inside.communicate(timeout=20)
+        output, _ = inside.communicate(timeout=60)
 
     pid, *rows = output.splitlines()
     assert int(pid) == inside.pid
@@ -199,7 +199,7 @@ def test_nothing_holds_a_link_whose_owner_ended(number: signal.Signals) -> None:
         made = {int(inode) for inode in owner.stdout.readline().split()}
         held = namespaces_in_use()
         owner.send_signal(number)
-        owner.wait(20)
+        owner.wait(60)
 
     assert len(made) == 2
     assert made <= held
