@@ -17,7 +17,8 @@ from engine.guest.spec import open_guest, parse_guest_spec
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 
 SIZE_MIB = 256
-#: Each vCPU sweeps over its half many times a second: all pages are dirtied in whatever period.
+#: Each vCPU sweeps over its half many times a second: in some seconds all pages are dirtied, also
+#: when it gets little CPU, and when the measurement's first look at RAM takes a second of them.
 WRITING = f"workload:size={SIZE_MIB}M,pattern=sweep,rate=0,words=8,vcpus=2"
 
 
@@ -59,9 +60,9 @@ def is_rate_of(info: dict[str, Any], changed_mib: int) -> bool:
 @pytest.mark.parametrize(
     ("asked", "sample_pages"),
     [
-        ({"mode": "page-sampling", "sample-pages": 16_384, "calc-time": 1}, 16_384),
-        ({"mode": "dirty-bitmap", "calc-time": 1}, 0),
-        ({"mode": "dirty-bitmap", "calc-time": 1500, "calc-time-unit": "millisecond"}, 0),
+        ({"mode": "page-sampling", "sample-pages": 16_384, "calc-time": 3}, 16_384),
+        ({"mode": "dirty-bitmap", "calc-time": 3}, 0),
+        ({"mode": "dirty-bitmap", "calc-time": 3500, "calc-time-unit": "millisecond"}, 0),
     ],
     ids=["page-sampling", "dirty-bitmap", "milliseconds"],
 )
@@ -77,7 +78,7 @@ def test_the_rate_is_of_all_that_was_dirtied_in_the_time_that_was_taken(
     info, exact = asyncio.run(scenario())
     assert is_rate_of(exact, SIZE_MIB), exact
     assert info["sample-pages"] == sample_pages
-    assert info["calc-time"] == exact["calc-time"] // 1000 >= 1
+    assert info["calc-time"] == exact["calc-time"] // 1000 >= 3
     assert "vcpu-dirty-rate" not in info
 
 
