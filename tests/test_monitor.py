@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 
 from engine.errors import MigrationError, UsageError
@@ -26,7 +27,7 @@ from tests.support import eventually
 
 pytestmark = pytest.mark.process
 
-WAIT_S: Final = 30.0
+WAIT_S: Final = 60.0
 PROMPT: Final = "(ramferry)"  #: the space behind it may be a movement of the cursor
 READY: Final = "<ready>"  #: for what prompt_toolkit writes when it has begun to read keys
 GUEST: Final = "ram:size=1M"
@@ -42,11 +43,17 @@ def serve(path: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        assert eventually(lambda: path.exists() or process.poll() is not None)
+        assert eventually(lambda: somebody_listens(path) or process.poll() is not None)
         yield process
     finally:
         process.terminate()
         process.wait(WAIT_S)
+
+
+def somebody_listens(path: Path) -> bool:
+    """The file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def monitor(
@@ -130,11 +137,16 @@ def test_a_command_never_waits_for_a_migration(tmp_path: Path) -> None:
 
 
 def test_over_tcp(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = tmp_path / "hmp"
-    with serve(path, "--hmp", f"tcp:127.0.0.1:{port}"):
+    path, ports = tmp_path / "hmp", set[int]()
+    with serve(path, "--hmp", "tcp:127.0.0.1:0") as server:
+
+        def has_port() -> bool:
+            found = psutil.Process(server.pid).net_connections("tcp4")
+            ports.update(one.laddr.port for one in found if one.status == psutil.CONN_LISTEN)
+            return bool(ports)
+
+        assert eventually(has_port)
+        (port,) = ports
         assert monitor(f"tcp:127.0.0.1:{port}", "-c", "info status").returncode == 0
 
 
@@ -398,21 +410,25 @@ def test_a_person_completes_and_the_lines_are_remembered(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("without", ["", "prompt_toolkit"])
 def test_ctrl_c_leaves_a_migration_alone_and_says_so(tmp_path: Path, without: str) -> None:
-    path = tmp_path / "hmp"
-    with socket.socket() as silent, serve(path):
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
+    """It waits before its switchover for as long as the person likes."""
+    path, there = tmp_path / "hmp", tmp_path / "there"
+    with serve(path), serve(there, "--incoming", "tcp:127.0.0.1:0"):
+        uri = re.search(r"tcp:127\.0\.0\.1:\d+", monitor(there, "-c", "info migrate").stdout)
+        assert uri
+        waits = "migrate_set_capability pause-before-switchover on"
+        assert monitor(path, "-c", waits).returncode == 0
         with terminal(path, tmp_path / "state", without) as one:
             if without:
                 one.wait_for("pip install 'ramferry[monitor]'")
             one.wait_for_prompt()
-            one.type(f"migrate tcp:127.0.0.1:{silent.getsockname()[1]}\r")
-            assert eventually(lambda: "setup" in monitor(path, "-c", "info migrate").stdout, WAIT_S)
+            one.type(f"migrate {uri[0]}\r")
+            status = "Migration status: pre-switchover"
+            assert eventually(lambda: status in monitor(path, "-c", "info migrate").stdout, WAIT_S)
             one.interrupt()
             one.wait_for("detached: the migration goes on; 'info migrate' shows it")
             one.wait_for_prompt()
             one.type("info migrate\r")
-            one.wait_for("Migration status: setup")
+            one.wait_for(status)
             one.wait_for_prompt()
             one.type("migrate_cancel\r")
             one.wait_for_prompt()
@@ -433,7 +449,8 @@ def test_a_server_that_ends_while_a_person_thinks(tmp_path: Path) -> None:
         assert "Traceback" not in one.shown
 
 
-def test_only_candidates_complete(tmp_path: Path) -> None:
+def test_only_candidates_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.monitor.run.COMPLETE_WAIT_S", WAIT_S)
     path = tmp_path / "hmp"
     with serve(path):
         conversation = Conversation(parse_address(str(path)), is_terminal=False)
