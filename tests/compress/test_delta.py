@@ -240,17 +240,6 @@ class CachedLink(RuleBasedStateMachine):
         _native.clear(self.link.target, self.link.placed, table_of(runs), len(runs), PAGES)
         self.expect(pages)
 
-    @rule(pages=own_pages)
-    def send_another_way(self, pages: set[int]) -> None:
-        runs = some_runs(pages)
-        self.link.cache.drop(0, table_of(runs), len(runs))
-        _native.place(
-            -1, 0, self.link.target, self.link.placed,
-            b"".join(self.link.pages(page)[0] for page in sorted(pages)), table_of(runs), len(runs),
-            PAGES,
-        )  # fmt: skip
-        self.model = {slot: held for slot, held in self.model.items() if held[0] not in pages}
-
     @rule()
     def next_round(self) -> None:
         self.link.generation += 1
