@@ -35,10 +35,10 @@ ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
 @contextlib.contextmanager
-def serve(path: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+def serve(path: Path, *more: str, guest: str = GUEST) -> Iterator[subprocess.Popen[bytes]]:
     """A control process with a human monitor at `path`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "serve", "--guest", GUEST, "--hmp", f"unix:{path}",
+        [sys.executable, "-m", "engine.cli", "serve", "--guest", guest, "--hmp", f"unix:{path}",
          *more],
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -410,19 +410,22 @@ def test_a_person_completes_and_the_lines_are_remembered(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("without", ["", "prompt_toolkit"])
 def test_ctrl_c_leaves_a_migration_alone_and_says_so(tmp_path: Path, without: str) -> None:
-    """It waits before its switchover for as long as the person likes."""
-    path, there = tmp_path / "hmp", tmp_path / "there"
-    with serve(path), serve(there, "--incoming", "tcp:127.0.0.1:0"):
+    """It would go on for ever: the guest writes faster than it may send."""
+    path, there, guest = tmp_path / "hmp", tmp_path / "there", "workload:size=16M"
+    with (
+        serve(path, guest=f"{guest},rate=1M"),
+        serve(there, "--incoming", "tcp:127.0.0.1:0", guest=guest),
+    ):
         uri = re.search(r"tcp:127\.0\.0\.1:\d+", monitor(there, "-c", "info migrate").stdout)
         assert uri
-        waits = "migrate_set_capability pause-before-switchover on"
-        assert monitor(path, "-c", waits).returncode == 0
+        slow = "migrate_set_parameter max-bandwidth 100K"
+        assert monitor(path, "-c", slow).returncode == 0
         with terminal(path, tmp_path / "state", without) as one:
             if without:
                 one.wait_for("pip install 'ramferry[monitor]'")
             one.wait_for_prompt()
             one.type(f"migrate {uri[0]}\r")
-            status = "Migration status: pre-switchover"
+            status = "Migration status: active"
             assert eventually(lambda: status in monitor(path, "-c", "info migrate").stdout, WAIT_S)
             one.interrupt()
             one.wait_for("detached: the migration goes on; 'info migrate' shows it")
