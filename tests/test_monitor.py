@@ -35,10 +35,10 @@ ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
 @contextlib.contextmanager
-def serve(path: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+def serve(path: Path, *more: str, guest: str = GUEST) -> Iterator[subprocess.Popen[bytes]]:
     """A control process with a human monitor at `path`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "serve", "--guest", GUEST, "--hmp", f"unix:{path}",
+        [sys.executable, "-m", "engine.cli", "serve", "--guest", guest, "--hmp", f"unix:{path}",
          *more],
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -71,6 +71,22 @@ def client_command(without: str = "") -> list[str]:
         return [sys.executable, "-m", "engine.cli", "monitor"]
     script = f"import sys; sys.modules[{without!r}] = None; from engine.cli import main; main()"
     return [sys.executable, "-c", script, "monitor"]
+
+
+@contextlib.contextmanager
+def for_ever(directory: Path) -> Iterator[tuple[Path, str]]:
+    """A monitor, and where to migrate to: it goes on until it is cancelled, for the guest writes
+    faster than may be sent."""
+    path, there, guest = directory / "hmp", directory / "there", "workload:size=16M"
+    with (
+        serve(path, guest=f"{guest},rate=1M"),
+        serve(there, "--incoming", "tcp:127.0.0.1:0", guest=guest),
+    ):
+        uri = re.search(r"tcp:127\.0\.0\.1:\d+", monitor(there, "-c", "info migrate").stdout)
+        assert uri
+        slow = "migrate_set_parameter max-bandwidth 100K"
+        assert monitor(path, "-c", slow).returncode == 0
+        yield path, uri[0]
 
 
 # -- single commands -----------------------------------------------------------------------------
@@ -123,16 +139,14 @@ def test_only_migratable_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_command_never_waits_for_a_migration(tmp_path: Path) -> None:
-    path = tmp_path / "hmp"
-    with socket.socket() as silent, serve(path):
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        done = monitor(path, "-c", f"migrate tcp:127.0.0.1:{silent.getsockname()[1]}")
+    with for_ever(tmp_path) as (path, uri):
+        done = monitor(path, "-c", f"migrate {uri}")
         assert done.stdout == (
             "terminal does not allow synchronous migration, continuing detached\n"
         )
         assert done.returncode == 0
-        assert "Migration status: setup" in monitor(path, "-c", "info migrate").stdout
+        now = monitor(path, "-c", "info migrate").stdout
+        assert re.search("Migration status: (setup|active)", now)
         assert monitor(path, "-c", "migrate_cancel").returncode == 0
 
 
@@ -410,19 +424,13 @@ def test_a_person_completes_and_the_lines_are_remembered(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("without", ["", "prompt_toolkit"])
 def test_ctrl_c_leaves_a_migration_alone_and_says_so(tmp_path: Path, without: str) -> None:
-    """It waits before its switchover for as long as the person likes."""
-    path, there = tmp_path / "hmp", tmp_path / "there"
-    with serve(path), serve(there, "--incoming", "tcp:127.0.0.1:0"):
-        uri = re.search(r"tcp:127\.0\.0\.1:\d+", monitor(there, "-c", "info migrate").stdout)
-        assert uri
-        waits = "migrate_set_capability pause-before-switchover on"
-        assert monitor(path, "-c", waits).returncode == 0
+    with for_ever(tmp_path) as (path, uri):
         with terminal(path, tmp_path / "state", without) as one:
             if without:
                 one.wait_for("pip install 'ramferry[monitor]'")
             one.wait_for_prompt()
-            one.type(f"migrate {uri[0]}\r")
-            status = "Migration status: pre-switchover"
+            one.type(f"migrate {uri}\r")
+            status = "Migration status: active"
             assert eventually(lambda: status in monitor(path, "-c", "info migrate").stdout, WAIT_S)
             one.interrupt()
             one.wait_for("detached: the migration goes on; 'info migrate' shows it")
