@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import socket
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 
 LISTEN = "127.0.0.2"
 TARGET = "127.0.0.1"
@@ -73,6 +73,11 @@ class Proxy:
         self._holds.append(Hold(port, word))
         return self._holds[-1]
 
+    def release(self) -> None:
+        """Let everything through that is held back."""
+        for hold in self._holds:
+            hold.released.set()
+
     async def connected(self, ports: Collection[int]) -> None:
         """Wait until there is a connection to each of these ports."""
         async with self._connected:
@@ -110,12 +115,14 @@ async def proxy(ports: Iterable[int]) -> AsyncIterator[Proxy]:
         await proxying.close()
 
 
-def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that are free on both addresses just now."""
-    for base in range(21_000, 60_000, count):
+def free_ports(count: int, also: Sequence[int] = ()) -> int:
+    """The first of `count` ports in a row that are free on both addresses just now, and of those
+    that `also` counts from it."""
+    step = max([count, *also]) + 1
+    for base in range(21_000, 60_000, step):
         with contextlib.ExitStack() as stack:
             try:
-                for port in range(base, base + count):
+                for port in (*range(base, base + count), *(base + more for more in also)):
                     for host in (LISTEN, TARGET):
                         probe = stack.enter_context(socket.socket())
                         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
