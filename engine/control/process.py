@@ -399,7 +399,7 @@ class ControlProcess:
         if incoming.status is Status.FAILED and self.exit_on_error and not self.over.done():
             self.over.set_result(1)
         if not self.waits_for_incoming:
-            await self.receivers.close()
+            await asyncio.gather(self.receivers.close(), self.faults.close())
             self._warmer = asyncio.get_running_loop().call_later(WARM_AFTER_ARRIVAL_S, self._warm)
 
     async def migrate_continue(self, expected: Status) -> None:

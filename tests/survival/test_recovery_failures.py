@@ -21,7 +21,6 @@ from tests.kernel import has_userfaultfd
 from tests.survival.postcopy_rig import (
     DEADLINE_S,
     EVERYTHING,
-    FAULTS,
     HANDOVER,
     MAIN,
     PAUSED,
@@ -333,17 +332,5 @@ def test_a_source_cut_off_with_the_token_on_its_way_is_let_run_by_its_operator(
             assert await is_running(both.source)
             assert await is_right(both.source)
             assert "x-handover" not in await both.info("source")
-
-    asyncio.run(scenario())
-
-
-def test_a_fault_channel_that_is_cut_while_nobody_asks_is_made_anew(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with duel(tmp_path) as both:
-            await both.in_postcopy()
-            for _ in range(20):
-                await both.between.connected([both.base + FAULTS])
-                both.cut([FAULTS])
-            await finish(both)
 
     asyncio.run(scenario())

@@ -135,11 +135,12 @@ class Completion:
         try:
             await self._next_source()
             await self._say_all()
-            self.main.close()
         except (MigrationError, OSError) as exc:
             log.warning("the source was not told that every page is here: %s", text_of(exc))
         finally:
             self.close()
+            if self.main is not None:
+                self.main.close()
             self._saying = None
 
     async def end_saying(self) -> None:

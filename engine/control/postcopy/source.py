@@ -19,6 +19,7 @@ from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.conversation import Conversation
 from engine.control.dirtysync import DirtySync
 from engine.control.driver import Work
+from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
 from engine.control.notifiers import Side
 from engine.control.postcopy.pageservice import PageService
@@ -38,6 +39,8 @@ log = logging.getLogger("ramferry.source")
 
 #: Between the last acknowledged page and the destination's last word, with nothing asked for.
 SILENCE_NS: Final = 30_000_000_000
+#: What may be so where nobody waits for us: its last word was lost with the connection.
+OR_COMPLETE: Final = "if it says 'completed' there, it has every page, and this side can quit"
 
 
 class Migration(Protocol):
@@ -229,8 +232,7 @@ class PostcopySource:
         try:
             await self._migration.conversation.reconnect()
         except PeerRefused as exc:
-            hint = "if it says 'completed' there, it has every page, and this side can quit"
-            raise PeerRefused(f"{exc}; {hint}") from exc
+            raise PeerRefused(f"{exc}; {OR_COMPLETE}") from exc
         self._migration.handle(machines.Reconnected())
 
     async def _resync(self) -> None:
@@ -246,7 +248,10 @@ class PostcopySource:
             codecs_of(compression_of(host)),
         )
         received = Collected(blocks)
-        found = await conversation.resync(question, received.take)
+        try:
+            found = await conversation.resync(question, received.take)
+        except ConnectionLost as exc:
+            raise PeerRefused(f"{exc}; {OR_COMPLETE}") from exc
         if found is None:
             migration.handle(machines.DestinationComplete())
             return
