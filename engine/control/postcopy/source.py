@@ -274,9 +274,10 @@ class PostcopySource:
         """The destination goes on with its postcopy, so it has the right to run."""
         migration, host = self._migration, self._migration.host
         if migration.is_outcome_unknown or host.inherits_unknown:
-            await host.guest.settle(taken=True)
             host.postcopy_begins(Side.SOURCE, migration.session)
-            host.set_run_state(RunState.POSTMIGRATE)
+            if host.guest.is_alive:
+                await host.guest.settle(taken=True)
+                host.set_run_state(RunState.POSTMIGRATE)
         migration.is_outcome_unknown = False
 
     async def end(self) -> None:
