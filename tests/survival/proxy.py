@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import os
 import socket
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -119,9 +120,9 @@ async def proxy(ports: Iterable[int]) -> AsyncIterator[Proxy]:
 def free_ports(count: int, also: Sequence[int] = ()) -> int:
     """The first of `count` ports in a row that are free on both addresses just now, and of those
     that `also` counts from it. Processes begin to look at different places."""
-    bases = range(21_000, 60_000, max([count, *also]) + 1)
+    bases = range(21_000, 32_000, max(count, *also, 0) + 1)  # below those for connections
     first = os.getpid() % len(bases)
-    for base in (*bases[first:], *bases[:first]):
+    for base in itertools.chain(bases[first:], bases[:first]):
         with contextlib.ExitStack() as stack:
             try:
                 for port in (*range(base, base + count), *(base + more for more in also)):
