@@ -280,8 +280,10 @@ class OutgoingMigration(Driver):
             self.host.settle(Side.SOURCE)
         if outcome is Handover.TAKEN and self.machine.is_postcopy:
             self.host.postcopy_begins(Side.SOURCE, self.session)
-        if outcome is Handover.TAKEN or (self.machine.is_postcopy and outcome is Handover.UNKNOWN):
+        if outcome is Handover.TAKEN:
             self.host.set_run_state(RunState.POSTMIGRATE)
+        elif outcome is Handover.UNKNOWN and self.host.guest.is_alive:
+            self.host.set_run_state(RunState.PAUSED)
         self.is_outcome_unknown = self.machine.is_postcopy and outcome is Handover.UNKNOWN
         self.handle(machine.HandedOver(outcome))
 
@@ -311,6 +313,7 @@ class OutgoingMigration(Driver):
         if self._postcopy is not None:
             await self._postcopy.end()  # first, for the destination hangs up when we do
             with contextlib.suppress(MigrationError):  # a dead guest keeps nothing
+                await self._postcopy.taken_for_sure()
                 await self.host.guest.release_ram()
         await self._give_back(None)
         self.ended.set()
@@ -368,8 +371,12 @@ class OutgoingMigration(Driver):
     # -- what runs beside the work ---------------------------------------------------------------
 
     async def _watch_guest(self) -> None:
+        """In postcopy only its RAM is needed, which is ours as well."""
         reason = await self.host.guest.died()
-        raise MigrationError(f"the guest died: {reason}")
+        if self.machine.phase in machine.GONE:
+            log.warning("the guest's process died: %s; its RAM is kept for the destination", reason)
+        else:
+            raise MigrationError(f"the guest died: {reason}")
 
     async def _heal(self, index: int) -> None:
         await self.senders.heal(index, self._route.reopen)
@@ -416,13 +423,12 @@ class OutgoingMigration(Driver):
         self._spawn(self._watch_guest)
         self.handle(machine.Recover())
 
-    async def taken_for_sure(self) -> None:
-        """The destination goes on with its postcopy, so it has the right to run."""
-        if self.is_outcome_unknown or self.host.inherits_unknown:
-            await self.host.guest.settle(taken=True)
-            self.host.postcopy_begins(Side.SOURCE, self.session)
-            self.host.set_run_state(RunState.POSTMIGRATE)
+    async def taken_back(self) -> None:
+        """The user has let the guest run here, and it does: there is no postcopy any more."""
         self.is_outcome_unknown = False
+        if self.machine.phase in machine.GONE:
+            self.handle(machine.Cancel("nobody knew whether it was taken: it runs here again"))
+            await self.ended.wait()
 
     async def close(self) -> None:
         """Cancel it, so that the destination knows, or leave it where the guest is already; wait
@@ -450,6 +456,11 @@ class OutgoingMigration(Driver):
         """Process ids of the senders at work, by channel."""
         lanes = self._senders.lanes if self._senders is not None else []
         return {lane.index: lane.worker.pid for lane in lanes if lane.worker is not None}
+
+    @property
+    def service_pid(self) -> int | None:
+        """Process id of the page service, if it is at work."""
+        return None if self._postcopy is None else self._postcopy.service_pid
 
     @property
     def is_switching_over(self) -> bool:

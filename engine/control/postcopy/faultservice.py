@@ -62,6 +62,11 @@ class FaultService:
         self._news = asyncio.Event()
         self._restarting: asyncio.Task[None] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the worker, if there is one."""
+        return None if self._worker is None else self._worker.pid
+
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self, bind: str) -> str:
@@ -106,6 +111,16 @@ class FaultService:
             self.endpoint = ""
             self._worker.order(wire.ListenFaults(bind))
             await self._until(lambda: self.endpoint, REPORT_WAIT_S)
+        return self.endpoint
+
+    async def where(self) -> str:
+        """Where it listens, also when it has just been replaced.
+
+        :raise MigrationError: it was lost again.
+        :raise TimeoutError: it is not there in time."""
+        if self._restarting is not None:
+            await asyncio.wait({self._restarting}, timeout=REPORT_WAIT_S)
+        await self._until(lambda: self.endpoint, REPORT_WAIT_S)
         return self.endpoint
 
     async def end(self) -> None:

@@ -70,7 +70,7 @@ class PostcopyControl:
         :param parse: gives the address, which QEMU looks at last.
         :raise UsageError: no postcopy is paused here, or it cannot listen there."""
         incoming = self._process.incoming
-        if incoming is None or incoming.status is not Status.POSTCOPY_PAUSED:
+        if incoming is None or not incoming.may_recover:
             raise UsageError("Migrate recover can only be run when postcopy is paused.")
         address = parse()
         if not isinstance(address, Address):

@@ -19,14 +19,17 @@ from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.conversation import Conversation
 from engine.control.dirtysync import DirtySync
 from engine.control.driver import Work
+from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
+from engine.control.notifiers import Side
 from engine.control.postcopy.pageservice import PageService
-from engine.control.postcopy.pieces import Announced, take_away
+from engine.control.postcopy.pieces import Announced, Collected
 from engine.control.route import Agreement
 from engine.control.senders import SenderGroup
 from engine.control.statistics import MigrationNumbers
+from engine.control.status import RunState
 from engine.control.watch import WATCH_S, Watch
-from engine.errors import MigrationError
+from engine.errors import MigrationError, PeerRefused
 from engine.guest.base import TrackedBlock, TrackerName, Tracking
 from engine.memory.blocks import PAGE_SIZE
 from engine.memory.insertion import widen
@@ -36,6 +39,8 @@ log = logging.getLogger("ramferry.source")
 
 #: Between the last acknowledged page and the destination's last word, with nothing asked for.
 SILENCE_NS: Final = 30_000_000_000
+#: What may be so where nobody waits for us: its last word was lost with the connection.
+OR_COMPLETE: Final = "if it says 'completed' there, it has every page, and this side can quit"
 
 
 class Migration(Protocol):
@@ -45,6 +50,9 @@ class Migration(Protocol):
     def host(self) -> Host: ...
     @property
     def session(self) -> bytes: ...
+
+    is_outcome_unknown: bool  #: nobody has said who has the right to run
+
     @property
     def machine(self) -> machines.Outgoing: ...
     @property
@@ -84,10 +92,6 @@ class Migration(Protocol):
         """Send the device state, and have the destination promise all."""
         ...
 
-    async def taken_for_sure(self) -> None:
-        """The destination has said that the guest is there."""
-        ...
-
     async def resume_guest(self) -> None:
         """The pause was in vain."""
         ...
@@ -111,6 +115,11 @@ class PostcopySource:
             self.statistics,
             lambda reason: migration.handle(machines.Failure(reason)),
         )
+
+    @property
+    def service_pid(self) -> int | None:
+        """Of the page service, if it is at work."""
+        return self._service.pid
 
     @property
     def work(self) -> dict[machines.Effect, Work]:
@@ -220,7 +229,10 @@ class PostcopySource:
         self._migration.handle(machines.Suspended())
 
     async def _reconnect(self) -> None:
-        await self._migration.conversation.reconnect()
+        try:
+            await self._migration.conversation.reconnect()
+        except PeerRefused as exc:
+            raise PeerRefused(f"{exc}; {OR_COMPLETE}") from exc
         self._migration.handle(machines.Reconnected())
 
     async def _resync(self) -> None:
@@ -235,22 +247,38 @@ class PostcopySource:
             channels_of(host),
             codecs_of(compression_of(host)),
         )
-        received: list[wire.Received] = []
-        agreement, faults = await conversation.resync(question, received.append)
+        received = Collected(blocks)
+        try:
+            found = await conversation.resync(question, received.take)
+        except ConnectionLost as exc:
+            raise PeerRefused(f"{exc}; {OR_COMPLETE}") from exc
+        if found is None:
+            migration.handle(machines.DestinationComplete())
+            return
+        agreement, faults = found
         senders = migration.use(agreement)
         stands = Tracking(TrackerName.NONE, tuple(TrackedBlock() for _ in blocks), "postcopy")
         await senders.start(stands, detect_zero=host.parameters.zero_page_detection != "none")
-        for piece in received:
-            take_away(piece, senders.dirty)
+        received.take_away_from(senders.dirty)
         widen(blocks, senders.dirty)
         senders.follow(self.statistics.fd)
         await self._serve(faults, senders)
-        await migration.taken_for_sure()
+        await self.taken_for_sure()
         await conversation.go_on()
         left = senders.dirty.count()
         took_ms = (time.monotonic_ns() - began_ns) // 1_000_000
         log.info("postcopy goes on after %d ms: %d pages are missing", took_ms, left)
         migration.handle(machines.Resynced())
+
+    async def taken_for_sure(self) -> None:
+        """The destination goes on with its postcopy, so it has the right to run."""
+        migration, host = self._migration, self._migration.host
+        if migration.is_outcome_unknown or host.inherits_unknown:
+            host.postcopy_begins(Side.SOURCE, migration.session)
+            if host.guest.is_alive:
+                await host.guest.settle(taken=True)
+                host.set_run_state(RunState.POSTMIGRATE)
+        migration.is_outcome_unknown = False
 
     async def end(self) -> None:
         """Give everything back. Idempotent."""
