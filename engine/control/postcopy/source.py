@@ -25,6 +25,7 @@ from engine.control.postcopy.pieces import Announced, take_away
 from engine.control.route import Agreement
 from engine.control.senders import SenderGroup
 from engine.control.statistics import MigrationNumbers
+from engine.control.status import RunState
 from engine.control.watch import WATCH_S, Watch
 from engine.errors import MigrationError
 from engine.guest.base import TrackedBlock, TrackerName, Tracking
@@ -196,6 +197,7 @@ class PostcopySource:
     def _complete(self) -> None:
         """The destination has every page."""
         self._migration.refresh()
+        self._migration.host.set_run_state(RunState.POSTMIGRATE)
         self._migration.handle(machines.DestinationComplete())
 
     def count_up(self) -> None:
