@@ -115,6 +115,12 @@ class IncomingMigration:
             await self._give_back(self._completion.main, False)
             self.ended.set()
 
+    @staticmethod
+    def _cannot_listen(address: Target, exc: OSError | MigrationError) -> str:
+        if isinstance(address, Address) and isinstance(exc, OSError):
+            return address.cannot_listen(exc)
+        return str(exc.strerror if isinstance(exc, OSError) else exc)
+
     async def close(self) -> None:
         """Give up if it still runs; give everything back. Idempotent."""
         if self._task is None:
@@ -419,7 +425,10 @@ class IncomingMigration:
         await self._taken.wait()
 
     async def _take_over(self, _at_ns: int) -> None:
-        """The token is here: this guest is the one."""
+        """The token is here: this guest is the one. In postcopy QEMU tells so before it runs."""
+        if self.postcopy is not None:
+            self.host.postcopy_begins(Side.DESTINATION, self.session)
+            self.set_status(Status.POSTCOPY_ACTIVE)
         self.host.set_run_state(RunState.RUNNING if self.host.guest.is_running else RunState.PAUSED)
         self._taken.set()
 

@@ -26,7 +26,7 @@ from engine.control.notifiers import Side
 from engine.control.postcopy.source import PostcopySource
 from engine.control.route import Agreement, Route
 from engine.control.senders import SenderGroup
-from engine.control.stall import OnStall
+from engine.control.stall import STALL_NEEDS_POSTCOPY, OnStall
 from engine.control.statistics import SAMPLE_S, DowntimePhases
 from engine.control.status import RunState, Status
 from engine.control.uri import Address
@@ -191,10 +191,16 @@ class OutgoingMigration(Driver):
             case OnStall.CANCEL:
                 self.machine.error = "the rounds did not shrink any more, and x-on-stall is cancel"
                 self.handle(machine.Cancel())
-            case OnStall.POSTCOPY:
+            case OnStall.POSTCOPY if self._may_be_postcopy:
                 self.handle(machine.StartPostcopy())
+            case OnStall.POSTCOPY:  # set in mid-migration
+                log.warning("%s, or channels: nothing is done", STALL_NEEDS_POSTCOPY)
         self._convergence.is_forced = action is OnStall.SWITCHOVER
         return self._convergence.is_forced
+
+    @property
+    def _may_be_postcopy(self) -> bool:
+        return self.host.capability("postcopy-ram") and isinstance(self._route, Conversation)
 
     def begin_pass(self) -> None:
         self.numbers.rounds += 1
@@ -280,7 +286,7 @@ class OutgoingMigration(Driver):
             self.host.settle(Side.SOURCE)
         if outcome is Handover.TAKEN and self.machine.is_postcopy:
             self.host.postcopy_begins(Side.SOURCE, self.session)
-        if outcome is Handover.TAKEN:
+        elif outcome is Handover.TAKEN:
             self.host.set_run_state(RunState.POSTMIGRATE)
         elif outcome is Handover.UNKNOWN and self.host.guest.is_alive:
             self.host.set_run_state(RunState.PAUSED)
@@ -326,7 +332,7 @@ class OutgoingMigration(Driver):
     async def stop_serving(self) -> None:
         self.refresh()
         self.numbers.carry()
-        await self._stop(wire.Abort("paused"), ())
+        await self._stop(wire.Abort(wire.cut(self.machine.error or "paused")), ())
 
     async def _give_back(self, last_word: wire.Abort | None) -> None:
         """Stop all that this migration started, in the reverse order; the guest is not touched."""

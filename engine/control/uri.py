@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from errno import EINVAL, ERANGE
+from errno import EADDRINUSE, EINVAL, ERANGE
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +37,14 @@ class Address:
     @property
     def _bracketed(self) -> str:
         return f"[{self.host}]" if ":" in self.host else self.host
+
+    def cannot_listen(self, exc: OSError) -> str:
+        """Why not, in QEMU's words where it has some."""
+        if self.path:
+            return f"Failed to bind socket to {self.path}: {exc.strerror}"
+        if exc.errno == EADDRINUSE:
+            return f"Failed to find an available port: {exc.strerror}"
+        return f"Failed to listen on '{self.display}': {exc.strerror}"
 
     def channel_endpoint(self, index: int, port_base: int) -> str:
         """Where the receiver of channel `index` listens, or the fault service (FAULT_CHANNEL); a

@@ -14,7 +14,8 @@ from engine.memory.blocks import PAGE_SIZE
 
 NS_PER_MS: Final = 1_000_000
 
-_LISTENING: Final = (Status.SETUP, Status.ACTIVE, Status.POSTCOPY_PAUSED)
+#: As in QEMU, until the connections are given back; a pause does that, too.
+_WITH_ADDRESS: Final = frozenset({Status.SETUP, Status.ACTIVE, *POSTCOPY})
 _WITH_REASON: Final = (Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED)
 
 #: Statuses in which a source shows `ram` and its times.
@@ -47,7 +48,7 @@ def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
     info: dict[str, Any] = {"status": incoming.status.value}
     if incoming.error is not None:
         info["error-desc"] = incoming.error
-    if incoming.address is not None and incoming.status in _LISTENING:
+    if incoming.address is not None and incoming.status in _WITH_ADDRESS:
         info["socket-address"] = [incoming.address.socket_address()]
     if incoming.postcopy is not None:
         info |= _incoming_postcopy(incoming.postcopy.info(), incoming)
@@ -80,8 +81,9 @@ def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
         return info
     info["total-time"] = numbers.total_ns // NS_PER_MS
     info["setup-time"] = numbers.setup_ns // NS_PER_MS
-    if status in (Status.COMPLETED, *POSTCOPY) and numbers.downtime_ns is not None:
-        info["downtime"] = -(-numbers.downtime_ns // NS_PER_MS)
+    if status in (Status.COMPLETED, *POSTCOPY):
+        if numbers.downtime_ns is not None:  # else of a process that was killed
+            info["downtime"] = -(-numbers.downtime_ns // NS_PER_MS)
     else:
         info["expected-downtime"] = numbers.expected_downtime_ns // NS_PER_MS
     if numbers.throttle_percent and status is not Status.COMPLETED:

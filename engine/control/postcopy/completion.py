@@ -13,11 +13,10 @@ from engine.control.fitting import check_resumes, refuse
 from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
 from engine.control.mainchannel import DestinationEnd
-from engine.control.notifiers import Side
 from engine.control.postcopy.destination import PostcopyDestination
 from engine.control.receivers import ReceiverGroup
 from engine.control.status import Status
-from engine.control.uri import FAULT_CHANNEL, Address
+from engine.control.uri import FAULT_CHANNEL, Address, VsockAddress
 from engine.errors import GuestError, MigrationError, PeerRefused, WireError
 
 log = logging.getLogger("ramferry.destination")
@@ -40,6 +39,7 @@ class Migration(Protocol):
     session: bytes
     status: Status
     error: str | None
+    address: Address | VsockAddress | None
 
     def set_status(self, status: Status) -> None: ...
     def tell(self, message: wire.Message) -> None: ...
@@ -73,12 +73,10 @@ class Completion:
 
     async def run(self, postcopy: PostcopyDestination, failure: Exception | None) -> None:
         """:param failure: of the connections, before the guest was known to be ours."""
-        migration, self._postcopy = self._migration, postcopy
-        migration.host.postcopy_begins(Side.DESTINATION, migration.session)
+        self._postcopy = postcopy
         self._goes_on.set()
-        migration.set_status(Status.POSTCOPY_ACTIVE)
         if failure is None:
-            await migration.last_word(self.main, wire.TookOver())
+            await self._migration.last_word(self.main, wire.TookOver())
         await self._run(failure)
 
     async def begin_again(self) -> PostcopyDestination:
@@ -161,7 +159,7 @@ class Completion:
         migration.error = text_of(exc)
         log.warning("postcopy is paused: %s", migration.error)
         await migration.end_channels(self.main, has_failed=False)
-        self.main = None
+        self.main, migration.address = None, None
         self._goes_on.clear()
         if migration.status is not Status.POSTCOPY_PAUSED:
             migration.set_status(Status.POSTCOPY_PAUSED)

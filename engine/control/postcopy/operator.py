@@ -78,7 +78,7 @@ class PostcopyControl:
         try:
             incoming.recover(address)
         except OSError as exc:
-            raise UsageError(f"Failed to listen on '{address.display}': {exc.strerror}") from exc
+            raise UsageError(address.cannot_listen(exc)) from exc
 
     async def resume(self, address: Target) -> None:
         """QMP `migrate` with `resume`.

@@ -205,6 +205,7 @@ class PostcopySource:
     def _complete(self) -> None:
         """The destination has every page."""
         self._migration.refresh()
+        self._migration.host.set_run_state(RunState.POSTMIGRATE)
         self._migration.handle(machines.DestinationComplete())
 
     def count_up(self) -> None:
@@ -277,7 +278,7 @@ class PostcopySource:
             host.postcopy_begins(Side.SOURCE, migration.session)
             if host.guest.is_alive:
                 await host.guest.settle(taken=True)
-                host.set_run_state(RunState.POSTMIGRATE)
+                host.set_run_state(RunState.FINISH_MIGRATE)
         migration.is_outcome_unknown = False
 
     async def end(self) -> None:
