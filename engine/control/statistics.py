@@ -38,6 +38,7 @@ class ChannelSample:
     zero_pages: int = 0
     rate_bytes_per_s: float = 0.0
     incarnation: int = 1
+    is_open: bool = True  #: this incarnation; False while it is made anew
     sampled_bytes: int = 0  #: `wire_bytes` when the rate was taken
 
 

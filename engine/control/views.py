@@ -181,6 +181,7 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
                 "pages": sample.pages,
                 "zero-pages": sample.zero_pages,
                 "incarnation": sample.incarnation,
+                "open": sample.is_open,
             }
             for index, sample in enumerate(numbers.channels)
         ],

@@ -77,13 +77,17 @@ async def healing_s(both: Duel, kind: str, what: int | str, workers: dict[str, i
             return False
         if kind in BACKGROUND:
             now = (await both.info("source"))["x-channels"][index]
-            is_anew = now["incarnation"] > channels[index]["incarnation"]
-            return bool(is_anew and now["bytes"] > channels[index]["bytes"])
+            return bool(now["incarnation"] > channels[index]["incarnation"] and now["open"])
         now = (await both.info("destination"))["x-postcopy"]
         causes = ("demand-pages", "prefetch-pages")
         return bool(sum(now[one] - faults[one] for one in causes) > ON_THE_WAY)
 
-    return await measure(works, HEALED_WITHIN_S)
+    try:
+        return await measure(works, HEALED_WITHIN_S)
+    except TimeoutError:
+        now = await both.info("source"), await both.info("destination"), await both.workers()
+        said = f"{both.source.stderr}{both.destination.stderr}"
+        raise AssertionError(f"{what} is lost: {channels}, {now}, {said}") from None
 
 
 @pytest.mark.parametrize("kind", SELF_HEALING)
