@@ -242,12 +242,16 @@ class OutgoingMigration(Driver):
 
     async def _harvest_and_send_round(self) -> None:
         """After `pre-switchover`: who else writes this RAM may have done so meanwhile."""
-        began_ns, phases = time.monotonic_ns(), self.numbers.phases
-        phases.wait = began_ns - self._pause_began_ns - phases.total
+        began_ns = time.monotonic_ns()
+        self.waited_until(began_ns)
         await self._route.check(self.host.guest)
         await self.sync.collect(throttles=False)
-        phases.harvest += time.monotonic_ns() - began_ns
+        self.numbers.phases.harvest += time.monotonic_ns() - began_ns
         await self._send_round()
+
+    def waited_until(self, now_ns: int) -> None:
+        phases = self.numbers.phases
+        phases.wait = now_ns - self._pause_began_ns - phases.total
 
     async def _arm_destination(self) -> None:
         began_ns = time.monotonic_ns()

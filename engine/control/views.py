@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 from engine.control.incoming import IncomingMigration
@@ -161,14 +162,7 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
     phases = numbers.phases
     return {
         "x-expected-downtime-ns": numbers.expected_downtime_ns,
-        "x-downtime-phases": {
-            "pause": phases.pause,
-            "harvest": phases.harvest,
-            "wait": phases.wait,
-            "send": phases.send,
-            "acknowledge": phases.acknowledge,
-            "resume": phases.resume,
-        },
+        "x-downtime-phases": asdict(phases),
         "x-undone-pauses": {
             "count": numbers.undone_pauses,
             "longest": numbers.longest_undone_pause_ns,

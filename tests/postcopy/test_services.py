@@ -16,11 +16,11 @@ from engine import _native, wire
 from engine.control.pool import Worker
 from engine.memory.insertion import Inserter
 from engine.postcopy.statistics import FaultCount, PageCount
-from perf.background import pushing
-from perf.postcopy_rig import Heard, Rig, rig
-from perf.toucher import Touches
 from tests.hugepages import huge_pages
+from tests.postcopy.background import pushing
+from tests.postcopy.rig import Heard, Rig, rig
 from tests.postcopy.support import PAGE, all_dirty, destination, needs_uffd, run, source
+from tests.postcopy.toucher import Touches
 
 __all__ = ["huge_pages"]
 

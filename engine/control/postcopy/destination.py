@@ -48,6 +48,7 @@ class PostcopyDestination:
         service = FaultService(
             host.faults, session, host.guest.blocks, missing,
             lambda endpoint: tell(wire.FaultsMoved(endpoint)),
+            prefetch_pages_max=host.parameters.x_postcopy_prefetch,
         )  # fmt: skip
         try:
             await service.start(bind)
@@ -71,7 +72,8 @@ class PostcopyDestination:
         missing = await host.guest.open_missing()
         service = FaultService(
             host.faults, session, host.guest.blocks, missing,
-            lambda endpoint: tell(wire.FaultsMoved(endpoint)), is_new=False,
+            lambda endpoint: tell(wire.FaultsMoved(endpoint)),
+            prefetch_pages_max=host.parameters.x_postcopy_prefetch, is_new=False,
         )  # fmt: skip
         try:
             await service.start(NOWHERE)

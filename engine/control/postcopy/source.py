@@ -42,6 +42,12 @@ SILENCE_NS: Final = 30_000_000_000
 #: What may be so where nobody waits for us: its last word was lost with the connection.
 OR_COMPLETE: Final = "if it says 'completed' there, it has every page, and this side can quit"
 
+#: Dirty pages are collected so often before the guest stands, or until so few were found: what is
+#: left is collected and freed in the pause. A collection that finds next to nothing in 4 GiB takes
+#: about 4 ms, one that finds 60 MiB took 64 ms.
+CATCH_UPS_MAX: Final = 4
+LEFT_PAGES_FEW: Final = 512
+
 
 class Migration(Protocol):
     """What `PostcopySource` uses of the outgoing migration that it belongs to."""
@@ -82,6 +88,10 @@ class Migration(Protocol):
 
     def refresh(self) -> None:
         """Bring the numbers up to this moment."""
+        ...
+
+    def waited_until(self, now_ns: int) -> None:
+        """The guest has stood for `migrate-continue` until now."""
         ...
 
     def begin_pass(self) -> None:
@@ -145,7 +155,24 @@ class PostcopySource:
         endpoint = await conversation.begin_postcopy(migration.round_number)
         await self._discard(dirty_bytes)
         await self._serve(endpoint, senders)
+        await self._catch_up(dirty_bytes)
         migration.handle(machines.PostcopyPrepared())
+
+    async def _catch_up(self, dirty_bytes: int) -> None:
+        """What the guest has dirtied meanwhile, as long as each look finds much less than the one
+        before.
+
+        :param dirty_bytes: known so far."""
+        found_before: int | None = None
+        for _ in range(CATCH_UPS_MAX):
+            now_bytes = await self._migration.sync.collect(throttles=False)
+            found, dirty_bytes = now_bytes - dirty_bytes, now_bytes
+            await self._discard(found)
+            if found <= LEFT_PAGES_FEW * PAGE_SIZE:
+                return
+            if found_before is not None and found > found_before // 2:
+                return
+            found_before = found
 
     async def _serve(self, endpoint: str, senders: SenderGroup) -> None:
         """Have a page service answer demands."""
@@ -168,18 +195,25 @@ class PostcopySource:
 
     async def _harvest_and_arm(self) -> None:
         """After `pre-switchover`: who else writes this RAM may have done so meanwhile."""
-        await self._migration.sync.collect(throttles=False)
+        migration, began_ns = self._migration, time.monotonic_ns()
+        migration.waited_until(began_ns)
+        await migration.sync.collect(throttles=False)
+        migration.numbers.phases.harvest += time.monotonic_ns() - began_ns
         await self._arm()
 
     async def _arm(self) -> None:
         """The guest stands, and its last dirty pages are known."""
-        migration = self._migration
+        migration, began_ns = self._migration, time.monotonic_ns()
+        phases = migration.numbers.phases
         migration.begin_pass()
         await self._discard(migration.senders.dirty.count() * PAGE_SIZE)
+        discarded_ns = time.monotonic_ns()
+        phases.discard = discarded_ns - began_ns
         if not self._service.is_open:
             raise MigrationError("the fault channel was lost before the guest could use it")
         migration.senders.follow(self.statistics.fd)
         await migration.arm()
+        phases.acknowledge = time.monotonic_ns() - discarded_ns
 
     # -- the rest --------------------------------------------------------------------------------
 

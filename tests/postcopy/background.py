@@ -1,8 +1,8 @@
 """A stand-in for multifd in postcopy: bulk pages over plain TCP, one process at each end.
 
-`python -m perf.background send|receive FD`, with descriptors beside the first message on FD, which
-is JSON. The sender takes what is dirty in its slice, the receiver inserts it behind the guest; the
-end of the connection is the end of the round.
+`python -m tests.postcopy.background send|receive FD`, with descriptors beside the first message on
+FD, which is JSON. The sender takes what is dirty in its slice, the receiver inserts it behind the
+guest; the end of the connection is the end of the round.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _start(role: str, words: dict[str, Any], fds: list[int]) -> subprocess.Popen
     with ours, theirs:
         socket.send_fds(ours, [json.dumps(words).encode()], fds)
         return subprocess.Popen(
-            [sys.executable, "-m", "perf.background", role, str(theirs.fileno())],
+            [sys.executable, "-m", "tests.postcopy.background", role, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
