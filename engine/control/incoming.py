@@ -26,7 +26,7 @@ from engine.control.status import RunState, Status, check_incoming
 from engine.control.streams.destination import StreamDestination
 from engine.control.streams.opening import Sources
 from engine.control.token import has_taken_over
-from engine.control.uri import FAULT_CHANNEL, Address, Target, VsockAddress
+from engine.control.uri import FAULT_CHANNEL, Address, Target, VsockAddress, cannot_listen
 from engine.errors import GuestError, MigrationError, PeerRefused, UsageError, WireError
 
 log = logging.getLogger("ramferry.destination")
@@ -81,9 +81,7 @@ class IncomingMigration:
             else:
                 self._main = StreamDestination(self._address, self._sources)
         except (OSError, MigrationError) as exc:
-            self.error = str(exc.strerror if isinstance(exc, OSError) else exc)
-            if isinstance(self._address, Address):
-                self.error = f"Failed to listen on '{self._address.display}': {self.error}"
+            self.error = cannot_listen(self._address, exc)
             self.set_status(Status.FAILED)
             self.ended.set()
             raise
@@ -114,12 +112,6 @@ class IncomingMigration:
         finally:
             await self._give_back(self._completion.main, False)
             self.ended.set()
-
-    @staticmethod
-    def _cannot_listen(address: Target, exc: OSError | MigrationError) -> str:
-        if isinstance(address, Address) and isinstance(exc, OSError):
-            return address.cannot_listen(exc)
-        return str(exc.strerror if isinstance(exc, OSError) else exc)
 
     async def close(self) -> None:
         """Give up if it still runs; give everything back. Idempotent."""
@@ -283,11 +275,6 @@ class IncomingMigration:
     def pause(self, reason: str) -> None:
         """`migrate-pause`, in postcopy."""
         self._break_off(MigrationError(reason))
-
-    @property
-    def shows_blocktime(self) -> bool:
-        """The capability `postcopy-blocktime`."""
-        return self.host.capability("postcopy-blocktime")
 
     @property
     def placement(self) -> str:

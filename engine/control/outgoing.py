@@ -68,8 +68,7 @@ class OutgoingMigration(Driver):
         migration = cls(host, Conversation(Address()))
         migration.session = session
         migration.machine.wants_postcopy = migration.machine.is_postcopy = True
-        migration.machine.phase = Phase.PAUSED
-        migration.machine.status = Status.POSTCOPY_PAUSED
+        migration.machine.phase, migration.machine.status = Phase.PAUSED, Status.POSTCOPY_PAUSED
         migration.machine.error = "the control process before this one was killed"
         migration.numbers.total_bytes = sum(block.size for block in host.guest.blocks)
         return migration
@@ -416,12 +415,6 @@ class OutgoingMigration(Driver):
         :raise MigrationError: it goes over a stream."""
         if self.machine.phase is not Phase.ENDED and self.conversation is not None:
             self.handle(machine.StartPostcopy())
-
-    async def suspended(self) -> None:
-        """Wait until a migration that is paused has given its connections back."""
-        while self.machine.phase is Phase.SUSPENDING:
-            self.changed.clear()
-            await self.changed.wait()
 
     def recover(self, route: Route) -> None:
         """`migrate resume=true`: go on by another way.

@@ -42,7 +42,6 @@ from engine.control.pool import (
 from engine.control.postcopy.operator import PostcopyControl
 from engine.control.restart import Paused
 from engine.control.route import Route
-from engine.control.stall import STALL_NEEDS_POSTCOPY, OnStall
 from engine.control.status import ENDED, POSTCOPY, RunState, Status
 from engine.control.streams.opening import Sources, no_names
 from engine.control.streams.source import StreamRoute
@@ -228,16 +227,6 @@ class ControlProcess:
         """An outgoing migration has begun and not ended (QEMU: not migration_is_idle)."""
         return self.outgoing is not None and self.outgoing.status not in ENDED
 
-    @property
-    def _has_given_away(self) -> bool:
-        """The guest is at the destination, or may be, which still lacks pages."""
-        return self.outgoing is not None and self.outgoing.status in POSTCOPY
-
-    @property
-    def _lacks_pages(self) -> bool:
-        """The guest runs here and waits for pages of a source."""
-        return self.incoming is not None and self.incoming.status in POSTCOPY
-
     # -- settings --------------------------------------------------------------------------------
 
     def set(self, setting: str) -> None:
@@ -299,7 +288,7 @@ class ControlProcess:
         match self.run_state:
             case RunState.INMIGRATE:
                 self.runs_on_arrival = False
-            case RunState.FINISH_MIGRATE if self._has_given_away:
+            case RunState.FINISH_MIGRATE if self.postcopy.has_given_away:
                 return
             case RunState.RUNNING | RunState.PAUSED | RunState.FINISH_MIGRATE:
                 await self.guest.pause(for_migration=False)
@@ -321,7 +310,7 @@ class ControlProcess:
                 raise UsageError("the guest is at the destination")
             case RunState.INTERNAL_ERROR:
                 raise UsageError("the guest is dead; only 'quit' is left")
-        is_given = self.run_state is RunState.FINISH_MIGRATE and self._has_given_away
+        is_given = self.run_state is RunState.FINISH_MIGRATE and self.postcopy.has_given_away
         if is_given or (self.outgoing is not None and self.outgoing.is_switching_over):
             raise UsageError("Migration is not finalized yet")
         if self.outgoing is not None and self.outgoing.is_untracked:
@@ -352,7 +341,7 @@ class ControlProcess:
         if resume:
             await self.postcopy.resume(address)
             return
-        if self.is_migrating or self._lacks_pages:
+        if self.is_migrating or self.postcopy.lacks_pages:
             raise UsageError("There's a migration process in progress")
         if self.is_outcome_unknown:
             raise UsageError(
@@ -366,22 +355,13 @@ class ControlProcess:
         if self.run_state is RunState.INTERNAL_ERROR:
             raise UsageError("Can't migrate a guest that is dead")
         self.blockers.check()
-        self._check_stall(address)
+        self.postcopy.check_stall(address)
         self.outgoing = OutgoingMigration(self, self._route_to(address, named))
         try:
             self.outgoing.begin()
         except MigrationError:
             await self.outgoing.ended.wait()
             raise
-
-    def _check_stall(self, address: Target) -> None:
-        """:raise UsageError: `x-on-stall` wants what this migration cannot do."""
-        if self.parameters.x_on_stall != OnStall.POSTCOPY.value:
-            return
-        if not self.capability("postcopy-ram"):
-            raise UsageError(STALL_NEEDS_POSTCOPY)
-        if not isinstance(address, Address):
-            raise UsageError("x-on-stall=postcopy needs channels (tcp: or unix:), not one stream")
 
     def _route_to(self, address: Target, named: Callable[[str], int]) -> Route:
         if isinstance(address, Address):

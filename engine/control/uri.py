@@ -38,14 +38,6 @@ class Address:
     def _bracketed(self) -> str:
         return f"[{self.host}]" if ":" in self.host else self.host
 
-    def cannot_listen(self, exc: OSError) -> str:
-        """Why not, in QEMU's words where it has some."""
-        if self.path:
-            return f"Failed to bind socket to {self.path}: {exc.strerror}"
-        if exc.errno == EADDRINUSE:
-            return f"Failed to find an available port: {exc.strerror}"
-        return f"Failed to listen on '{self.display}': {exc.strerror}"
-
     def channel_endpoint(self, index: int, port_base: int) -> str:
         """Where the receiver of channel `index` listens, or the fault service (FAULT_CHANNEL); a
         base of 0 takes any free port."""
@@ -153,6 +145,19 @@ class VsockAddress:
 
 StreamAddress = FdAddress | ExecAddress | FileAddress | VsockAddress
 Target = Address | StreamAddress
+
+
+def cannot_listen(target: Target, exc: Exception) -> str:
+    """Why not, in QEMU's words where it has some."""
+    if not isinstance(exc, OSError):
+        return str(exc)
+    if not isinstance(target, Address):
+        return str(exc.strerror)
+    if target.path:
+        return f"Failed to bind socket to {target.path}: {exc.strerror}"
+    if exc.errno == EADDRINUSE:
+        return f"Failed to find an available port: {exc.strerror}"
+    return f"Failed to listen on '{target.display}': {exc.strerror}"
 
 
 def parse_uri(text: str) -> Target:

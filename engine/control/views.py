@@ -59,7 +59,7 @@ def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
 def _incoming_postcopy(found: dict[str, Any], incoming: IncomingMigration) -> dict[str, Any]:
     """What faults cost. QEMU shows its members when all is over, with `postcopy-blocktime`."""
     info: dict[str, Any] = {"x-postcopy": found}
-    if incoming.status is Status.COMPLETED and incoming.shows_blocktime:
+    if incoming.status is Status.COMPLETED and incoming.host.capability("postcopy-blocktime"):
         info |= {
             f"postcopy-{name}": found[name]
             for name in ("blocktime", "vcpu-blocktime", "latency", "latency-dist", "vcpu-latency")
