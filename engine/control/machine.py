@@ -398,15 +398,12 @@ class Outgoing:
     def _heal_or_suspend(self, event: ChannelLost) -> Step:
         self.heals += 1
         if self.heals > self.heal_limit:
-            return self._suspend(Failure(event.reason))
+            return self._suspend(event)
         return self.phase, self.status, (Heal(event.index),)
 
-    def _suspend(self, event: Failure) -> Step:
+    def _suspend(self, event: Failure | ChannelLost) -> Step:
         self.error = event.reason
         return Phase.SUSPENDING, Status.POSTCOPY_PAUSED, (Effect.SUSPEND,)
-
-    def _lose_again(self, event: ChannelLost) -> Step:
-        return self._suspend(Failure(event.reason))
 
     def _note_completion(self, _: DestinationComplete) -> Step:
         self._is_complete = True
@@ -481,7 +478,7 @@ TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
     **_same((*_LEAVING, *_SUSPENDED, Phase.RECONNECTING, Phase.ENDED), ChannelLost,
     Outgoing._ignore),
     (Phase.PUSHING, ChannelLost): Outgoing._heal_or_suspend,
-    (Phase.RECOVERING, ChannelLost): Outgoing._lose_again,
+    (Phase.RECOVERING, ChannelLost): Outgoing._suspend,
     **_same(_STOPPABLE, Failure, Outgoing._fail),
     (Phase.HANDING_OVER, Failure): Outgoing._fail_later,
     **_same((Phase.PUSHING, *_RECOVERING), Failure, Outgoing._suspend),

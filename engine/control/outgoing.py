@@ -434,8 +434,7 @@ class OutgoingMigration(Driver):
             await self.ended.wait()
 
     async def close(self) -> None:
-        """Cancel it, so that the destination knows, or leave it where the guest is already; wait
-        for the end."""
+        """Cancel it, or leave it where the guest is already; wait for the end."""
         while not self.ended.is_set():
             self.handle(machine.Cancel())
             self.stop_waiting()
