@@ -66,9 +66,11 @@ async def strike(both: Duel, what: int | str) -> None:
         kill(psutil.Process((await both.workers())[what]))
 
 
-async def healing_s(both: Duel, kind: str, what: int | str, workers: dict[str, int]) -> float:
-    """Seconds until a part works again that was struck just now."""
+async def healing_s(both: Duel, kind: str, what: int | str) -> float:
+    """Strike a part; seconds until it works again."""
     info, there = await both.info("source"), await both.info("destination")
+    workers = await both.workers()
+    await strike(both, what)
     channels, faults = info["x-channels"], there["x-postcopy"]
     index = what - CHANNELS[0] if isinstance(what, int) else int(what[-1]) if "_" in what else 0
 
@@ -102,9 +104,7 @@ def test_a_lost_part_comes_back_by_itself(tmp_path: Path, kind: str, index: int)
             await both.in_postcopy()
             for part in parts:
                 await both.missing_at_most(part)
-                what, workers = dice.choice(SELF_HEALING[kind]), await both.workers()
-                await strike(both, what)
-                took.append(await healing_s(both, kind, what, workers))
+                took.append(await healing_s(both, kind, dice.choice(SELF_HEALING[kind])))
             await both.hurry()
             assert await both.settle() == "destination"
             await both.check("destination")
