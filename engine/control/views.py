@@ -17,7 +17,12 @@ NS_PER_MS: Final = 1_000_000
 
 #: As in QEMU, until the connections are given back; a pause does that, too.
 _WITH_ADDRESS: Final = frozenset({Status.SETUP, Status.ACTIVE, *POSTCOPY})
-_WITH_REASON: Final = (Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED)
+_WITH_REASON: Final = (
+    Status.FAILED,
+    Status.CANCELLED,
+    Status.POSTCOPY_PAUSED,
+    Status.POSTCOPY_RECOVER_SETUP,
+)
 
 #: Statuses in which a source shows `ram` and its times.
 _WITH_NUMBERS: Final = frozenset(

@@ -272,6 +272,12 @@ def test_what_is_held_is_what_goes_on_by_itself() -> None:
         (Status.COMPLETED, {"status": "completed"}, ""),
         (Status.FAILED, {"status": "failed", "error-desc": "why"}, "Error: why\r\n"),
         (Status.PRE_SWITCHOVER, {"status": "pre-switchover"}, ""),
+        (
+            Status.POSTCOPY_PAUSED,
+            {"status": "postcopy-paused", "error-desc": "why"},
+            "Error: why\r\n",
+        ),
+        (Status.POSTCOPY_ACTIVE, {"status": "postcopy-active"}, ""),
     ],
 )
 def test_migrate_waits_until_it_needs_no_more_waiting_for(
@@ -285,7 +291,8 @@ def test_migrate_waits_until_it_needs_no_more_waiting_for(
         monitor = build_monitor(Registry({"migrate": {}, "query-migrate": info}), held)
         console = Console(can_wait=True)
         waiting = asyncio.ensure_future(monitor.run("migrate u", console))
-        for waits in (Status.SETUP, Status.ACTIVE, Status.DEVICE):
+        recovery = (Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER)
+        for waits in (Status.SETUP, Status.ACTIVE, Status.DEVICE, *recovery):
             migration.status = waits
             held.notify("MIGRATION")
             for _ in range(10):

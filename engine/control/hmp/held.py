@@ -12,7 +12,15 @@ from engine.errors import UsageError
 #: Statuses in which `migrate` without -d waits. In others it has ended, or waits for a command
 #: (`pre-switchover`, `postcopy-paused`), or the guest runs at the destination (`postcopy-active`).
 HOLDING: Final = frozenset(
-    {Status.SETUP, Status.ACTIVE, Status.CANCELLING, Status.DEVICE, Status.WAIT_UNPLUG}
+    {
+        Status.SETUP,
+        Status.ACTIVE,
+        Status.CANCELLING,
+        Status.DEVICE,
+        Status.WAIT_UNPLUG,
+        Status.POSTCOPY_RECOVER_SETUP,
+        Status.POSTCOPY_RECOVER,
+    }
 )
 LOOK_S: Final = 1.0  #: as QEMU's timer; a look more, where no event tells
 
