@@ -22,7 +22,7 @@ from engine.postcopy.statistics import FaultCount, FaultStatistics, PageStatisti
 from tests.postcopy.toucher import MESSAGE_BYTES_MAX, Touches, command
 
 SESSION: Final = b"session-postcopy"
-DEADLINE_S: Final = 60.0
+DEADLINE_S: Final = 200.0
 
 
 class Heard:

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.process, needs_uffd]
 
 PAGES = 64
 HEAD = wire.FAULT_FRAME.size
-DEADLINE_S = 60.0
+DEADLINE_S = 200.0
 
 
 def read_exactly(connection: socket.socket, size: int) -> bytes:
