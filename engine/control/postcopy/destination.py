@@ -131,12 +131,13 @@ class PostcopyDestination:
 
     def _read(self) -> dict[str, Any]:
         counts = self.service.statistics
+        idle = [0] * (self._missing.vcpus - len(counts.threads))  # as QEMU: one for each vCPU
         return {
             "blocktime": counts[FaultCount.ALL_BLOCKED_NS] // NS_PER_MS,
-            "vcpu-blocktime": [one.blocked_ns // NS_PER_MS for one in counts.threads],
+            "vcpu-blocktime": [one.blocked_ns // NS_PER_MS for one in counts.threads] + idle,
             "latency": counts.latency_mean_ns,
             "latency-dist": counts.latency_distribution,
-            "vcpu-latency": [one.blocked_ns // max(1, one.waits) for one in counts.threads],
+            "vcpu-latency": [one.blocked_ns // max(1, one.waits) for one in counts.threads] + idle,
             "faults": counts[FaultCount.EVENTS],
             "requests": counts[FaultCount.REQUESTS],
             "demand-pages": counts[FaultCount.DEMAND_PAGES],
