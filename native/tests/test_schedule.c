@@ -1,7 +1,9 @@
+#define _GNU_SOURCE
 /* Polls that look for a while before they sleep. */
 #include "schedule.h"
 
 #include <pthread.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -37,7 +39,7 @@ static void nothing_is_waited_for_as_long_as_was_said(void)
 
 static void *write_late(void *fd)
 {
-    usleep(1000);
+    nanosleep(&(struct timespec){0, 1000000}, NULL);
     CHECK(write(*(int *)fd, "x", 1) == 1);
     return NULL;
 }

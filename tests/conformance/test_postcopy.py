@@ -31,8 +31,8 @@ DIFFERENCES: Final = (
     ),
     Difference(
         "query-migrationthreads", r"return.*",
-        "`query-migrationthreads` lists worker processes, `multifdsend_0` or `multifdrecv_0` and "
-        "so on; the others of QEMU's threads have no counterpart.",
+        "`query-migrationthreads` lists worker processes: `multifdsend_0` or `multifdrecv_0` and "
+        "so on, and in postcopy the `page-service` (source) or `fault-service` (destination).",
     ),
     Difference(
         "query-yank", r"return.*",

@@ -19,6 +19,7 @@ from engine.errors import UsageError
 
 PAUSED_BY_USER: Final = "Postcopy migration is paused by the user"
 ONLY_CHANNELS: Final = "Migration requires multi-channel URIs (e.g. tcp)"
+NOT_PAUSED: Final = "Migrate recover can only be run when postcopy is paused."
 PAUSABLE: Final = (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER)
 
 
@@ -93,8 +94,13 @@ class PostcopyControl:
         :raise UsageError: no postcopy is paused here, or it cannot listen there."""
         incoming = self._process.incoming
         if incoming is None or not incoming.may_recover:
-            raise UsageError("Migrate recover can only be run when postcopy is paused.")
-        address = parse()
+            raise UsageError(NOT_PAUSED)
+        try:
+            address = parse()
+        except UsageError:
+            if incoming.status is not Status.POSTCOPY_PAUSED:  # it has completed
+                raise UsageError(NOT_PAUSED) from None
+            raise
         if not isinstance(address, Address):
             raise UsageError(ONLY_CHANNELS)
         try:

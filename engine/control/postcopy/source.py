@@ -267,7 +267,8 @@ class PostcopySource:
         try:
             await self._migration.conversation.reconnect()
         except PeerRefused as exc:
-            raise PeerRefused(f"{exc}; {OR_COMPLETE}") from exc
+            log.warning("%s; %s", exc, OR_COMPLETE)
+            raise
         self._migration.handle(machines.Reconnected())
 
     async def _resync(self) -> None:
