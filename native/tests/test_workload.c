@@ -116,7 +116,7 @@ static struct workload *start(void *ram, enum workload_pattern pattern, uint32_t
                               uint64_t rate)
 {
     struct workload *workload = NULL;
-    struct workload_options options = {ram, PAGES, vcpus, pattern, rate, words, SEED, bitmap};
+    struct workload_options options = {ram, PAGES, vcpus, pattern, rate, words, SEED, bitmap, false};
     CHECK(workload_start(&workload, &options) == 0);
     return workload;
 }
@@ -288,7 +288,7 @@ static void a_bit_is_set_after_its_page_was_written(void)
     static _Alignas(4096) uint64_t page[512];
     uint64_t written = 0, seen = 0, before = 0;
     struct workload *workload = NULL;
-    struct workload_options options = {page, 1, 1, WORKLOAD_SWEEP, 0, 508, SEED, &written};
+    struct workload_options options = {page, 1, 1, WORKLOAD_SWEEP, 0, 508, SEED, &written, false};
 
     workload_fill(page, 0, 1, WORKLOAD_RANDOM, SEED);
     CHECK(workload_start(&workload, &options) == 0);
@@ -313,7 +313,7 @@ static void impossible_options_are_refused(void)
 {
     static uint64_t page[512];
     struct workload *workload = NULL;
-    struct workload_options right = {page, 1, 1, WORKLOAD_SWEEP, 0, 8, SEED, NULL};
+    struct workload_options right = {page, 1, 1, WORKLOAD_SWEEP, 0, 8, SEED, NULL, false};
     struct workload_options wrong[5] = {right, right, right, right, right};
     wrong[0].vcpus = 0;
     wrong[1].vcpus = 2; /* more than pages */
