@@ -19,7 +19,7 @@ import engine
 from engine.control.status import Status
 from engine.errors import UsageError
 from tests.survival.proxy import LISTEN, TARGET, Proxy, proxy
-from tests.survival.rig import is_right, is_running
+from tests.survival.rig import is_right, is_running, is_still
 
 PAGES: Final = 16 * 256
 GUEST: Final = "workload:size=16M,contents=random"
@@ -224,7 +224,7 @@ class Duel:
         await self.until_running(self.destination)
         assert await is_right(self.destination)
         if "source" not in self.gone:  # else nothing runs there
-            assert not await is_running(self.source)
+            assert await is_still(self.source)
             assert (await engine.verify(self.source, self.destination)).is_right
 
     @staticmethod

@@ -30,7 +30,7 @@ from tests.survival.postcopy_rig import (
     instant_count,
 )
 from tests.survival.proxy import LISTEN, Hold
-from tests.survival.rig import is_right, is_running, kill
+from tests.survival.rig import is_right, is_running, is_still, kill
 from tests.survival.test_kills_postcopy import LOST, SELF_HEALING, TAKE, lose
 
 pytestmark = [
@@ -327,7 +327,7 @@ def test_a_source_cut_off_with_the_token_on_its_way_is_let_run_by_its_operator(
             hold.released.set()
             info = await both.until("source", Status.POSTCOPY_PAUSED)
             assert info["x-handover"] == "unknown"
-            assert not await is_running(both.source)
+            assert await is_still(both.source)
             await both.source.execute("cont")
             await both.until("source", Status.FAILED)
             assert await is_running(both.source)
