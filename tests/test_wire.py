@@ -262,5 +262,5 @@ def test_block_names_have_qemus_limits(name: str) -> None:
 def test_the_header_layout_is_frozen() -> None:
     assert wire.HEADER.size == 80
     assert open_packet().encode() == (
-        b"rfpk\x02\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(36)
+        b"rfpk\x03\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(36)
     )
