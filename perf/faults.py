@@ -44,7 +44,7 @@ async def once(
         async with rig(fd, prefetch_pages_max=prefetch) as made:
             _native.bitmap_set_range(made.dirty[0], 0, size // PAGE_SIZE)
             await made.start()
-            with contextlib.ExitStack() as stack:
+            async with contextlib.AsyncExitStack() as stack:
                 if background:
                     pushed_since_ns = await _push(made, stack, size, background, channels)
                 stride = STRIDES[pattern]
@@ -62,7 +62,7 @@ async def once(
 
 
 async def _push(
-    made: Rig, stack: contextlib.ExitStack, size: int, background: int, channels: int
+    made: Rig, stack: contextlib.AsyncExitStack, size: int, background: int, channels: int
 ) -> int:
     """Start the background, and see it run.
 
@@ -71,7 +71,7 @@ async def _push(
     dirty = PageBitmaps.create("pushed", [made.block])
     stack.callback(dirty.close)
     _native.bitmap_set_range(dirty[0], size // PAGE_SIZE, background // PAGE_SIZE)
-    stack.enter_context(pushing(made, channels, dirty))
+    await stack.enter_async_context(pushing(made, channels, dirty))
     await made.until(lambda: _pushed(made, size) > 0)
     since_ns = time.monotonic_ns()
     await made.until(lambda: _pushed(made, size) >= STARTED_PAGES)
