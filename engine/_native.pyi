@@ -176,9 +176,6 @@ def delta_cache_set_zero(
     """The runs' pages are sent as zero pages; they come into the cache by the rule of delta_batch,
     and take no memory."""
 
-def delta_cache_drop(cache: DeltaCache, block_index: int, runs: Buffer, run_count: int) -> None:
-    """The runs' pages are sent another way: forget them."""
-
 def delta_batch(
     cache: DeltaCache,
     block_index: int,

@@ -249,17 +249,21 @@ class Control:
             command += ["--uuid", self._uuid]
         if self._state_dir:
             command += ["--state-dir", self._state_dir]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "engine.cli",
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C is the script's; `close` ends the process
-        )
-        self._drain = asyncio.create_task(self._keep_stderr(self._process))
+        ours, theirs = os.pipe()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "engine.cli",
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=theirs,
+                start_new_session=True,  # a Ctrl-C is the script's; `close` ends the process
+            )
+        finally:
+            os.close(theirs)
+            self._drain = asyncio.create_task(self._keep_stderr(ours))
         try:
             async with asyncio.timeout(START_WAIT_S):
                 while not await self._connect(path):
@@ -297,11 +301,18 @@ class Control:
         reason = lines[-1].removeprefix("ramferry: ") if lines else f"exit code {exit_code}"
         return UsageError(reason) if exit_code == 2 else MigrationError(reason)
 
-    async def _keep_stderr(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stderr is not None
-        while data := await process.stderr.read(4096):
-            self._stderr += data
-            del self._stderr[:-STDERR_BYTES_MAX]
+    async def _keep_stderr(self, fd: int) -> None:
+        """Take the pipe over, and read it until the last who holds the other end has ended."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0)
+        )
+        try:
+            while data := await reader.read(4096):
+                self._stderr += data
+                del self._stderr[:-STDERR_BYTES_MAX]
+        finally:
+            transport.close()
 
     @property
     def qmp_path(self) -> str:
@@ -326,7 +337,7 @@ class Control:
     async def wait(self) -> int:
         """Wait until the process has ended; return its exit code, negative for a signal."""
         assert self._process is not None, "start it first"
-        return await _ended(self._process)
+        return await self._process.wait()
 
     async def close(self) -> None:
         """End the process and its guest. Idempotent, never raises for what the process did."""
@@ -350,7 +361,7 @@ class Control:
             if number is not None and process.returncode is None:
                 process.send_signal(number)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(_ended(process), END_WAIT_S)
+                await asyncio.wait_for(process.wait(), END_WAIT_S)
                 return
 
     async def _end_guest(self) -> None:
@@ -451,14 +462,6 @@ class Control:
         """Judge every page of a workload guest by itself."""
         answer: dict[str, Any] = await self.execute("x-judge")
         return answer
-
-
-async def _ended(process: asyncio.subprocess.Process) -> int:
-    """The exit code, once it is there. `Process.wait` would also wait for the end of its pipes,
-    which a guest that outlives its control process keeps open."""
-    while process.returncode is None:
-        await asyncio.sleep(POLL_S / 5)
-    return process.returncode
 
 
 async def _is_readable(fd: int, wait_s: float) -> bool:

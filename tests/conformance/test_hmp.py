@@ -13,7 +13,7 @@ import pytest
 
 from engine.control.parameters import PARAMETERS
 from tests.conformance.compare import Difference, compare
-from tests.conformance.peers import WAIT_S, Client, Peer, peer
+from tests.conformance.peers import WAIT_S, Client, Peer, peer, settled_status
 from tests.support import eventually
 
 pytestmark = pytest.mark.guest
@@ -252,6 +252,7 @@ def test_both_sides_of_a_completed_migration(
         assert said(source.client, f"migrate -d {address[1]}") == ""
         for one in (source, destination):
             wait_status(one.client, "completed")
+            settled_status(one.client)
         seen.append([masked(said(one.client, "info migrate")) for one in (source, destination)])
         seen[-1].append([said(one.client, "info status") for one in (source, destination)])
     theirs, own = seen

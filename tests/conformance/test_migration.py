@@ -8,8 +8,7 @@ from typing import Any, Final
 import pytest
 
 from tests.conformance.compare import Difference, command, compare
-from tests.conformance.peers import Client, Peer, both, peer
-from tests.support import eventually
+from tests.conformance.peers import Peer, both, peer, settled_status
 
 INET: Final = {"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "1"}
 #: QEMU's process is gone when it has been asked: nothing there to compare.
@@ -248,7 +247,7 @@ def _run(engine: str, scenario: str) -> dict[str, Any]:
         seen = SCENARIOS[scenario](couple)
         seen["source"], seen["destination"] = couple.sequences()
         for side, one in (("source", couple.source), ("destination", couple.destination)):
-            seen[f"{side} status"] = _settled_status(one)
+            seen[f"{side} status"] = settled_status(one)
             info = one.execute("query-migrate")["return"]
             seen[f"{side} migration"] = info.get("status")
             if info.get("status") == "cancelled":  # QEMU's has it when the reader was the first
@@ -257,24 +256,11 @@ def _run(engine: str, scenario: str) -> dict[str, Any]:
         return seen
 
 
-def _settled_status(one: Client) -> dict[str, Any]:
-    """`query-status` once the migration's end has reached the run state: QEMU emits `completed`
-    first, and goes from `finish-migrate` to `postmigrate` a moment later, with no event."""
-    seen: dict[str, Any] = {}
-
-    def has_settled() -> bool:
-        seen.update(one.execute("query-status")["return"])
-        return seen["status"] not in ("finish-migrate", "inmigrate")
-
-    eventually(has_settled, 5.0)
-    return seen
-
-
 def _completes(couple: Couple) -> dict[str, Any]:
     couple.migrate()
     couple.source.wait_event("MIGRATION", status="completed")
     couple.destination.wait_event("MIGRATION", status="completed")
-    _settled_status(couple.source)
+    settled_status(couple.source)
     return {"again": couple.source.execute("migrate", uri=couple.uri)}
 
 
@@ -284,7 +270,7 @@ def _completes_one_way(couple: Couple) -> dict[str, Any]:
     couple.migrate()
     couple.source.wait_event("MIGRATION", status="completed")
     return {
-        "status": _settled_status(couple.source),
+        "status": settled_status(couple.source),
         "again": couple.source.execute("migrate", uri=couple.uri),
         "cont": couple.source.execute("cont"),
     }

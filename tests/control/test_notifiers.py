@@ -119,7 +119,7 @@ def test_a_callback_that_cancels_is_heard_after_the_change_that_it_was_told_of()
 
         host.notifiers.add(cancel)
         outgoing.handle(machine.Start())
-        await asyncio.wait_for(outgoing.ended.wait(), 10)
+        await asyncio.wait_for(outgoing.ended.wait(), 60)
         assert heard == [
             (status, moment)
             for status in (Status.SETUP, Status.CANCELLING, Status.CANCELLED)

@@ -20,7 +20,7 @@ from engine.guest.spec import WorkloadSpec, open_workload, parse_guest_spec
 from engine.guest.token import MESSAGE, Kind, decode, encode
 from engine.guest.workload import WorkloadGuest
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 SECOND_NS = 1_000_000_000
 SESSION = bytes(range(1, 17))
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def copy_ram(source: WorkloadGuest, destination: WorkloadGuest) -> None:
         there[:] = here[:]
 
 
-def ended_within(pid: int, wait_s: float = 20.0) -> bool:
+def ended_within(pid: int, wait_s: float = 60.0) -> bool:
     """Wait for the end of any process."""
     try:
         pidfd = os.pidfd_open(pid)
@@ -122,7 +122,7 @@ class Stub:
     def line_of_guest(self) -> str:
         """What the guest says on stderr after its control process was killed."""
         assert self._process.stderr is not None
-        assert select.select([self._process.stderr], [], [], 20)[0], "the guest says nothing"
+        assert select.select([self._process.stderr], [], [], 60)[0], "the guest says nothing"
         return self._process.stderr.readline().decode()
 
     def close(self) -> None:
@@ -191,7 +191,7 @@ def peer(answers: Mapping[Kind, Kind | None], asked: threading.Event) -> Iterato
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

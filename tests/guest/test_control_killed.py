@@ -162,7 +162,7 @@ def test_a_guest_in_the_middle_of_a_handover_finishes_it_by_itself(
         control.do(do="connect", endpoint=endpoint, session=SESSION.hex())
         control.do(do="pause", for_migration=True)
         control.order(do="hand_over", wait_ns=wait_ns)
-        assert asked.wait(20)
+        assert asked.wait(60)
         control.kill()
 
         if expected == "ends":

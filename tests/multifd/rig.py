@@ -21,7 +21,7 @@ from engine.memory.missing import open_missing
 from engine.multifd.progress import Budget, Progress
 
 SESSION = b"session-of-tests"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def memory(page_count: int, content: bytes = b"", *, hugetlb: bool = False) -> RamBlock:

@@ -105,8 +105,6 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("delta_cache_set_zero", (CACHE, 2**64 - 1, 1, RUN, 1), "knows no block"),
     ("delta_cache_set_zero", (CACHE, 0, 2**63, RUN, 1), "is not in the range"),
     ("delta_cache_set_zero", (CACHE, 0, 1, table_of([(127, 2)]), 1), "run 0"),
-    ("delta_cache_drop", (CACHE, 1, RUN, 1), "knows no block"),
-    ("delta_cache_drop", (CACHE, 0, RUN, 2), "does not hold 2 runs"),
     ("delta_batch", (CACHE, 1, 1, ram(), RUN, 1, 4094, *PAGES_OUT), "knows no block"),
     ("delta_batch", (CACHE, 0, 1, ram(127), RUN, 1, 4094, *PAGES_OUT), "ram of"),
     ("delta_batch", (CACHE, 0, 1, ram(), RUN, 2, 4094, *PAGES_OUT), "does not hold 2 runs"),

@@ -32,7 +32,7 @@ async def killed(control: engine.Control) -> None:
 
 async def lives(control: engine.Control) -> None:
     before = (await control.query_guest())["writes"]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await control.query_guest())["writes"] <= before:
             await asyncio.sleep(0.02)
 
@@ -101,6 +101,9 @@ def test_a_guest_that_has_arrived_is_taken_over_and_waits_for_nobody(tmp_path: P
         ):
             await (await source.migrate(first, max_bandwidth=0)).result()
             await lives(first)
+            async with asyncio.timeout(60):  # until it is on record that the guest has arrived
+                while (await first.execute("query-migrate"))["status"] != "completed":
+                    await asyncio.sleep(0.02)
             await killed(first)
             async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", state_dir=tmp_path) as second:
                 await lives(second)

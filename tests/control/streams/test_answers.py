@@ -62,7 +62,7 @@ async def messages_until(far: Played, kind: type[wire.Message], *, skew: int = 0
     so many pages too many."""
     decoder: wire.Decoder[Any] = wire.Decoder(wire.StreamHello | wire.StreamMessage, 65536, "test")
     packets = pages = zeros = payload = 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             head = await far.chunk()
             if head[:4] != wire.MAGIC:
@@ -81,7 +81,7 @@ async def messages_until(far: Played, kind: type[wire.Message], *, skew: int = 0
 
 async def ended(migration: engine.Migration) -> Exception:
     with pytest.raises(engine.MigrationError) as failed:
-        await asyncio.wait_for(migration.result(), 40)
+        await asyncio.wait_for(migration.result(), 90)
     return failed.value
 
 

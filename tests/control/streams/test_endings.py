@@ -81,7 +81,7 @@ def test_a_program_that_leaves_the_end_unread_does_not_have_the_guest(tmp_path: 
             migration = await begin(process, f"exec:while [ ! -e {go} ]; do sleep 0.05; done")
             await soon(lambda: migration.machine.phase is Phase.HANDING_OVER)
             go.touch()
-            await asyncio.wait_for(migration.ended.wait(), 30)
+            await asyncio.wait_for(migration.ended.wait(), 60)
             assert migration.status is Status.FAILED
             assert "of the stream unread" in str(migration.machine.error)
             assert process.guest.is_running
@@ -99,7 +99,7 @@ def test_what_a_program_leaves_to_carry_the_stream_is_let_be(tmp_path: Path) -> 
         async with process_here() as process:
             command = f"cat >{file}.part; {carry}; mv {file}.new {file}) &"
             migration = await begin(process, f"exec:{command}")
-            await asyncio.wait_for(migration.ended.wait(), 30)
+            await asyncio.wait_for(migration.ended.wait(), 60)
             assert migration.status is Status.COMPLETED
             go.touch()
             await soon(file.exists)
@@ -112,7 +112,7 @@ def test_a_program_that_ended_keeps_its_number_until_its_group_is_killed() -> No
 
     async def scenario() -> None:
         child = Child(["/bin/sh", "-c", "exit 7"], subprocess.DEVNULL, subprocess.DEVNULL)
-        assert await asyncio.wait_for(child.wait(), 10) == 7
+        assert await asyncio.wait_for(child.wait(), 60) == 7
         (zombie,) = psutil.Process().children()
         assert zombie.status() == psutil.STATUS_ZOMBIE
         await child.kill()
@@ -120,7 +120,7 @@ def test_a_program_that_ended_keeps_its_number_until_its_group_is_killed() -> No
         assert not psutil.pid_exists(zombie.pid)
 
         killed = Child(["/bin/sh", "-c", "kill -9 $$"], subprocess.DEVNULL, subprocess.DEVNULL)
-        assert await asyncio.wait_for(killed.wait(), 10) == -9
+        assert await asyncio.wait_for(killed.wait(), 60) == -9
         await killed.end(1.0)
         assert psutil.Process().children() == []
 
@@ -162,7 +162,7 @@ def test_a_named_pipe_without_a_reader_does_not_stop_control(tmp_path: Path) -> 
     os.mkfifo(fifo)
 
     async def scenario() -> None:
-        async with asyncio.timeout(20), engine.Control.start(SMALL) as source:
+        async with asyncio.timeout(60), engine.Control.start(SMALL) as source:
             try:
                 with pytest.raises(MigrationError, match=r"Could not create '.*': No such device"):
                     await source.migrate(f"file:{fifo}")
@@ -181,7 +181,7 @@ def test_a_destination_waits_for_the_writer_of_a_named_pipe(tmp_path: Path) -> N
     async def scenario() -> None:
         async with couple("pipe", tmp_path) as both:
             both.incoming = f"file:{fifo}"
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 try:
                     await both.listen()
                     await both.destination.execute("query-status")
@@ -220,7 +220,7 @@ def test_a_file_is_closed_when_nobody_writes_to_it_any_more(
     real_write, written = os.write, []
 
     def slow_write(fd: int, data: Any) -> int:
-        may_write.wait(20)
+        may_write.wait(60)
         written.append(os.readlink(f"/proc/self/fd/{fd}"))
         return real_write(fd, data)
 
@@ -238,7 +238,7 @@ def test_a_file_is_closed_when_nobody_writes_to_it_any_more(
             closing = asyncio.create_task(route.close())
             await asyncio.wait({closing}, timeout=0.2)
             may_write.set()
-            await asyncio.wait_for(closing, 10)
+            await asyncio.wait_for(closing, 60)
             await soon(lambda: bool(written))
         assert written == [str(file)]
         assert file.read_bytes() == b""
@@ -297,8 +297,8 @@ def test_the_next_migration_waits_until_the_last_has_given_everything_back(
             again = asyncio.create_task(begin(process, "exec:cat >/dev/null"))
             done, _ = await asyncio.wait({again}, timeout=0.5)
             may_stop.set()
-            second = await asyncio.wait_for(again, 20)
-            await asyncio.wait_for(second.ended.wait(), 30)
+            second = await asyncio.wait_for(again, 60)
+            await asyncio.wait_for(second.ended.wait(), 60)
             assert not done
             assert second.status is Status.COMPLETED
 
