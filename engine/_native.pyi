@@ -336,6 +336,7 @@ def workload_start(
     words_per_write: int,
     seed: int,
     written_bitmap: Buffer | None,
+    is_timed: bool = False,
 ) -> Workload:
     """Start the vCPU threads, paused. `written_bitmap` (or None) gets a page's bit *after* each
     write."""
@@ -352,6 +353,10 @@ def workload_throttle(workload: Workload, percent: int) -> None:
 
 def workload_writes(workload: Workload) -> list[int]:
     """Page writes since the beginning, one count per vCPU (part of the state)."""
+
+def workload_times(workload: Workload) -> tuple[list[tuple[int, int]], int]:
+    """How long writes took, if they are timed: (ns from, count) for each bucket that is not empty,
+    eight for each power of two; and the longest."""
 
 def workload_count_dirty(workload: Workload, is_counting: bool) -> None:
     """Count the pages that each vCPU dirties, each once in a second, from now on or no more."""

@@ -9,6 +9,7 @@
 
 #include "fault_statistics.h"
 #include "linux_abi.h"
+#include "schedule.h"
 #include "userfault.h"
 
 /* Requests without an answer. A source takes at most so many, see native/page_service.c; threads that
@@ -43,6 +44,7 @@ struct news {
 struct fault_service {
     struct stream stream;
     uint64_t last_request;
+    uint64_t spin_ns; /* while a demand is open: the vCPU that waits leaves its processor to us */
     size_t open_count, demand_count, rest_count;
     uint64_t prefetch_pages; /* without an answer */
     struct request open[DEMANDS_MAX + ADVANCES_MAX];
@@ -74,6 +76,7 @@ int faults_open(struct fault_service **service, const struct fault_block *blocks
     made->words = made->waiting.words = statistics;
     made->waiting.vcpus = vcpus;
     made->wants_news = wants_news;
+    made->spin_ns = spin_ns_here();
     if (stream_open(&made->stream, session, INPUT_BYTES, OUTPUT_BYTES) < 0)
         goto no_memory;
     for (size_t i = 0; i < count; ++i) {
@@ -546,7 +549,9 @@ static int serve_once(struct fault_service *service, int channel, int wait_ms, i
 {
     int happened = 0;
 
-    if (poll(service->polled, (nfds_t)service->uffd_count + 2, wait_ms) < 0) {
+    /* The page service does not: beside a background it would take the processor that the vCPU needs. */
+    if (poll_soon(service->polled, (nfds_t)service->uffd_count + 2, wait_ms,
+                  service->demand_count ? service->spin_ns : 0) < 0) {
         *error = errno == EINTR ? 0 : -errno;
         return 0;
     }

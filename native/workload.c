@@ -135,6 +135,19 @@ void workload_writes(struct workload *workload, uint64_t *writes)
         writes[i] = atomic_load_explicit(&workload->vcpu[i].writes, memory_order_relaxed);
 }
 
+void workload_times(const struct workload *workload, struct workload_times *times)
+{
+    *times = (struct workload_times){0};
+    for (uint32_t i = 0; i < workload->options.vcpus; i++) {
+        const struct vcpu *vcpu = &workload->vcpu[i];
+        uint64_t longest_ns = atomic_load_explicit(&vcpu->longest_ns, memory_order_relaxed);
+        for (unsigned bucket = 0; bucket < WORKLOAD_TIMES; bucket++)
+            times->counts[bucket] += atomic_load_explicit(&vcpu->times[bucket], memory_order_relaxed);
+        if (longest_ns > times->longest_ns)
+            times->longest_ns = longest_ns;
+    }
+}
+
 void workload_end(struct workload *workload)
 {
     pthread_mutex_lock(&workload->lock);

@@ -86,7 +86,17 @@ struct workload_options {
     uint32_t words_per_write;  /* body words moved by one write: 0 .. 508 */
     uint64_t seed;
     uint64_t *written_bitmap; /* or NULL; bit i % 64 of word i / 64 is set after page i was written */
+    bool is_timed;            /* note how long each write takes */
 };
+
+/* How long writes took: counts[i] of those of workload_time_ns(i) ns and more, up to the next bucket; eight
+ * buckets for each power of two, from 1.024 us (below that: bucket 0) to 9 s (and above: the last). */
+#define WORKLOAD_TIMES 192u
+struct workload_times {
+    uint64_t counts[WORKLOAD_TIMES];
+    uint64_t longest_ns;
+};
+uint64_t workload_time_ns(unsigned bucket);
 
 struct workload;
 
@@ -123,6 +133,9 @@ void workload_set_bitmap(struct workload *workload, uint64_t *written_bitmap);
 uint32_t workload_vcpus(const struct workload *workload);
 uint64_t workload_page_count(const struct workload *workload);
 void workload_writes(struct workload *workload, uint64_t *writes);
+
+/* Of all vCPUs together, since this workload began; all zero unless it is timed. */
+void workload_times(const struct workload *workload, struct workload_times *times);
 
 /* The state of all vCPUs: versioned, with the options it belongs to, and a checksum.
  * save: writes exactly workload_state_size() bytes. -EBUSY unless paused.

@@ -155,6 +155,32 @@ static void write_next(struct vcpu *vcpu, const struct workload_options *options
     dirty_ring_note(&vcpu->ring, index - vcpu->first_page);
 }
 
+/* See WORKLOAD_TIMES: three bits after the highest one tell the bucket. */
+static unsigned time_bucket(uint64_t took_ns)
+{
+    if (took_ns < 1024)
+        return 0;
+    unsigned power = 63 - (unsigned)__builtin_clzll(took_ns);
+    unsigned bucket = (power - 10) * 8 + (unsigned)(took_ns >> (power - 3) & 7);
+    return bucket < WORKLOAD_TIMES ? bucket : WORKLOAD_TIMES - 1;
+}
+
+uint64_t workload_time_ns(unsigned bucket)
+{
+    return bucket == 0 ? 0 : (UINT64_C(8) + bucket % 8) << (bucket / 8 + 7);
+}
+
+/* A page that is missing is waited for within the write. */
+static void write_timed(struct vcpu *vcpu, const struct workload_options *options)
+{
+    uint64_t began_ns = workload_now_ns();
+    write_next(vcpu, options);
+    uint64_t took_ns = workload_now_ns() - began_ns;
+    atomic_fetch_add_explicit(&vcpu->times[time_bucket(took_ns)], 1, memory_order_relaxed);
+    if (took_ns > atomic_load_explicit(&vcpu->longest_ns, memory_order_relaxed))
+        atomic_store_explicit(&vcpu->longest_ns, took_ns, memory_order_relaxed);
+}
+
 /* The kernel's struct sched_attr, first version (linux/sched/types.h). */
 struct scheduling {
     uint32_t size, policy;
@@ -200,7 +226,10 @@ void *workload_run_vcpu(void *argument)
         }
         if (!is_counting)
             dirty_ring_rest(&vcpu->ring);
-        write_next(vcpu, &workload->options);
+        if (workload->options.is_timed)
+            write_timed(vcpu, &workload->options);
+        else
+            write_next(vcpu, &workload->options);
     }
     return NULL;
 }

@@ -21,6 +21,7 @@ struct vcpu {
     uint64_t epoch_ns, epoch_writes; /* the rate's schedule: writes since the epoch are due by time */
     uint64_t slice_began_ns;         /* of the throttle */
     struct dirty_ring ring;
+    _Atomic uint64_t times[WORKLOAD_TIMES], longest_ns; /* of writes, where they are timed */
 };
 
 struct workload {

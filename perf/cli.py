@@ -14,7 +14,7 @@ import click
 
 from engine.errors import UsageError
 from engine.sizes import parse_size
-from perf import adapt, compress, compresstable, delta, faults, live, peer, transport
+from perf import adapt, compress, compresstable, delta, live, peer, postcopyreport, transport
 from perf import clients as crowd
 from perf.codec import parse_codec
 from perf.image import KINDS
@@ -307,39 +307,46 @@ def bench_footprint(sizes: tuple[str, ...], channels: tuple[int, ...], as_json: 
             publish("footprint", figures, as_json=as_json, size=size, channels=count)
 
 
-@bench.command("faults")
-@click.option("--size", default="256M", show_default=True, help="touched, and pushed by nobody")
-@click.option("--background", default="1536M", show_default=True, help="pushed meanwhile")
-@click.option("--touches", default=5000, show_default=True, type=click.IntRange(1))
+@bench.command("postcopy")
 @click.option(
-    "--pattern", default="random", show_default=True, type=click.Choice([*faults.STRIDES])
-)
-@click.option("--prefetch", default=0, show_default=True, help="pages asked for at once in advance")
+    "--show", "parts", multiple=True, type=click.Choice(["faults", "switch", "speed"]),
+    default=("faults", "switch", "speed"), show_default=True, help="what a missing page costs; how "
+    "long the guest stands; how soon it is as fast as before",
+)  # fmt: skip
+@click.option("--size", default="1G", show_default=True, help="where faults are shown")
+@click.option("--switch-size", default="4G", show_default=True)
+@click.option("--dirty", default="1G", show_default=True, help="left at the switch")
+@click.option("--speed-size", default="2G", show_default=True)
+@click.option("--pattern", "patterns", multiple=True, default=postcopyreport.PATTERNS,
+              show_default=True, type=click.Choice(postcopyreport.PATTERNS))  # fmt: skip
+@click.option("--faults", default=10_000, show_default=True, help="where nothing is pushed")
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 16))
-@click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--hugetlb", is_flag=True, help="RAM on 2 MiB huge pages (needs root)")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
 @as_json
-def bench_faults(
+def bench_postcopy(
+    parts: tuple[str, ...],
     size: str,
-    background: str,
-    touches: int,
-    pattern: str,
-    prefetch: int,
-    channels: int,
+    switch_size: str,
+    dirty: str,
+    speed_size: str,
+    patterns: tuple[str, ...],
+    faults: int,
     runs: int,
+    channels: int,
+    hugetlb: bool,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Postcopy: a page that is missing, with and without background, in turn."""
-    backgrounds = sorted({0, parse_size(background)})
-    results = faults.measure(
-        parse_size(size), touches, runs, backgrounds,
-        channels=channels, prefetch=prefetch, pattern=pattern,
-    )  # fmt: skip
-    for pushed, (figures, buckets) in results.items():
-        context = {"size": size, "background_bytes": pushed, "channels": channels,
-                   "pattern": pattern, "prefetch_pages": prefetch}  # fmt: skip
-        publish("faults", figures, as_json=as_json, touches_by_us=buckets, **context)
-        if not as_json:
-            click.echo(faults.histogram(buckets))
+    """Postcopy as the guest sees it, and QEMU's beside."""
+    plan = postcopyreport.Plan(runs, channels, hugetlb, as_json, faults)
+    if "faults" in parts:
+        postcopyreport.measure_faults(plan, size, plot)
+    if "switch" in parts:
+        postcopyreport.measure_switch(plan, switch_size, dirty)
+    if "speed" in parts:
+        postcopyreport.measure_recovery(plan, speed_size, patterns)
 
 
 @bench.command("transport")

@@ -26,7 +26,6 @@ def ramferry(*arguments: str | bytes, timeout: float = 60.0) -> subprocess.Compl
     ("arguments", "says"),
     [
         (["demo", "--codec", "lz5"], "'none', 'lz4'"),
-        (["demo", "--postcopy"], "no postcopy yet"),
         (["demo", "--size", "1"], "multiple of 4096"),
         (["demo", "--size", "much"], "size=much is not allowed"),
         (["demo", "--channels", "0"], "1<=x<=255"),

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from engine import Statistics, Status
 from engine.demo.display import Display, picture
+from engine.demo.faults import Faults, quantile_us
 from engine.demo.run import Outcome
-from tests.kernel import has_soft_dirty
+from tests.kernel import has_soft_dirty, has_userfaultfd
 
 pytestmark = pytest.mark.process
 
@@ -150,3 +151,76 @@ def test_the_picture_fits_every_terminal(width: int, channels: int) -> None:
     assert ("channel 0" in text) == (channels > 0)
     assert ("zstd 3" in text) == (channels > 0 and width >= 60)
     assert (" more" in text) == (channels == 255)
+
+
+FAULTS = Faults(
+    missing_bytes=2**32, faults=12345, requests=12000, demand_pages=11000, prefetch_pages=64,
+    background_pages=10**6, latency_mean_ns=91_000, faults_per_s=8000.0, requests_per_s=7900.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [24, 40, 60, 80, 200])
+def test_the_picture_of_postcopy_fits_every_terminal(width: int) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+    console.print(picture(statistics_of_channels(2), console.width, FAULTS))
+
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert len(lines) <= 23
+    text = " ".join(" ".join(lines).split())
+    for fact in ("4.0 GiB", "12,345", "8,000", "7,900", "91 us", "11,000 pages", "64 pages"):
+        assert fact in text
+
+
+def test_rates_of_faults_are_taken_since_the_last_look() -> None:
+    first = Faults.of({"requests": 10}, {"faults": 20}, 10**9, Faults())
+    later = Faults.of({"requests": 30}, {"faults": 70}, 3 * 10**9, first)
+
+    assert (first.faults_per_s, first.requests_per_s) == (0.0, 0.0)
+    assert (later.faults_per_s, later.requests_per_s) == (25.0, 10.0)
+
+
+def test_quantiles_lie_in_the_bucket_of_their_wait() -> None:
+    distribution = [0, 0, 0, 0, 0, 0, 98, 0, 0, 2]
+
+    assert 64 <= quantile_us(distribution, 0.5) < 128
+    assert 512 <= quantile_us(distribution, 0.99) <= 1024
+    assert quantile_us([], 0.5) == 0.0
+
+
+@pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here")
+@pytest.mark.timeout(150)
+def test_a_demo_of_postcopy_counts_its_faults_and_checks_every_page() -> None:
+    done = subprocess.run(
+        command("--json", "--postcopy", "--max-bandwidth", "30M", "--pattern", "random"),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["status"], answer["verified-pages"], answer["wrong-pages"]) == (
+        "completed", 8192, 0,
+    )  # fmt: skip
+    found = answer["postcopy"]
+    assert found["faults"] > 0
+    assert found["missing-bytes"] == 0
+    assert found["demand-pages"] + found["prefetch-pages"] + found["background-pages"] > 0
+    assert found["latency-p50-us"] <= found["latency-p99-us"]
+    assert answer["guest-writes-per-second-missing"] > 0
+    assert answer["query-migrate"]["x-downtime-phases"]["discard"] > 0
+
+
+@pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here")
+@pytest.mark.timeout(150)
+def test_a_demo_of_postcopy_for_people_tells_what_faults_cost() -> None:
+    done = subprocess.run(
+        command("--postcopy", "--max-bandwidth", "30M"),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    for words in ("in postcopy", "fault latency", "on demand", "while pages were missing",
+                  "every page is right"):  # fmt: skip
+        assert words in said

@@ -171,7 +171,6 @@ def _dirty_limit(wanted: Mapping[str, bool], around: Surroundings) -> str | None
 #: Every rule, in QEMU's order; those with `compress` are QEMU 9.0's, in the places they had there.
 CHECKS: Final[tuple[Check, ...]] = (
     conflicting("postcopy-ram", "x-ignore-shared", "Postcopy is not compatible with ignore-shared"),
-    conflicting("postcopy-ram", "multifd", "Postcopy is not yet compatible with multifd"),
     *(
         conflicting(
             "background-snapshot", other, f"Background-snapshot is not compatible with {other}"

@@ -219,8 +219,9 @@ class Conversation:
 
     async def resync(
         self, question: wire.Resume, take: Callable[[wire.Received], None]
-    ) -> tuple[Agreement, str]:
+    ) -> tuple[Agreement, str] | None:
         """Learn what the destination has, and its new ways; the second is the fault service's.
+        None: it has every page.
 
         :raise PeerRefused: it is not the right one, or not paused.
         :raise WireError: it does not speak our language.
@@ -232,6 +233,10 @@ class Conversation:
             match answer:
                 case wire.Received():
                     take(answer)
+                case wire.FaultsMoved():
+                    pass  # `Resumed` is newer
+                case wire.HasAll():
+                    return None
                 case wire.Refused(reason) | wire.Failed(reason):
                     raise PeerRefused(f"the destination refused: {wire.cut(reason)}")
                 case wire.Resumed(version, session, endpoints, faults, codecs):

@@ -117,6 +117,12 @@ class Driver(ABC):
         self.numbers.ended_ns = time.monotonic_ns()
         self._announce()
 
+    async def suspended(self) -> None:
+        """Wait until a migration that is paused has given its connections back."""
+        while self.machine.phase is Phase.SUSPENDING:
+            self.changed.clear()
+            await self.changed.wait()
+
     # -- effects ---------------------------------------------------------------------------------
 
     def _carry_out(self, effect: Effect | Heal) -> None:

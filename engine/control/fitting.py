@@ -37,8 +37,7 @@ async def next_fitting(host: Host, door: Door, *, is_stream: bool) -> wire.Hello
     while True:
         hello = await door.accept()
         try:
-            if not isinstance(hello, wire.Hello):
-                raise WireError("a postcopy that is resumed where none is paused")
+            assert isinstance(hello, wire.Hello), "the door lets nobody else in"
             check_fits(host, hello, is_stream=is_stream)
         except (PeerRefused, WireError) as exc:
             await refuse(door, exc)

@@ -25,15 +25,12 @@ from engine.control.receivers import Channels, ReceiverGroup
 from engine.control.status import RunState, Status, check_incoming
 from engine.control.streams.destination import StreamDestination
 from engine.control.streams.opening import Sources
-from engine.control.uri import FAULT_CHANNEL, Address, Target, VsockAddress
+from engine.control.token import has_taken_over
+from engine.control.uri import FAULT_CHANNEL, Address, Target, VsockAddress, cannot_listen
 from engine.errors import GuestError, MigrationError, PeerRefused, UsageError, WireError
 
 log = logging.getLogger("ramferry.destination")
 
-#: A source that is silent for so long while it has something to say is gone; heartbeats notice
-#: sooner.
-TOKEN_WAIT_S: Final = 60.0
-ASK_AGAIN_S: Final = 1.0  #: between two questions to a guest that does not answer
 CLOSE_WAIT_S: Final = 5.0  #: then a guest that does not say whether it took over is killed
 LAST_WORD_WAIT_S: Final = 1.0
 
@@ -84,7 +81,7 @@ class IncomingMigration:
             else:
                 self._main = StreamDestination(self._address, self._sources)
         except (OSError, MigrationError) as exc:
-            self.error = self._cannot_listen(self._address, exc)
+            self.error = cannot_listen(self._address, exc)
             self.set_status(Status.FAILED)
             self.ended.set()
             raise
@@ -97,36 +94,31 @@ class IncomingMigration:
         migration = cls(host, Address(host="127.0.0.1"))
         migration.session, migration.status = session, Status.POSTCOPY_PAUSED
         migration._taken.set()
+        migration._completion = Completion(migration, None)
         migration._task = asyncio.get_running_loop().create_task(migration._go_on_paused())
         return migration
 
     async def _go_on_paused(self) -> None:
+        assert self._completion is not None
         try:
             with contextlib.suppress(asyncio.CancelledError):
-                self.postcopy = await PostcopyDestination.again(
-                    self.host, self.session, self.bind(FAULT_CHANNEL), self.tell
-                )
-                self._completion = Completion(self, self.postcopy, None)
+                self._beside(self._watch_guest())
+                self.postcopy = await self._completion.begin_again()
                 await self._completion.run_paused()
-            await self._give_back(self._completion.main if self._completion else None, False)
-        except (MigrationError, TimeoutError) as exc:
+        except GuestError as exc:
             self.error = f"the paused postcopy cannot go on: {text_of(exc)}"
             log.error("%s", self.error)
             self.set_status(Status.FAILED)
         finally:
+            await self._give_back(self._completion.main, False)
             self.ended.set()
-
-    @staticmethod
-    def _cannot_listen(address: Target, exc: OSError | MigrationError) -> str:
-        reason = str(exc.strerror if isinstance(exc, OSError) else exc)
-        if isinstance(address, Address):
-            return f"Failed to listen on '{address.display}': {reason}"
-        return reason
 
     async def close(self) -> None:
         """Give up if it still runs; give everything back. Idempotent."""
         if self._task is None:
             return
+        if self._completion is not None and self.ended.is_set():
+            await self._completion.end_saying()
         if self._may_be_cancelled:
             self._task.cancel()
         with contextlib.suppress(TimeoutError):
@@ -152,7 +144,7 @@ class IncomingMigration:
             failure = exc
         self._may_be_cancelled = False
         try:
-            is_void = await self._void()
+            is_void = not await has_taken_over(self.host.guest, self._taken)
             if is_void:  # else `completed` settles it, with no gap between
                 self.host.settle(Side.DESTINATION)
             if failure is not None and is_void:
@@ -163,21 +155,6 @@ class IncomingMigration:
         finally:
             self.ended.set()
 
-    async def _void(self) -> bool:
-        """True once the token cannot come any more, False when it came. Nothing less allows us to
-        give RAM back or to say that we failed: the guest is asked until it answers or is dead."""
-        guest = self.host.guest
-        while guest.is_alive and not self._taken.is_set():
-            try:
-                if await guest.disarm():
-                    return True
-                await asyncio.wait_for(self._taken.wait(), TOKEN_WAIT_S)
-            except (GuestError, TimeoutError) as exc:
-                log.warning("the guest does not say whether it has taken over: %s", exc)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(guest.died(), ASK_AGAIN_S)
-        return not self._taken.is_set()
-
     async def _complete(self, main: Main, failure: Exception | None) -> Main:
         """The guest is ours. Return the main channel, which a pause may have replaced."""
         if self.postcopy is None:
@@ -185,9 +162,9 @@ class IncomingMigration:
             await self.last_word(main, wire.TookOver())
             return main
         self._may_be_cancelled = True
-        completion = self._completion = Completion(self, self.postcopy, main)
+        completion = self._completion = Completion(self, main)
         with contextlib.suppress(asyncio.CancelledError):
-            await completion.run(failure)
+            await completion.run(self.postcopy, failure)
         self._may_be_cancelled = False
         way: Main = completion.main
         return way
@@ -208,16 +185,17 @@ class IncomingMigration:
     async def converse_until(self, main: Main, over: asyncio.Event) -> None:
         """Answer the source until `over`, or a failure, which is raised."""
         conversation = asyncio.ensure_future(self._converse(main))
-        waiting: set[asyncio.Future[Any]] = {
-            conversation, asyncio.ensure_future(over.wait()), self._failure,
-        }  # fmt: skip
+        tasks: set[asyncio.Future[Any]] = {conversation, asyncio.ensure_future(over.wait())}
         try:
+            waiting = {*tasks, self._failure}
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:  # nothing arms the guest any more
-            for task in waiting:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-            self._failure = self._new_failure()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._failure.done():
+            failure, self._failure = self._failure, self._new_failure()
+            failure.result()
         for one in done:
             one.result()
 
@@ -272,6 +250,12 @@ class IncomingMigration:
         if not self._failure.done():
             self._failure.set_exception(exc)
 
+    def forget_failure(self) -> None:
+        """What broke connections that are given back says nothing of the next ones."""
+        if self._failure.done():
+            self._failure.exception()
+            self._failure = self._new_failure()
+
     def tell(self, message: wire.Message) -> None:
         """Send the source a message, if it can be reached."""
         main = self._main
@@ -293,17 +277,17 @@ class IncomingMigration:
         self._break_off(MigrationError(reason))
 
     @property
-    def shows_blocktime(self) -> bool:
-        """The capability `postcopy-blocktime`."""
-        return self.host.capability("postcopy-blocktime")
-
-    @property
     def placement(self) -> str:
         return "?" if self._receivers is None else self._receivers.placement
 
     def worker_pids(self) -> dict[int, int]:
         """Process ids of the receivers at work, by channel."""
         return {} if self._receivers is None else self._receivers.pids()
+
+    @property
+    def service_pid(self) -> int | None:
+        """Process id of the fault service, if it is at work."""
+        return None if self.postcopy is None else self.postcopy.service.pid
 
     def wire_bytes(self) -> int:
         """What came in on multifd channels so far."""
@@ -387,6 +371,7 @@ class IncomingMigration:
         self.receivers.reopen(message.index, message.incarnation)
 
     async def _load_state(self, _main: Main, message: wire.DeviceState) -> None:
+        self._check_not_promised()
         if len(message.state) > wire.STATE_BYTES_MAX:
             raise WireError(f"device state of {len(message.state)} bytes")
         await self.host.guest.load_state(message.state)
@@ -396,6 +381,7 @@ class IncomingMigration:
         """Promise that the memory is whole: every channel has placed every round, and what is
         missing would be waited for. A stream's source then says `Take` on it; others pass the token
         from guest to guest."""
+        self._check_not_promised()
         self._check_placed(message.rounds)
         if not self._has_state:
             raise WireError("the device state has not come")
@@ -407,6 +393,10 @@ class IncomingMigration:
             runs = message.runs and self.host.runs_on_arrival
             await self.host.guest.arm(self.session, runs, self._take_over)
         await main.send(wire.Armed())
+
+    def _check_not_promised(self) -> None:
+        if self._runs is not None or self._taken.is_set():
+            raise WireError("a message of the switchover behind its promise")
 
     def _check_placed(self, rounds: int) -> None:
         if behind := self.receivers.behind(rounds):
@@ -422,7 +412,10 @@ class IncomingMigration:
         await self._taken.wait()
 
     async def _take_over(self, _at_ns: int) -> None:
-        """The token is here: this guest is the one."""
+        """The token is here: this guest is the one. In postcopy QEMU tells so before it runs."""
+        if self.postcopy is not None:
+            self.host.postcopy_begins(Side.DESTINATION, self.session)
+            self.set_status(Status.POSTCOPY_ACTIVE)
         self.host.set_run_state(RunState.RUNNING if self.host.guest.is_running else RunState.PAUSED)
         self._taken.set()
 
@@ -430,13 +423,20 @@ class IncomingMigration:
         raise PeerRefused(f"the source gave up: {wire.cut(message.reason)}")
 
     def recover(self, address: Address) -> None:
-        """`migrate-recover`: wait there for the source, and nowhere else any more.
+        """`migrate-recover`: wait there for the source, and nowhere else any more. A source that
+        has not heard that every page is here may come as well.
 
         :raise OSError: cannot listen there.
         :raise UsageError: something else is at the unix path, or no postcopy is paused."""
-        if self.status is not Status.POSTCOPY_PAUSED or self._completion is None:
+        if self._completion is None or not self.may_recover:
             raise UsageError("Migrate recover can only be run when postcopy is paused.")
         self._completion.open_way(address)
+
+    @property
+    def may_recover(self) -> bool:
+        """It is paused; or it has completed, and the source may not have heard it."""
+        has_begun = self._completion is not None
+        return has_begun and self.status in (Status.POSTCOPY_PAUSED, Status.COMPLETED)
 
     def moved(self, address: Address | VsockAddress) -> None:
         """The source comes here now."""
@@ -472,14 +472,13 @@ class IncomingMigration:
         await main.send(wire.StaleDiscarded())
 
     async def _fetch_rest(self, _main: Main, _message: wire.Pushed) -> None:
-        self._need_postcopy().service.fetch_rest()
+        self._need_postcopy().fetch_rest()
 
     async def _go_on(self, main: Main, _message: wire.GoOn) -> None:
-        if self.status is not Status.POSTCOPY_RECOVER:
+        if self.status is not Status.POSTCOPY_RECOVER or self._completion is None:
             raise WireError("a postcopy that goes on without a pause")
-        self.error = None
-        self.set_status(Status.POSTCOPY_ACTIVE)
         await main.send(wire.GoesOn())
+        self._completion.go_on()  # last: from now on the conversation may end
 
 
 Answer = Callable[[IncomingMigration, Main, Any], Awaitable[None]]

@@ -1,8 +1,7 @@
 """The source's state machine: events in, effects out, one table.
 
 A migration is in one *phase*; what QMP shows as its status follows from the phases' handlers.
-Effects are carried out by `control/outgoing.py` only, and each ends with an event that comes back
-here.
+Effects are carried out by `control/outgoing.py` only, and each ends with an event.
 """
 
 from __future__ import annotations
@@ -43,6 +42,10 @@ class Phase(enum.Enum):
     ENDED = "ended"
 
 
+#: Postcopy: the guest is at the destination, and what that lacks is in the RAM here.
+GONE: Final = frozenset(
+    {Phase.PUSHING, Phase.SUSPENDING, Phase.PAUSED, Phase.RECONNECTING, Phase.RECOVERING}
+)
 #: The guest is being stopped, or stands, and its right to run is about to leave.
 SWITCHING: Final = frozenset(
     {Phase.PAUSING, Phase.WAITING, Phase.FINISHING, Phase.ARMING, Phase.HANDING_OVER}
@@ -121,7 +124,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """`migrate_cancel`."""
+    """`migrate_cancel`.
+
+    :ivar reason: why postcopy is left, which nobody cancels."""
+
+    reason: str = "the source ended before the destination had every page"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +252,7 @@ class Outgoing:
     wants_postcopy: bool = False
     is_postcopy: bool = False
     _cancel_wanted: bool = False
+    _is_complete: bool = False  #: the destination has said so, while we gave connections back
     _lost_late: list[int] = field(default_factory=list)  #: channels, at a time when none is healed
     _story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_STEPS_MAX))
 
@@ -400,7 +408,14 @@ class Outgoing:
     def _lose_again(self, event: ChannelLost) -> Step:
         return self._suspend(Failure(event.reason))
 
+    def _note_completion(self, _: DestinationComplete) -> Step:
+        self._is_complete = True
+        return self.phase, self.status, ()
+
     def _wait_for_recovery(self, _: Suspended) -> Step:
+        if self._is_complete:
+            self.error = None
+            return Phase.ENDED, Status.COMPLETED, (Effect.FINISH,)
         return Phase.PAUSED, Status.POSTCOPY_PAUSED, ()
 
     def _reconnect(self, _: Recover) -> Step:
@@ -414,9 +429,10 @@ class Outgoing:
         self.error = None
         return Phase.ENDED, Status.COMPLETED, (Effect.FINISH,)
 
-    def _leave(self, _: Cancel) -> Step:
-        """Only when the process ends: the destination waits for ever for what it lacks."""
-        self.error = "the source ended before the destination had every page"
+    def _leave(self, event: Cancel) -> Step:
+        """Only when the process ends: the destination waits for ever for what it lacks; or when
+        the guest is not there."""
+        self.error = event.reason
         return Phase.FAILING, self.status, (Effect.LEAVE,)
 
 
@@ -457,6 +473,7 @@ TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
     (Phase.PAUSED, Recover): Outgoing._reconnect,
     (Phase.RECONNECTING, Reconnected): Outgoing._resync,
     (Phase.RECOVERING, Resynced): Outgoing._push_again,
+    (Phase.RECOVERING, DestinationComplete): Outgoing._complete,
     (Phase.FAILING, Abandoned): Outgoing._failed,
     (Phase.CANCELLING, Abandoned): Outgoing._cancelled,
     **_same((Phase.CONNECTING, *_LIVE), ChannelLost, Outgoing._heal_or_fail),
@@ -478,5 +495,6 @@ TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
     Outgoing._ignore),
     **{(phase, late): Outgoing._ignore for phase in (*_LEAVING, Phase.SUSPENDING)
        for late in _LATE},
+    (Phase.SUSPENDING, DestinationComplete): Outgoing._note_completion,
     (Phase.FAILING, Suspended): Outgoing._ignore,
 }  # fmt: skip

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, Generic, TypeVar
 
@@ -28,6 +29,11 @@ HELLO_WAIT_S: Final = 10.0
 F = TypeVar("F", bound=wire.FirstWord)
 
 BUSY: Final = "this destination is busy with another source"
+#: Who comes to a destination that waits for something else.
+MISPLACED: Final[Mapping[type[wire.FirstWord], str]] = {
+    wire.Hello: "a migration that begins, where a paused postcopy is to be resumed",
+    wire.Resume: "a postcopy that is resumed, where none is paused",
+}
 
 
 class SourceEnd:
@@ -144,8 +150,9 @@ class DestinationEnd(Generic[F]):
         self._decoder: wire.Decoder[wire.ToDestination] = wire.Decoder(
             wire.ToDestination, wire.MAIN_BYTES_MAX, "main channel"
         )
-        self._hello_decoder: wire.Decoder[F] = wire.Decoder(
-            first, wire.HELLO_BYTES_MAX, "main channel"
+        self._first = first
+        self._hello_decoder: wire.Decoder[wire.FirstWord] = wire.Decoder(
+            wire.FirstWord, wire.HELLO_BYTES_MAX, "main channel"
         )
         self._strangers: dict[FrameStream, asyncio.Task[None]] = {}  #: oldest first
         self._peer: FrameStream | None = None
@@ -198,6 +205,9 @@ class DestinationEnd(Generic[F]):
             return
         except WireError as exc:
             await self._refuse(stranger, str(exc))
+            return
+        if not isinstance(hello, self._first):
+            await self._refuse(stranger, MISPLACED[type(hello)])
             return
         if self._peer is not None:
             await self._refuse(stranger, BUSY)

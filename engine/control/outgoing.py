@@ -26,7 +26,7 @@ from engine.control.notifiers import Side
 from engine.control.postcopy.source import PostcopySource
 from engine.control.route import Agreement, Route
 from engine.control.senders import SenderGroup
-from engine.control.stall import OnStall
+from engine.control.stall import STALL_NEEDS_POSTCOPY, OnStall
 from engine.control.statistics import SAMPLE_S, DowntimePhases
 from engine.control.status import RunState, Status
 from engine.control.uri import Address
@@ -68,8 +68,7 @@ class OutgoingMigration(Driver):
         migration = cls(host, Conversation(Address()))
         migration.session = session
         migration.machine.wants_postcopy = migration.machine.is_postcopy = True
-        migration.machine.phase = Phase.PAUSED
-        migration.machine.status = Status.POSTCOPY_PAUSED
+        migration.machine.phase, migration.machine.status = Phase.PAUSED, Status.POSTCOPY_PAUSED
         migration.machine.error = "the control process before this one was killed"
         migration.numbers.total_bytes = sum(block.size for block in host.guest.blocks)
         return migration
@@ -191,10 +190,16 @@ class OutgoingMigration(Driver):
             case OnStall.CANCEL:
                 self.machine.error = "the rounds did not shrink any more, and x-on-stall is cancel"
                 self.handle(machine.Cancel())
-            case OnStall.POSTCOPY:
+            case OnStall.POSTCOPY if self._may_be_postcopy:
                 self.handle(machine.StartPostcopy())
+            case OnStall.POSTCOPY:  # set in mid-migration
+                log.warning("%s, or channels: nothing is done", STALL_NEEDS_POSTCOPY)
         self._convergence.is_forced = action is OnStall.SWITCHOVER
         return self._convergence.is_forced
+
+    @property
+    def _may_be_postcopy(self) -> bool:
+        return self.host.capability("postcopy-ram") and isinstance(self._route, Conversation)
 
     def begin_pass(self) -> None:
         self.numbers.rounds += 1
@@ -236,12 +241,16 @@ class OutgoingMigration(Driver):
 
     async def _harvest_and_send_round(self) -> None:
         """After `pre-switchover`: who else writes this RAM may have done so meanwhile."""
-        began_ns, phases = time.monotonic_ns(), self.numbers.phases
-        phases.wait = began_ns - self._pause_began_ns - phases.total
+        began_ns = time.monotonic_ns()
+        self.waited_until(began_ns)
         await self._route.check(self.host.guest)
         await self.sync.collect(throttles=False)
-        phases.harvest += time.monotonic_ns() - began_ns
+        self.numbers.phases.harvest += time.monotonic_ns() - began_ns
         await self._send_round()
+
+    def waited_until(self, now_ns: int) -> None:
+        phases = self.numbers.phases
+        phases.wait = now_ns - self._pause_began_ns - phases.total
 
     async def _arm_destination(self) -> None:
         began_ns = time.monotonic_ns()
@@ -280,8 +289,10 @@ class OutgoingMigration(Driver):
             self.host.settle(Side.SOURCE)
         if outcome is Handover.TAKEN and self.machine.is_postcopy:
             self.host.postcopy_begins(Side.SOURCE, self.session)
-        if outcome is Handover.TAKEN or (self.machine.is_postcopy and outcome is Handover.UNKNOWN):
+        elif outcome is Handover.TAKEN:
             self.host.set_run_state(RunState.POSTMIGRATE)
+        elif outcome is Handover.UNKNOWN and self.host.guest.is_alive:
+            self.host.set_run_state(RunState.PAUSED)
         self.is_outcome_unknown = self.machine.is_postcopy and outcome is Handover.UNKNOWN
         self.handle(machine.HandedOver(outcome))
 
@@ -311,6 +322,7 @@ class OutgoingMigration(Driver):
         if self._postcopy is not None:
             await self._postcopy.end()  # first, for the destination hangs up when we do
             with contextlib.suppress(MigrationError):  # a dead guest keeps nothing
+                await self._postcopy.taken_for_sure()
                 await self.host.guest.release_ram()
         await self._give_back(None)
         self.ended.set()
@@ -323,7 +335,7 @@ class OutgoingMigration(Driver):
     async def stop_serving(self) -> None:
         self.refresh()
         self.numbers.carry()
-        await self._stop(wire.Abort("paused"), ())
+        await self._stop(wire.Abort(wire.cut(self.machine.error or "paused")), ())
 
     async def _give_back(self, last_word: wire.Abort | None) -> None:
         """Stop all that this migration started, in the reverse order; the guest is not touched."""
@@ -368,8 +380,12 @@ class OutgoingMigration(Driver):
     # -- what runs beside the work ---------------------------------------------------------------
 
     async def _watch_guest(self) -> None:
+        """In postcopy only its RAM is needed, which is ours as well."""
         reason = await self.host.guest.died()
-        raise MigrationError(f"the guest died: {reason}")
+        if self.machine.phase in machine.GONE:
+            log.warning("the guest's process died: %s; its RAM is kept for the destination", reason)
+        else:
+            raise MigrationError(f"the guest died: {reason}")
 
     async def _heal(self, index: int) -> None:
         await self.senders.heal(index, self._route.reopen)
@@ -400,12 +416,6 @@ class OutgoingMigration(Driver):
         if self.machine.phase is not Phase.ENDED and self.conversation is not None:
             self.handle(machine.StartPostcopy())
 
-    async def suspended(self) -> None:
-        """Wait until a migration that is paused has given its connections back."""
-        while self.machine.phase is Phase.SUSPENDING:
-            self.changed.clear()
-            await self.changed.wait()
-
     def recover(self, route: Route) -> None:
         """`migrate resume=true`: go on by another way.
 
@@ -416,13 +426,12 @@ class OutgoingMigration(Driver):
         self._spawn(self._watch_guest)
         self.handle(machine.Recover())
 
-    async def taken_for_sure(self) -> None:
-        """The destination goes on with its postcopy, so it has the right to run."""
-        if self.is_outcome_unknown or self.host.inherits_unknown:
-            await self.host.guest.settle(taken=True)
-            self.host.postcopy_begins(Side.SOURCE, self.session)
-            self.host.set_run_state(RunState.POSTMIGRATE)
+    async def taken_back(self) -> None:
+        """The user has let the guest run here, and it does: there is no postcopy any more."""
         self.is_outcome_unknown = False
+        if self.machine.phase in machine.GONE:
+            self.handle(machine.Cancel("nobody knew whether it was taken: it runs here again"))
+            await self.ended.wait()
 
     async def close(self) -> None:
         """Cancel it, so that the destination knows, or leave it where the guest is already; wait
@@ -450,6 +459,11 @@ class OutgoingMigration(Driver):
         """Process ids of the senders at work, by channel."""
         lanes = self._senders.lanes if self._senders is not None else []
         return {lane.index: lane.worker.pid for lane in lanes if lane.worker is not None}
+
+    @property
+    def service_pid(self) -> int | None:
+        """Process id of the page service, if it is at work."""
+        return None if self._postcopy is None else self._postcopy.service_pid
 
     @property
     def is_switching_over(self) -> bool:

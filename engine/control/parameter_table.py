@@ -268,6 +268,8 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("x-on-stall", Kind.ENUM, "nothing", is_ours=True, acts=True, effective=NEXT_ROUND,
               values=("nothing", "throttle", "switchover", "cancel", "postcopy"),
               help="what to do, besides X_MIGRATION_STALLED, when the rounds do not shrink any more"),
+    Parameter("x-postcopy-prefetch", Kind.UINT16, 64, high=128, unit="pages", is_ours=True, acts=True,
+              effective=NEXT_MIGRATION, help="destination: pages asked for ahead of a vCPU that sweeps, at most; 0: none"),
 )  # fmt: skip
 
 BY_NAME: Final = {parameter.name: parameter for parameter in PARAMETERS}

@@ -24,6 +24,8 @@ log = logging.getLogger("ramferry.pool")
 
 REPORT_WAIT_S: Final = 20.0  #: a worker that does not answer an order for so long counts as dead
 END_WAIT_S: Final = 5.0
+#: Before a spare follows one that was taken: whoever is waited for starts first.
+REFILL_S: Final = 1.0
 SOCKET_BUFFER_BYTES: Final = 1024 * 1024
 
 MODULES: Final = {
@@ -160,6 +162,8 @@ class Pool(Generic[R]):
         self._role, self._reports = role, reports
         self._idle: list[Worker[R]] = []
         self._dead: list[Worker[R]] = []  #: died while nobody had taken them; `close` reaps them
+        self._kept = 0  #: so many shall wait
+        self._refill: asyncio.TimerHandle | None = None
 
     def warm(self, count: int) -> None:
         """Have `count` workers waiting; too many are ended by `close` only."""
@@ -167,6 +171,24 @@ class Pool(Generic[R]):
         self._idle = [worker for worker in self._idle if worker.is_alive]
         while len(self._idle) < count:
             self._idle.append(Worker(self._role, self._reports))
+
+    def keep(self, count: int) -> None:
+        """From now on have `count` waiting, also when some were taken; if that cannot be, workers
+        start when they are needed."""
+        self._kept = count
+        self._fill()
+
+    def _fill(self) -> None:
+        self._stop_refill()
+        try:
+            self.warm(self._kept)
+        except (WorkerLost, OSError) as exc:
+            log.warning("workers are not started ahead: %s", exc)
+
+    def _stop_refill(self) -> None:
+        if self._refill is not None:
+            self._refill.cancel()
+            self._refill = None
 
     def take(self, index: int) -> Worker[R]:
         """Hand over a worker, which the caller now owns, as number `index`.
@@ -180,10 +202,14 @@ class Pool(Generic[R]):
         else:
             worker = Worker(self._role, self._reports)
         worker.index = index
+        if self._kept and self._refill is None:
+            self._refill = asyncio.get_running_loop().call_later(REFILL_S, self._fill)
         return worker
 
     async def close(self) -> None:
-        """End those that wait. Idempotent."""
+        """End those that wait, and keep none any more. Idempotent."""
+        self._kept = 0
+        self._stop_refill()
         ours, self._idle, self._dead = [*self._idle, *self._dead], [], []
         await asyncio.gather(*(worker.end() for worker in ours))
 

@@ -28,7 +28,7 @@ from engine.control.fdsets import FdSets
 from engine.control.incoming import IncomingMigration
 from engine.control.jobs import Jobs
 from engine.control.journal import Journal
-from engine.control.notifiers import Notifiers, Side
+from engine.control.notifiers import Change, Moment, Notifiers, Side
 from engine.control.objects import Objects
 from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import Parameters, ParameterStore, parse_switch, parse_value
@@ -55,6 +55,8 @@ log = logging.getLogger("ramferry.control")
 
 #: Workers that wait for work; more channels than these start their workers when they are needed.
 WARM_WORKERS_MAX: Final = 16
+#: In postcopy, of each kind; whoever follows a dead one needs no interpreter to start.
+SPARES: Final = 1
 #: A guest that has just arrived wants the processors for itself first.
 WARM_AFTER_ARRIVAL_S: Final = 5.0
 
@@ -93,6 +95,7 @@ class ControlProcess:
         self.leaves_guest = False  #: at the end a guest that was taken over goes on
         if journal is not None:
             self.notifiers.add(journal.moved)
+        self.notifiers.add(self._keep_spares)
         self.store = ParameterStore(self.capability)
         self.capabilities = CapabilityStore(
             self.store,
@@ -126,14 +129,17 @@ class ControlProcess:
         self._warmer: asyncio.TimerHandle | None = None
         self._watcher = asyncio.get_running_loop().create_task(self._watch_guest())
         self.store.subscribe(self._settings_changed)
-        self._warm()
+        if paused is None:
+            self._warm()
+        else:
+            self._keep(paused.side, Status.POSTCOPY_PAUSED)
 
     def _initial_state(self, incoming: bool) -> RunState:
         if incoming:
             return RunState.INMIGRATE
         is_source = self.paused is not None and self.paused.side is Side.SOURCE
         if is_source and not self.inherits_unknown:
-            return RunState.POSTMIGRATE
+            return RunState.FINISH_MIGRATE
         return RunState.RUNNING if self.guest.is_running else RunState.PAUSED
 
     # -- what a migration borrows ----------------------------------------------------------------
@@ -182,13 +188,32 @@ class ControlProcess:
             self.outgoing.settings_changed()
         self._warm()
 
+    def _keep_spares(self, change: Change) -> None:
+        """A notifier: in postcopy the guest may wait for a worker that follows a dead one, and in a
+        pause for all of them."""
+        if change.moment is Moment.BEFORE or change.status not in (*POSTCOPY, *ENDED):
+            return
+        self._keep(change.side, change.status)
+
+    def _keep(self, side: Side, status: Status) -> None:
+        is_paused, has_ended = status is Status.POSTCOPY_PAUSED, status in ENDED
+        count = min(channels_of(self), WARM_WORKERS_MAX) if is_paused else SPARES
+        is_source = side is Side.SOURCE
+        (self.senders if is_source else self.receivers).keep(0 if has_ended else count)
+        (self.pages if is_source else self.faults).keep(0 if has_ended else SPARES)
+
     def _warm(self) -> None:
         """Start the interpreters before they are waited for; if that cannot be, they start then."""
+        if any(
+            one is not None and one.status in POSTCOPY for one in (self.outgoing, self.incoming)
+        ):
+            return  # `_keep` does
         pool = self.receivers if self.waits_for_incoming else self.senders
         service = self.faults if self.waits_for_incoming else self.pages
         try:
-            pool.warm(min(channels_of(self), WARM_WORKERS_MAX))
-            service.warm(int(self.capability("postcopy-ram")))
+            spares = SPARES * self.capability("postcopy-ram")
+            pool.warm(min(channels_of(self), WARM_WORKERS_MAX) + spares)
+            service.warm(2 * spares)
         except (MigrationError, OSError) as exc:
             log.warning("workers are not started ahead: %s", exc)
 
@@ -263,6 +288,8 @@ class ControlProcess:
         match self.run_state:
             case RunState.INMIGRATE:
                 self.runs_on_arrival = False
+            case RunState.FINISH_MIGRATE if self.postcopy.has_given_away:
+                return
             case RunState.RUNNING | RunState.PAUSED | RunState.FINISH_MIGRATE:
                 await self.guest.pause(for_migration=False)
                 if self.run_state is RunState.RUNNING:
@@ -283,7 +310,8 @@ class ControlProcess:
                 raise UsageError("the guest is at the destination")
             case RunState.INTERNAL_ERROR:
                 raise UsageError("the guest is dead; only 'quit' is left")
-        if self.outgoing is not None and self.outgoing.is_switching_over:
+        is_given = self.run_state is RunState.FINISH_MIGRATE and self.postcopy.has_given_away
+        if is_given or (self.outgoing is not None and self.outgoing.is_switching_over):
             raise UsageError("Migration is not finalized yet")
         if self.outgoing is not None and self.outgoing.is_untracked:
             raise UsageError(
@@ -295,7 +323,7 @@ class ControlProcess:
             self.settle(Side.SOURCE)
         self.inherits_unknown = False
         if self.outgoing is not None:
-            self.outgoing.is_outcome_unknown = False
+            await self.outgoing.taken_back()
             if self.outgoing.is_switching_over:
                 raise UsageError("Migration is not finalized yet")
         self.set_run_state(RunState.RUNNING)
@@ -313,7 +341,7 @@ class ControlProcess:
         if resume:
             await self.postcopy.resume(address)
             return
-        if self.outgoing is not None and self.outgoing.status not in ENDED:
+        if self.is_migrating or self.postcopy.lacks_pages:
             raise UsageError("There's a migration process in progress")
         if self.is_outcome_unknown:
             raise UsageError(
@@ -327,6 +355,7 @@ class ControlProcess:
         if self.run_state is RunState.INTERNAL_ERROR:
             raise UsageError("Can't migrate a guest that is dead")
         self.blockers.check()
+        self.postcopy.check_stall(address)
         self.outgoing = OutgoingMigration(self, self._route_to(address, named))
         try:
             self.outgoing.begin()
@@ -384,7 +413,7 @@ class ControlProcess:
         if incoming.status is Status.FAILED and self.exit_on_error and not self.over.done():
             self.over.set_result(1)
         if not self.waits_for_incoming:
-            await self.receivers.close()
+            await asyncio.gather(self.receivers.close(), self.faults.close())
             self._warmer = asyncio.get_running_loop().call_later(WARM_AFTER_ARRIVAL_S, self._warm)
 
     async def migrate_continue(self, expected: Status) -> None:
@@ -423,12 +452,18 @@ class ControlProcess:
             self.incoming.yank()
 
     def migration_workers(self) -> list[tuple[str, int]]:
-        """Name and process id of each worker of the migration that runs, by QEMU's names."""
+        """Name and process id of each worker of the migration that runs, by QEMU's names where it
+        has some."""
         senders = self.outgoing.worker_pids() if self.outgoing is not None else {}
         receivers = self.incoming.worker_pids() if self.incoming is not None else {}
+        services = {
+            "page-service": self.outgoing.service_pid if self.outgoing is not None else None,
+            "fault-service": self.incoming.service_pid if self.incoming is not None else None,
+        }
         return [
             *((f"multifdsend_{index}", pid) for index, pid in senders.items()),
             *((f"multifdrecv_{index}", pid) for index, pid in receivers.items()),
+            *((name, pid) for name, pid in services.items() if pid is not None),
         ]
 
     def quit(self, exit_code: int = 0) -> None:

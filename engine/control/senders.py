@@ -111,7 +111,7 @@ class SenderGroup:
         numbers.channels = numbers.channels or [ChannelSample() for _ in self.lanes]
         for lane, sample in zip(self.lanes, numbers.channels, strict=True):
             sample.wire_bytes = lane.progress[Count.WIRE_BYTES]
-            sample.incarnation = lane.incarnation
+            sample.incarnation, sample.is_open = lane.incarnation, lane.is_open
             sample.pages = lane.progress[Count.PAGES]
             sample.zero_pages = lane.progress[Count.ZERO_PAGES]
         carried = numbers.carried

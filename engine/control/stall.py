@@ -17,6 +17,9 @@ TIME_MIN_NS: Final = 1_000_000_000
 SHRINKS_TO: Final = 0.9
 
 
+STALL_NEEDS_POSTCOPY: Final = "x-on-stall=postcopy needs the capability postcopy-ram"
+
+
 class OnStall(enum.Enum):
     """Parameter `x-on-stall`: what to do besides the event."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from engine.compress.delta import DeltaStatistics
@@ -20,13 +20,14 @@ class DowntimePhases:
     pause: int = 0  #: from the order to stop until every vCPU stood
     harvest: int = 0  #: collecting the last dirty bits
     wait: int = 0  #: in `pre-switchover`, until `migrate-continue`
+    discard: int = 0  #: in postcopy: until the destination had freed what was written last
     send: int = 0  #: until the last byte was handed to the channels
     acknowledge: int = 0  #: until every page was placed and the destination was armed
     resume: int = 0  #: until the guest ran at the destination
 
     @property
     def total(self) -> int:
-        return self.pause + self.harvest + self.wait + self.send + self.acknowledge + self.resume
+        return sum(getattr(self, phase.name) for phase in fields(self))
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class ChannelSample:
     zero_pages: int = 0
     rate_bytes_per_s: float = 0.0
     incarnation: int = 1
+    is_open: bool = True  #: this incarnation; False while it is made anew
     sampled_bytes: int = 0  #: `wire_bytes` when the rate was taken
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from errno import EINVAL, ERANGE
+from errno import EADDRINUSE, EINVAL, ERANGE
 from pathlib import Path
 from typing import Any, Final
 
@@ -145,6 +145,19 @@ class VsockAddress:
 
 StreamAddress = FdAddress | ExecAddress | FileAddress | VsockAddress
 Target = Address | StreamAddress
+
+
+def cannot_listen(target: Target, exc: Exception) -> str:
+    """Why not, in QEMU's words where it has some."""
+    if not isinstance(exc, OSError):
+        return str(exc)
+    if not isinstance(target, Address):
+        return str(exc.strerror)
+    if target.path:
+        return f"Failed to bind socket to {target.path}: {exc.strerror}"
+    if exc.errno == EADDRINUSE:
+        return f"Failed to find an available port: {exc.strerror}"
+    return f"Failed to listen on '{target.display}': {exc.strerror}"
 
 
 def parse_uri(text: str) -> Target:

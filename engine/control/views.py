@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 from engine.control.incoming import IncomingMigration
@@ -14,7 +15,8 @@ from engine.memory.blocks import PAGE_SIZE
 
 NS_PER_MS: Final = 1_000_000
 
-_LISTENING: Final = (Status.SETUP, Status.ACTIVE, Status.POSTCOPY_PAUSED)
+#: As in QEMU, until the connections are given back; a pause does that, too.
+_WITH_ADDRESS: Final = frozenset({Status.SETUP, Status.ACTIVE, *POSTCOPY})
 _WITH_REASON: Final = (Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED)
 
 #: Statuses in which a source shows `ram` and its times.
@@ -47,7 +49,7 @@ def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
     info: dict[str, Any] = {"status": incoming.status.value}
     if incoming.error is not None:
         info["error-desc"] = incoming.error
-    if incoming.address is not None and incoming.status in _LISTENING:
+    if incoming.address is not None and incoming.status in _WITH_ADDRESS:
         info["socket-address"] = [incoming.address.socket_address()]
     if incoming.postcopy is not None:
         info |= _incoming_postcopy(incoming.postcopy.info(), incoming)
@@ -57,7 +59,7 @@ def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
 def _incoming_postcopy(found: dict[str, Any], incoming: IncomingMigration) -> dict[str, Any]:
     """What faults cost. QEMU shows its members when all is over, with `postcopy-blocktime`."""
     info: dict[str, Any] = {"x-postcopy": found}
-    if incoming.status is Status.COMPLETED and incoming.shows_blocktime:
+    if incoming.status is Status.COMPLETED and incoming.host.capability("postcopy-blocktime"):
         info |= {
             f"postcopy-{name}": found[name]
             for name in ("blocktime", "vcpu-blocktime", "latency", "latency-dist", "vcpu-latency")
@@ -80,8 +82,9 @@ def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
         return info
     info["total-time"] = numbers.total_ns // NS_PER_MS
     info["setup-time"] = numbers.setup_ns // NS_PER_MS
-    if status in (Status.COMPLETED, *POSTCOPY) and numbers.downtime_ns is not None:
-        info["downtime"] = -(-numbers.downtime_ns // NS_PER_MS)
+    if status in (Status.COMPLETED, *POSTCOPY):
+        if numbers.downtime_ns is not None:  # else of a process that was killed
+            info["downtime"] = -(-numbers.downtime_ns // NS_PER_MS)
     else:
         info["expected-downtime"] = numbers.expected_downtime_ns // NS_PER_MS
     if numbers.throttle_percent and status is not Status.COMPLETED:
@@ -159,14 +162,7 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
     phases = numbers.phases
     return {
         "x-expected-downtime-ns": numbers.expected_downtime_ns,
-        "x-downtime-phases": {
-            "pause": phases.pause,
-            "harvest": phases.harvest,
-            "wait": phases.wait,
-            "send": phases.send,
-            "acknowledge": phases.acknowledge,
-            "resume": phases.resume,
-        },
+        "x-downtime-phases": asdict(phases),
         "x-undone-pauses": {
             "count": numbers.undone_pauses,
             "longest": numbers.longest_undone_pause_ns,
@@ -179,6 +175,7 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
                 "pages": sample.pages,
                 "zero-pages": sample.zero_pages,
                 "incarnation": sample.incarnation,
+                "open": sample.is_open,
             }
             for index, sample in enumerate(numbers.channels)
         ],

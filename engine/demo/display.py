@@ -21,13 +21,14 @@ from engine.control.status import Status
 from engine.memory.blocks import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from engine.demo.faults import Faults
     from engine.demo.run import Outcome
 
 CHANNELS_SHOWN_MAX: Final = 8
 PLAIN_PERIOD_NS: Final = 1_000_000_000
 PLAIN_WIDTH: Final = 120
 WIDE: Final = 60  #: columns; narrower terminals get one fact a line and no bars a channel
-PHASES: Final = ("pause", "harvest", "wait", "send", "acknowledge", "resume")
+PHASES: Final = ("pause", "harvest", "wait", "discard", "send", "acknowledge", "resume")
 
 
 def bytes_text(count: float) -> str:
@@ -77,13 +78,13 @@ class Display:
             yield
         self._live = None
 
-    def show(self, statistics: Statistics) -> None:
-        """Draw what is known now."""
+    def show(self, statistics: Statistics, faults: Faults | None = None) -> None:
+        """Draw what is known now; `faults`: the guest runs at the destination."""
         if self._live is not None:
-            self._live.update(picture(statistics, self._console.width))
+            self._live.update(picture(statistics, self._console.width, faults))
         elif statistics.total_bytes and time.monotonic_ns() - self._plain_ns > PLAIN_PERIOD_NS:
             self._plain_ns = time.monotonic_ns()
-            self._console.print(_plain(statistics))
+            self._console.print(_plain(statistics, faults))
 
     def ended(self, outcome: Outcome) -> None:
         """The table at the end, and the verdict."""
@@ -95,7 +96,13 @@ class Display:
         return f"{writes_per_s:,.0f} page writes/s ({rate_text(writes_per_s * PAGE_SIZE)})"
 
 
-def _plain(statistics: Statistics) -> str:
+def _plain(statistics: Statistics, faults: Faults | None) -> str:
+    if faults is not None:
+        return (
+            f"{statistics.status.value}: {bytes_text(faults.missing_bytes)} missing, "
+            f"{faults.faults:,} faults of {faults.latency_mean_ns / 1000:.0f} us, "
+            f"{rate_text(statistics.throughput_bytes_per_s)}"
+        )
     return (
         f"{statistics.status.value}: round {statistics.rounds}, "
         f"{bytes_text(statistics.remaining_bytes)} remaining, "
@@ -103,10 +110,45 @@ def _plain(statistics: Statistics) -> str:
     )
 
 
-def picture(statistics: Statistics, width: int) -> RenderableType:
+def picture(statistics: Statistics, width: int, faults: Faults | None = None) -> RenderableType:
     """Everything about a running migration, made for 24 lines of `width` columns."""
-    done = statistics.total_bytes - statistics.remaining_bytes
-    facts = [
+    left = statistics.remaining_bytes if faults is None else faults.missing_bytes
+    facts = _precopy_facts(statistics) if faults is None else _postcopy_facts(statistics, faults)
+    if statistics.throttle_percent:
+        facts.append(("guest throttled", f"{statistics.throttle_percent} %"))
+    ways = f"tracker {statistics.tracker}, placement {statistics.placement}"
+    return Group(
+        _facts(facts, in_a_row=2 if width >= WIDE else 1),
+        _whole_line(
+            ProgressBar(
+                total=max(1, statistics.total_bytes), completed=statistics.total_bytes - left
+            )
+        ),
+        _channels(statistics, width),
+        Text(ways if statistics.tracker else "", style="dim"),
+    )
+
+
+def _postcopy_facts(statistics: Statistics, faults: Faults) -> list[tuple[str, str]]:
+    """The guest runs at the destination, and waits where it touches what is missing."""
+    return [
+        ("status", f"[bold]{statistics.status.value}[/]"),
+        ("missing", bytes_text(faults.missing_bytes)),
+        ("faults/s", f"{faults.faults_per_s:,.0f}"),
+        ("requests/s", f"{faults.requests_per_s:,.0f}"),
+        ("faults", f"{faults.faults:,}"),
+        ("mean latency", f"{faults.latency_mean_ns / 1000:.0f} us"),
+        ("on demand", f"{faults.demand_pages:,} pages"),
+        ("prefetched", f"{faults.prefetch_pages:,} pages"),
+        ("background", f"{faults.background_pages:,} pages"),
+        ("throughput", rate_text(statistics.throughput_bytes_per_s)),
+        ("downtime", f"{statistics.downtime_ms or 0} ms"),
+        ("elapsed", f"{statistics.total_time_ms / 1000:.1f} s"),
+    ]
+
+
+def _precopy_facts(statistics: Statistics) -> list[tuple[str, str]]:
+    return [
         ("status", f"[bold]{statistics.status.value}[/]"),
         ("round", str(statistics.rounds)),
         ("remaining", bytes_text(statistics.remaining_bytes)),
@@ -115,15 +157,6 @@ def picture(statistics: Statistics, width: int) -> RenderableType:
         ("expected downtime", f"{statistics.expected_downtime_ms} ms"),
         ("elapsed", f"{statistics.total_time_ms / 1000:.1f} s"),
     ]
-    if statistics.throttle_percent:
-        facts.append(("guest throttled", f"{statistics.throttle_percent} %"))
-    ways = f"tracker {statistics.tracker}, placement {statistics.placement}"
-    return Group(
-        _facts(facts, in_a_row=2 if width >= WIDE else 1),
-        _whole_line(ProgressBar(total=max(1, statistics.total_bytes), completed=done)),
-        _channels(statistics, width),
-        Text(ways if statistics.tracker else "", style="dim"),
-    )
 
 
 def _facts(facts: list[tuple[str, str]], in_a_row: int) -> RenderableType:
@@ -187,7 +220,9 @@ def _summary(outcome: Outcome) -> RenderableType:
         table.add_row("error", statistics.error)
     if statistics.status is Status.COMPLETED:
         phases = ", ".join(
-            f"{name} {statistics.phases_ns.get(name, 0) / 1e6:.1f}" for name in PHASES
+            f"{name} {statistics.phases_ns[name] / 1e6:.1f}"
+            for name in PHASES
+            if statistics.phases_ns.get(name)
         )
         table.add_row("total time", f"{statistics.total_time_ms} ms")
         table.add_row("downtime", f"{statistics.downtime_ms} ms ({phases})")
@@ -207,12 +242,32 @@ def _summary(outcome: Outcome) -> RenderableType:
         table.add_row("throughput", rate_text(statistics.throughput_bytes_per_s))
         table.add_row("tracker", f"{statistics.tracker} ({statistics.tracker_reason})")
         table.add_row("placement", statistics.placement)
+    if outcome.faults is not None:
+        _add_postcopy(table, outcome.faults)
+    missing = ""
+    if outcome.faults is not None:
+        missing = f"{outcome.writes_missing:,.0f} while pages were missing, "
     table.add_row(
         "guest writes/s",
         f"{outcome.writes_before:,.0f} before, {outcome.writes_during:,.0f} during, "
-        f"{outcome.writes_after:,.0f} after",
+        f"{missing}{outcome.writes_after:,.0f} after",
     )
     return table
+
+
+def _add_postcopy(table: Table, faults: Faults) -> None:
+    table.add_row("in postcopy", f"{faults.time_ms} ms")
+    table.add_row("faults", f"{faults.faults:,}, with {faults.requests:,} requests")
+    table.add_row(
+        "fault latency",
+        f"mean {faults.latency_mean_ns / 1000:.0f} us, p50 about {faults.latency_p50_us:.0f} us, "
+        f"p99 about {faults.latency_p99_us:.0f} us",
+    )
+    table.add_row(
+        "pages by cause",
+        f"{faults.demand_pages:,} on demand, {faults.prefetch_pages:,} prefetched, "
+        f"{faults.background_pages:,} in the background",
+    )
 
 
 def _verdict(outcome: Outcome) -> Text:

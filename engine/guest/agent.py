@@ -303,6 +303,9 @@ class Agent:
     async def _writes(self, request: messages.Writes, _fds: list[int]) -> Reply:
         return Reply(messages.Count(request.id, self._need_machine().writes()))
 
+    async def _times(self, request: messages.ReadTimes, _fds: list[int]) -> Reply:
+        return Reply(messages.Times(request.id, *self._need_machine().times()))
+
     async def _dirtying(self, request: messages.Dirtying, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
             machine = self._need_machine()
@@ -463,6 +466,7 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
     messages.Resume: Agent._resume_asked,
     messages.Throttle: Agent._throttle,
     messages.Writes: Agent._writes,
+    messages.ReadTimes: Agent._times,
     **dict.fromkeys(dirtying.REQUESTS, Agent._dirtying),
     messages.SaveState: Agent._save,
     messages.LoadState: Agent._load,

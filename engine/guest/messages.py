@@ -39,6 +39,7 @@ class Options(Message, frozen=True):
     words: Annotated[int, msgspec.Meta(ge=0, le=WORDS_MAX)]
     contents: Text
     seed: Natural
+    timed: bool = False
 
 
 class Request(Message, frozen=True):
@@ -88,6 +89,10 @@ class Throttle(Request, frozen=True):
 
 class Writes(Request, frozen=True):
     """Answer: Count."""
+
+
+class ReadTimes(Request, frozen=True):
+    """Answer: Times."""
 
 
 class Dirtying(Request, frozen=True):
@@ -257,6 +262,16 @@ class Dirtied(Answer, frozen=True):
     slept_ns: list[int]
 
 
+class Times(Answer, frozen=True):
+    """How long page writes took, of a guest that times them.
+
+    :ivar buckets: ns from, and how many took so long but less than the next bucket.
+    """
+
+    buckets: list[tuple[int, int]]
+    longest_ns: int
+
+
 class Attached(Answer, frozen=True):
     """Who the agent is; beside it the RAM's descriptor.
 
@@ -338,6 +353,7 @@ AnyRequest = (
     | CountDirty
     | LimitDirty
     | ReadDirtied
+    | ReadTimes
     | SaveState
     | LoadState
     | Judge
@@ -362,6 +378,7 @@ AnyAnswer = (
     | At
     | Count
     | Dirtied
+    | Times
     | Attached
     | Tracked
     | State

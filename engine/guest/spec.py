@@ -39,6 +39,7 @@ class WorkloadSpec:
 
     :ivar rate: page writes x 4096 of all vCPUs, bytes per second; 0 is full speed.
     :ivar words: body words moved by each write, of 508.
+    :ivar timed: note how long each write takes; two looks at the clock.
     :ivar fill: off leaves RAM untouched, which is the same as contents=zero.
     """
 
@@ -56,6 +57,7 @@ class WorkloadSpec:
     socket: str | None = None
     rundir: str | None = None
     tracker: TrackerName | None = None
+    timed: bool = False
 
     @property
     def is_filled(self) -> bool:
@@ -67,7 +69,7 @@ class WorkloadSpec:
         """What the vCPUs are told."""
         contents = self.contents if self.fill else "zero"
         return messages.Options(
-            self.vcpus, self.pattern, self.rate, self.words, contents, self.seed
+            self.vcpus, self.pattern, self.rate, self.words, contents, self.seed, self.timed
         )
 
 
@@ -153,6 +155,7 @@ PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "seed": _number(0, 2**63 - 1),
     "words": _number(0, messages.WORDS_MAX),
     "fill": _switch,
+    "timed": _switch,
     "socket": _path,
     "rundir": _path,
     "tracker": _tracker,

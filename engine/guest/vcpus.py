@@ -82,6 +82,7 @@ class Machine:
                 options.words,
                 options.seed,
                 None,
+                options.timed,
             )
         except (ValueError, OSError) as exc:
             raise GuestError(f"vCPUs cannot be started: {exc}") from exc
@@ -224,6 +225,10 @@ class Machine:
     def dirtied(self) -> list[tuple[int, int]]:
         """For each vCPU: pages dirtied while that was counted, and ns slept for its limit."""
         return _native.workload_dirtied(self._vcpus)
+
+    def times(self) -> tuple[list[tuple[int, int]], int]:
+        """How long writes took in this process, in buckets, and the longest; see messages.Times."""
+        return _native.workload_times(self._vcpus)
 
     def _apply_dirtying(self) -> None:
         _native.workload_count_dirty(self._vcpus, self._is_counting_dirty)

@@ -106,6 +106,12 @@ class WorkloadGuest:
         count, _ = await self._link.ask(messages.Writes(self._link.next_id()), messages.Count)
         return count.value
 
+    async def times(self) -> messages.Times:
+        """How long page writes took here; empty unless the guest is timed."""
+        request = messages.ReadTimes(self._link.next_id())
+        times, _ = await self._link.ask(request, messages.Times)
+        return times
+
     # -- tracking --------------------------------------------------------------------------------
 
     async def start_tracking(self, wanted: TrackerName | None) -> Tracking:

@@ -134,7 +134,9 @@ def discard(blocks: Sequence[RamBlock], received: PageBitmaps, stale: PageBitmap
 
 def widen(blocks: Sequence[RamBlock], dirty: PageBitmaps) -> int:
     """The source's half of discarding huge pages whole; return the pages that became dirty."""
-    return sum(
-        _native.bitmap_widen(dirty[index], block.page_count, unit_pages(block))
-        for index, block in enumerate(blocks)
+    units = [(index, block.page_count, unit_pages(block)) for index, block in enumerate(blocks)]
+    return sum(  # small pages have no neighbours to take with them: 3 ms for 4 GiB in a pause
+        _native.bitmap_widen(dirty[index], page_count, unit)
+        for index, page_count, unit in units
+        if unit > 1
     )

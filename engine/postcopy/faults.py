@@ -99,6 +99,7 @@ class FaultServer:
                     self._prepare(order, fds)
                     self._listen(order.bind)
                 case wire.ListenFaults():
+                    self._incarnation = 0  # a source that was restarted counts from 1 again
                     self._listen(order.bind)
                 case wire.Discard():
                     self._discard()

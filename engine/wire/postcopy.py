@@ -46,7 +46,8 @@ class PrepareFaults(Message, frozen=True):
 
 
 class ListenFaults(Message, frozen=True):
-    """Control -> fault service: listen here instead; the connection that there is goes on."""
+    """Control -> fault service: listen here instead. The connection that there is goes on, until
+    one of any incarnation replaces it."""
 
     bind: str
 

@@ -183,15 +183,17 @@ static PyObject *native_workload_start(PyObject *module, PyObject *args)
     struct held_workload *held;
     struct workload_options options = {0};
     uint64_t vcpus, words;
+    int is_timed = 0;
     PyObject *bitmap;
 
     (void)module;
     held = PyMem_Calloc(1, sizeof *held);
     if (!held)
         return PyErr_NoMemory();
-    if (!PyArg_ParseTuple(args, "w*O&O&O&O&O&O&O:workload_start", &held->ram, to_u64,
+    if (!PyArg_ParseTuple(args, "w*O&O&O&O&O&O&O|p:workload_start", &held->ram, to_u64,
                           &options.page_count, to_u64, &vcpus, to_pattern, &options.pattern, to_u64,
-                          &options.rate_bytes_per_s, to_u64, &words, to_u64, &options.seed, &bitmap)) {
+                          &options.rate_bytes_per_s, to_u64, &words, to_u64, &options.seed, &bitmap,
+                          &is_timed)) {
         PyMem_Free(held);
         return NULL;
     }
@@ -201,6 +203,7 @@ static PyObject *native_workload_start(PyObject *module, PyObject *args)
         take_bitmap(bitmap, &held->bitmap, options.page_count)) {
         options.vcpus = (uint32_t)vcpus;
         options.words_per_write = (uint32_t)words;
+        options.is_timed = is_timed;
         return start_held(held, &options);
     }
     PyBuffer_Release(&held->ram);
@@ -282,6 +285,24 @@ static PyObject *native_workload_writes(PyObject *module, PyObject *args)
     for (uint32_t i = 0; list && i < workload_vcpus(held->workload); ++i)
         append_or_clear(&list, PyLong_FromUnsignedLongLong(writes[i]));
     return list;
+}
+
+static PyObject *native_workload_times(PyObject *module, PyObject *args)
+{
+    struct held_workload *held;
+    struct workload_times times;
+    PyObject *list;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&:workload_times", to_workload, &held))
+        return NULL;
+    workload_times(held->workload, &times);
+    list = PyList_New(0);
+    for (unsigned i = 0; list && i < WORKLOAD_TIMES; ++i)
+        if (times.counts[i])
+            append_or_clear(&list, Py_BuildValue("KK", (unsigned long long)workload_time_ns(i),
+                                                 (unsigned long long)times.counts[i]));
+    return list ? Py_BuildValue("NK", list, (unsigned long long)times.longest_ns) : NULL;
 }
 
 static PyObject *native_workload_count_dirty(PyObject *module, PyObject *args)
@@ -394,6 +415,7 @@ PyMethodDef WORKLOAD_METHODS[] = {
     {"workload_resume", native_workload_resume, METH_VARARGS, NULL},
     {"workload_throttle", native_workload_throttle, METH_VARARGS, NULL},
     {"workload_writes", native_workload_writes, METH_VARARGS, NULL},
+    {"workload_times", native_workload_times, METH_VARARGS, NULL},
     {"workload_count_dirty", native_workload_count_dirty, METH_VARARGS, NULL},
     {"workload_limit_dirty", native_workload_limit_dirty, METH_VARARGS, NULL},
     {"workload_dirtied", native_workload_dirtied, METH_VARARGS, NULL},

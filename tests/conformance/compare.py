@@ -95,6 +95,16 @@ def _text(request: object) -> str:
     return json.dumps(request)
 
 
+def compare_values(
+    name: str, theirs: object, own: object, differences: Sequence[Difference] = ()
+) -> None:
+    """Compare what was seen in another way; differences are looked up by `name`.
+
+    :raise AssertionError: with a line for every difference that nobody explains."""
+    unexplained = list(_unexplained(name, theirs, own, differences))
+    assert not unexplained, "\n".join(unexplained)
+
+
 def _unexplained(
     text: str, theirs: Any, own: Any, differences: Sequence[Difference]
 ) -> Iterator[str]:

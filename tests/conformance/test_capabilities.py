@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+import pytest
+
 from engine.control.capabilities import CAPABILITIES, DIRTY_LIMIT_CONFLICT
 from tests.conformance.compare import Difference, command, compare
 from tests.conformance.peers import WAIT_S, Peer, peer
@@ -41,6 +43,13 @@ POSTCOPY: Final = Difference(
     r"error|return|error\.desc",
     "QEMU asks the destination's kernel about postcopy-ram.",
 )
+TOGETHER: Final = Difference(
+    '"postcopy-ram", "state": true.*"multifd", "state": true|'
+    '"multifd", "state": true.*"postcopy-ram", "state": true',
+    r"error|return|error\.desc",
+    "`postcopy-ram` and `multifd` may be on together, as in newer QEMUs.",
+    shown_by=[_turn_on("postcopy-ram", "multifd")],
+)
 COMPRESS: Final = Difference(
     '"compress"',
     r"error|return|error\.desc",
@@ -51,7 +60,7 @@ LONG: Final = Difference(
     "~{200}", r"error\.desc", "A message repeats at most 100 characters of what was given.",
     shown_by=[_turn_on("~" * 200)],
 )  # fmt: skip
-DIFFERENCES: Final = (LACKS, SNAPSHOT, POSTCOPY, COMPRESS, LONG)
+DIFFERENCES: Final = (LACKS, SNAPSHOT, POSTCOPY, TOGETHER, COMPRESS, LONG)
 
 
 def entries(given: object) -> dict[str, object]:
@@ -80,7 +89,7 @@ def known(qemu: Peer) -> Sequence[Difference]:
     conflict of theirs can be compared."""
     refused = "error" in qemu.client.ask(turn(["background-snapshot"]))
     qemu.client.ask(ALL_OFF)
-    return (LACKS, SNAPSHOT) if refused else (LACKS,)
+    return (LACKS, TOGETHER, SNAPSHOT) if refused else (LACKS, TOGETHER)
 
 
 def test_a_fresh_process_shows_qemus_capabilities_in_qemus_order(peers: tuple[Peer, Peer]) -> None:
@@ -134,8 +143,27 @@ def test_one_after_the_other_conflicts_and_changes_nothing(peers: tuple[Peer, Pe
     qemu, ours = peers
     possible = [name for name in NAMES if name not in REFUSED]
     for first, second in itertools.permutations(possible, 2):
+        if {first, second} == {"postcopy-ram", "multifd"}:
+            continue  # TOGETHER
         requests = [turn([first]), turn([second]), QUERY, ALL_OFF]
         compare(requests, qemu.client, ours.client)
+
+
+@pytest.mark.parametrize("incoming", ["", "defer"])
+def test_postcopy_and_multifd_are_on_together(incoming: str) -> None:
+    """QEMU 10.0 refuses it, newer ones do not; what else conflicts with either still does."""
+    with peer("ramferry", incoming=incoming or None) as ours:
+        names = ["postcopy-ram", "postcopy-preempt", "multifd"]
+        assert ours.client.ask(turn(names)) == {"return": {}}
+        on = [one["capability"] for one in ours.client.ask(QUERY)["return"] if one["state"]]
+        assert set(on) == set(names)
+        for other, text in {
+            "x-ignore-shared": "Postcopy is not compatible with ignore-shared",
+            "xbzrle": "Multifd is not compatible with xbzrle",
+            "compress": "Postcopy preempt not compatible with compress",
+            "background-snapshot": "Background-snapshot is not compatible with postcopy-ram",
+        }.items():
+            assert ours.client.ask(turn([other]))["error"]["desc"] == text
 
 
 def test_conflicts_with_all_others_at_once(peers: tuple[Peer, Peer]) -> None:

@@ -1,4 +1,5 @@
-"""The rows of QEMU's own migration tests that need neither TLS, mapped-ram, postcopy nor hardware.
+"""The rows of QEMU's own migration tests that need neither TLS, mapped-ram nor hardware, and do not
+end in postcopy (those are in test_catalogue_postcopy.py).
 
 Each is named after its path there. QEMU's guest adds one to a byte of every page; ours checks more:
 a workload guest's pages carry index, generation and checksum over all their bytes, and the page
@@ -43,10 +44,11 @@ async def couple(
     uri: str = "tcp:127.0.0.1:0",
     uuids: tuple[str, str] = ("", ""),
     guest: str = GUEST,
+    writes: str = WRITES,
     **parameters: Any,
 ) -> AsyncIterator[tuple[engine.Control, engine.Control]]:
     """Both sides with `events`, the capabilities, and parameters that are read back."""
-    source = engine.Control.start(f"{guest},{WRITES}", uuid=uuids[0])
+    source = engine.Control.start(f"{guest},{writes}", uuid=uuids[0])
     destination = engine.Control.start(guest, "defer", uuid=uuids[1])
     async with source, destination:
         wanted = [{"capability": name, "state": True} for name in ("events", *capabilities)]
@@ -312,25 +314,24 @@ def test_migration_multifd_tcp_plain_zero_page(detection: str) -> None:
 
 
 def test_migration_multifd_tcp_plain_cancel() -> None:
-    """16 channels, cancelled on their way; the same source then goes to another destination."""
-    settings = ["multifd=on", "multifd-channels=16"]
+    asyncio.run(cancelled("multifd=on", "multifd-channels=16"))
 
-    async def scenario() -> None:
-        async with engine.Control.start(WRITING, settings=settings) as source:
-            async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings) as exits:
-                migration = await source.migrate(exits, **SLOW)
-                await until_marker(exits)
-                await migration.cancel()
-                with pytest.raises(engine.MigrationFailed) as ended:
-                    await migration.result()
-                assert ended.value.statistics.status is Status.CANCELLED
-                assert await exits.wait() == 1
-            await check_lives(source)
-            async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings) as second:
-                await (await source.migrate(second, **FAST)).result()
-                await check_success(source, second)
 
-    asyncio.run(scenario())
+async def cancelled(*settings: str) -> None:
+    """Cancelled on its way; the same source then goes to another destination."""
+    async with engine.Control.start(WRITING, settings=settings) as source:
+        async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings) as exits:
+            migration = await source.migrate(exits, **SLOW)
+            await until_marker(exits)
+            await migration.cancel()
+            with pytest.raises(engine.MigrationFailed) as ended:
+                await migration.result()
+            assert ended.value.statistics.status is Status.CANCELLED
+            assert await exits.wait() == 1
+        await check_lives(source)
+        async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings) as second:
+            await (await source.migrate(second, **FAST)).result()
+            await check_success(source, second)
 
 
 def test_migration_multifd_tcp_plain_zlib() -> None:
@@ -346,10 +347,13 @@ def test_migration_multifd_tcp_plain_with_what_qemu_lacks(codec: str) -> None:
     asyncio.run(encoded(codec))
 
 
-async def encoded(codec: str, **parameters: Any) -> None:
+async def encoded(codec: str, *capabilities: str, **parameters: Any) -> None:
     """`live`, with what the codec did."""
     wanted = {"multifd_channels": 4, "multifd_compression": codec, **parameters}
-    async with couple("multifd", guest=COMPRESSIBLE, **wanted) as (source, destination):
+    async with couple("multifd", *capabilities, guest=COMPRESSIBLE, **wanted) as (
+        source,
+        destination,
+    ):
         await set_and_read(source, SLOW)
         migration = await source.migrate(destination)
         await until_marker(destination)

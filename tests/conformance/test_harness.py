@@ -11,6 +11,7 @@ from typing import Any, Final
 import pytest
 
 import tests.conformance
+from tests.conformance import test_postcopy
 from tests.conformance.compare import (
     Difference,
     command,
@@ -35,6 +36,7 @@ NOT_SHOWN: Final = {
     "`start-time` is when each process began to measure",
     "`calc-time` of a finished measurement is how long it really took",
     "The greeting's `package` is ramferry's name and version.",
+    *(one.reason for one in test_postcopy.DIFFERENCES if not one.shown_by),  # of its statuses
 }
 
 

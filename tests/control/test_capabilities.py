@@ -108,7 +108,7 @@ def test_capabilities_in_conflict_change_nothing(changes: dict[str, bool], text:
     ("on", "text"),
     [
         (("postcopy-ram", "x-ignore-shared", "multifd"), "Postcopy is not compatible with ignore-shared"),
-        (("postcopy-ram", "multifd", "background-snapshot"), "Postcopy is not yet compatible with multifd"),
+        (("postcopy-ram", "multifd", "background-snapshot"), "Background-snapshot is not compatible with postcopy-ram"),
         (("background-snapshot", "postcopy-ram", "zero-copy-send"), "Background-snapshot is not compatible with postcopy-ram"),
         (("background-snapshot", "compress", "xbzrle"), "Background-snapshot is not compatible with compress"),
         (("zero-copy-send", "multifd", "compress"), ZERO_COPY_TEXT),

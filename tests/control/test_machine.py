@@ -285,6 +285,28 @@ def test_a_source_that_ends_in_postcopy_leaves_its_guest_stopped() -> None:
     assert outgoing.status is Status.FAILED
 
 
+def test_a_destination_that_completes_while_the_source_breaks_off_has_completed() -> None:
+    outgoing, _ = walked(
+        [*TO_POSTCOPY, machine.Failure("cut"), machine.DestinationComplete(), machine.Suspended()]
+    )
+
+    assert outgoing.status is Status.COMPLETED
+    assert outgoing.error is None
+
+
+@pytest.mark.parametrize(
+    "after", [[], [machine.Failure("cut"), machine.Suspended()]], ids=["pushing", "paused"]
+)
+def test_a_guest_that_its_user_took_back_has_no_postcopy(after: list[machine.Event]) -> None:
+    unknown = machine.HandedOver(Handover.UNKNOWN)
+    outgoing, _ = walked([*TO_POSTCOPY[:-1], unknown, *after])
+
+    assert outgoing.handle(machine.Cancel("it runs here")) == (Effect.LEAVE,)
+    outgoing.handle(machine.Abandoned())
+    assert outgoing.status is Status.FAILED
+    assert outgoing.error == "it runs here"
+
+
 # -- walks -----------------------------------------------------------------------------------------
 
 any_event = st.one_of([st.sampled_from(many) for many in EXAMPLES.values()])

@@ -460,3 +460,27 @@ def test_a_port_in_use_is_told_in_the_words_of_the_system() -> None:
             return refused.value
 
     assert asyncio.run(scenario()).strerror == "Address already in use"
+
+
+def test_who_comes_for_something_else_is_told_so() -> None:
+    async def scenario() -> tuple[wire.ToSource, wire.ToSource]:
+        resume = wire.Resume(wire.VERSION, bytes(16), HELLO.blocks, 1, ())
+        async with listening() as destination:
+            first = asyncio.ensure_future(destination.accept())
+            await asyncio.sleep(0)
+            wrong, right = SourceEnd(destination.address), SourceEnd(destination.address)
+            await wrong.connect()
+            await wrong.send(resume)
+            refused = await wrong.receive()
+            wrong.close()
+            await right.connect()
+            await right.send(HELLO)
+            await first
+            await destination.send(wire.Armed())
+            answer = await right.receive()
+            right.close()
+            return refused, answer
+
+    refused, answer = asyncio.run(scenario())
+    assert refused == wire.Refused("a postcopy that is resumed, where none is paused")
+    assert answer == wire.Armed()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,10 +18,13 @@ from engine.control.host import Host
 from engine.control.notifiers import Change, Moment, Notifiers, Side
 from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import ParameterStore
+from engine.control.process import ControlProcess
 from engine.control.status import Status, check_incoming
 from engine.control.uri import Address
 from engine.errors import MigrationError, StateError, WireError
 from engine.guest.base import Handover
+from engine.guest.spec import open_guest, parse_guest_spec
+from tests.kernel import has_userfaultfd
 
 SETUP = Change(Side.SOURCE, Status.NONE, Status.SETUP, Moment.BEFORE)
 
@@ -187,3 +192,75 @@ async def _nothing(_: object) -> None:
 
 async def _for_ever() -> None:
     await asyncio.Event().wait()
+
+
+# -- postcopy, with two control processes in this one ----------------------------------------------
+
+SETTINGS = ("postcopy-ram=on", "max-bandwidth=1M", "downtime-limit=1", "max-postcopy-bandwidth=4k")
+GUEST = "workload:size=4M"
+HERE = Address("127.0.0.1", 0)
+
+
+@contextlib.asynccontextmanager
+async def control(
+    spec: str, *, incoming: bool
+) -> AsyncIterator[tuple[ControlProcess, list[Change]]]:
+    """One, and all that its notifiers are told."""
+    guest = await open_guest(parse_guest_spec(spec), incoming=incoming)
+    process, heard = ControlProcess(guest, incoming=incoming), list[Change]()
+    try:
+        process.notifiers.add(heard.append)
+        for setting in SETTINGS:
+            process.set(setting)
+        yield process, heard
+    finally:
+        await process.close()
+
+
+async def told(heard: list[Change], status: Status, times: int = 1) -> None:
+    while sum(c.status is status and c.moment is Moment.AFTER for c in heard) < times:
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here")
+def test_every_change_of_a_postcopy_is_told_before_and_after_on_both_sides() -> None:
+    async def scenario() -> tuple[list[Change], list[Change]]:
+        async with (
+            control(f"{GUEST},rate=64k", incoming=False) as (source, here),
+            control(GUEST, incoming=True) as (destination, there),
+            asyncio.timeout(60),
+        ):
+            await destination.migrate_incoming(HERE, False)
+            assert destination.incoming is not None
+            await source.migrate(cast(Address, destination.incoming.address), False)
+            source.postcopy.start()
+            for heard in (here, there):
+                await told(heard, Status.POSTCOPY_ACTIVE)
+            source.postcopy.pause()
+            for heard in (here, there):
+                await told(heard, Status.POSTCOPY_PAUSED)
+            destination.postcopy.recover(lambda: HERE)
+            await source.migrate(cast(Address, destination.incoming.address), True)
+            for heard in (here, there):
+                await told(heard, Status.POSTCOPY_ACTIVE, 2)
+            source.store.set({"max-postcopy-bandwidth": 0})
+            for heard in (here, there):
+                await told(heard, Status.COMPLETED)
+            return here, there
+
+    here, there = asyncio.run(scenario())
+    begin = [Status.NONE, Status.SETUP, Status.ACTIVE]
+    pause = [Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED]
+    end = [Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE, Status.COMPLETED]
+    of_source = [*begin, Status.DEVICE, *pause, Status.POSTCOPY_RECOVER_SETUP, *end]
+    assert here == _twice(Side.SOURCE, of_source)
+    assert there == _twice(Side.DESTINATION, [*begin, *pause, *end])
+
+
+def _twice(side: Side, statuses: list[Status]) -> list[Change]:
+    return [
+        Change(side, before, after, moment)
+        for before, after in itertools.pairwise(statuses)
+        for moment in (Moment.BEFORE, Moment.AFTER)
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from engine.control import pool as pool_module
 from engine.control.pool import Pool, Worker, receiver_pool
 
 pytestmark = pytest.mark.process
@@ -55,3 +56,29 @@ def test_a_worker_that_dies_in_use_is_told_of(caplog: pytest.LogCaptureFixture) 
 
     pid = asyncio.run(scenario())
     assert caplog.messages == [f"receiver 3 (pid {pid}): the process died"]
+
+
+def test_a_spare_that_was_taken_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "REFILL_S", 0.01)
+
+    async def scenario() -> list[int]:
+        pool = receiver_pool()
+        try:
+            pool.keep(1)
+            spare = pool._idle[0].pid
+            taken = pool.take(0)
+            async with asyncio.timeout(20):
+                while not pool._idle:
+                    await asyncio.sleep(0.005)
+            pids = [spare, taken.pid, pool._idle[0].pid]
+            pool.keep(0)
+            second = pool.take(1)
+            await asyncio.gather(taken.end(), second.end())
+            assert pool._idle == []
+            assert pool._refill is None
+            return pids
+        finally:
+            await pool.close()
+
+    spare, taken, follower = asyncio.run(scenario())
+    assert spare == taken != follower

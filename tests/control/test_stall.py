@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 import engine
 from engine.control.stall import ROUNDS_MIN, SHRINKS_TO, TIME_MIN_NS, StallDetector
 from engine.control.status import Status
+from tests.kernel import has_userfaultfd
 
 MIB = 1024 * 1024
+LIMITS = ["max-bandwidth=40M", "downtime-limit=20", "postcopy-ram=on"]
 
 
 def run(dirty_mib: Sequence[float], round_ns: int = TIME_MIN_NS) -> list[bool]:
@@ -59,7 +61,19 @@ def test_between_two_stalls_there_was_progress(dirty: list[int], round_ns: int) 
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("action", ["nothing", "throttle", "switchover", "cancel"])
+@pytest.mark.parametrize(
+    "action",
+    [
+        "nothing",
+        "throttle",
+        "switchover",
+        "cancel",
+        pytest.param(
+            "postcopy",
+            marks=pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here"),
+        ),
+    ],
+)
 def test_what_is_done_about_it(action: str) -> None:
     """The guest writes faster than the channel carries: without help it never ends."""
 
@@ -93,6 +107,56 @@ def test_what_is_done_about_it(action: str) -> None:
     assert data["action"] == action
     if action == "cancel":
         assert result == "the rounds did not shrink any more, and x-on-stall is cancel"
-    if action in ("throttle", "switchover"):
+    if action in ("throttle", "switchover", "postcopy"):
         assert isinstance(result, engine.Statistics)
         assert result.status is Status.COMPLETED
+        assert bool(result.postcopy) is (action == "postcopy")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("setting", "uri", "why"),
+    [
+        ("postcopy-ram=off", "tcp:127.0.0.1:1", "needs the capability postcopy-ram"),
+        ("postcopy-ram=on", "exec:cat >/dev/null", "needs channels"),
+    ],
+)
+def test_postcopy_that_cannot_be_is_refused_before_the_migration(
+    setting: str, uri: str, why: str
+) -> None:
+    async def scenario() -> dict[str, Any]:
+        settings = ["x-on-stall=postcopy", setting]
+        async with engine.Control.start("ram:size=1M", settings=settings) as source:
+            with pytest.raises(engine.UsageError, match=why):
+                await source.migrate(uri)
+            info: dict[str, Any] = await source.execute("query-migrate")
+            return info
+
+    assert asyncio.run(scenario()) == {}
+
+
+@pytest.mark.process
+def test_postcopy_wished_for_too_late_is_no_failure() -> None:
+    """Set in mid-migration, without the capability: the stall is told, and nothing done."""
+
+    async def scenario() -> None:
+        source = engine.Control.start(
+            "workload:size=24M,rate=100M,pattern=random,contents=random", settings=LIMITS[:2]
+        )
+        destination = engine.Control.start("workload:size=24M", "tcp:127.0.0.1:0")
+        async with source, destination, asyncio.timeout(60):
+            with source.listen() as events:
+                migration = await source.migrate(destination)
+                await source.execute("migrate-set-parameters", x_on_stall="postcopy")
+                async for event in events:
+                    if event["event"] == "X_MIGRATION_STALLED":
+                        break
+                rounds = (await migration.statistics()).rounds
+                while (await migration.statistics()).rounds < rounds + 2:
+                    await asyncio.sleep(0.02)
+            assert "needs the capability postcopy-ram" in source.stderr
+            await migration.cancel()
+            with pytest.raises(engine.MigrationFailed):
+                await migration.result()
+
+    asyncio.run(scenario())

@@ -10,6 +10,7 @@ import pytest
 
 import engine
 from tests.conformance.peers import peer
+from tests.kernel import has_userfaultfd
 from tests.support import eventually
 
 pytestmark = pytest.mark.process
@@ -67,6 +68,52 @@ def test_a_yanked_migration_fails_and_the_guest_goes_on(side: str) -> None:
     assert len(set(pids)) == 4
     assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
     assert idle == []
+
+
+@pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here")
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_yanked_postcopy_is_paused_and_loses_nothing(side: str) -> None:
+    """While it is paused there is nothing to cut."""
+    settings = ["postcopy-ram=on", "max-bandwidth=2M", "downtime-limit=1"]
+
+    async def until(status: str, *both: engine.Control) -> None:
+        for control in both:
+            while (await control.execute("query-migrate"))["status"] != status:
+                await asyncio.sleep(0.02)
+
+    async def scenario() -> None:
+        source = engine.Control.start(
+            f"{GUEST},rate=1M,contents=random", settings=[*settings, "max-postcopy-bandwidth=4k"]
+        )
+        destination = engine.Control.start(GUEST, "tcp:127.0.0.1:0", settings)
+        async with source, destination, asyncio.timeout(60):
+            both = (source, destination)
+            migration = await begun(source, destination)
+            await migration.start_postcopy()
+            await until("postcopy-active", *both)
+            for control in both:
+                assert await control.execute("query-yank") == MIGRATION
+            yanked = source if side == "source" else destination
+            for _ in range(2):
+                await yanked.execute("yank", instances=MIGRATION)
+                await until("postcopy-paused", *both)
+            assert "'yank' has cut" in (await yanked.execute("query-migrate"))["error-desc"]
+            for control in both:
+                assert await control.execute("query-yank") == MIGRATION
+                workers = await control.execute("query-migrationthreads")
+                assert workers == []
+            await destination.recover()
+            await migration.resume(destination)
+            await until("postcopy-active", *both)
+            await source.execute("migrate-set-parameters", max_postcopy_bandwidth=0)
+            await migration.result()
+            await until("completed", *both)
+            assert (await engine.verify(source, destination)).is_right
+            async with asyncio.timeout(20):
+                while await source.execute("query-yank") or await destination.execute("query-yank"):
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(scenario())
 
 
 def test_nothing_is_yanked_unless_all_can_be() -> None:

@@ -19,7 +19,6 @@ from perf.live import _windows
 from perf.pair import QEMU, Contender, Run, different_pages
 from perf.peer import Pair, check_pair, check_run, figures_of
 from perf.report import spread
-from tests.kernel import has_userfaultfd
 
 process = pytest.mark.process
 
@@ -180,21 +179,6 @@ def test_workers_need_little_memory_of_their_own() -> None:
 
     for role in ("sender", "receiver"):
         assert 5 < line[f"{role}_private_peak_mib"]["max"] <= 80
-
-
-@process
-@pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here")
-def test_faults_are_measured_with_and_without_background() -> None:
-    quiet, pushed = bench(
-        "faults", "--size", "2M", "--background", "64M", "--touches", "100", "--runs", "1",
-        "--prefetch", "16", "--pattern", "sweep",
-    )  # fmt: skip
-    assert quiet["background_bytes"] == 0
-    assert pushed["background_mib_per_s"]["median"] > 0
-    for result in (quiet, pushed):
-        assert result["touch_max_us"]["max"] >= result["touch_p99_us"]["max"] > 0
-        assert sum(result["touches_by_us"]) == 100
-        assert 0 < result["faults_per_touch"]["median"] <= 1
 
 
 @process

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import pytest
 
 from engine import _native, wire
-from perf.postcopy_rig import SESSION, Rig, memory
 from tests.kernel import has_userfaultfd
+from tests.postcopy.rig import SESSION, Rig, memory
 
 PAGE = 4096
 needs_uffd = pytest.mark.skipif(not has_userfaultfd(), reason="no userfaultfd here")

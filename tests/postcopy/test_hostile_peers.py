@@ -18,9 +18,9 @@ import pytest
 from engine import wire
 from engine.postcopy.statistics import FaultCount, PageCount
 from engine.wire import FaultKind
-from perf.postcopy_rig import Heard, Rig, rig
-from perf.toucher import Touches
+from tests.postcopy.rig import Heard, Rig, rig
 from tests.postcopy.support import PAGE, all_dirty, destination, frame, needs_uffd, run, source
+from tests.postcopy.toucher import Touches
 
 pytestmark = [pytest.mark.process, needs_uffd]
 

@@ -16,11 +16,11 @@ from engine import _native, wire
 from engine.control.pool import Worker
 from engine.memory.insertion import Inserter
 from engine.postcopy.statistics import FaultCount, PageCount
-from perf.background import pushing
-from perf.postcopy_rig import Heard, Rig, rig
-from perf.toucher import Touches
 from tests.hugepages import huge_pages
+from tests.postcopy.background import pushing
+from tests.postcopy.rig import Heard, Rig, rig
 from tests.postcopy.support import PAGE, all_dirty, destination, needs_uffd, run, source
+from tests.postcopy.toucher import Touches
 
 __all__ = ["huge_pages"]
 
@@ -440,6 +440,29 @@ def test_a_listener_can_be_moved_while_the_connection_goes_on() -> None:
                 made.endpoint = moved
                 made.reconnect(pages)
                 await heard.next(wire.FaultChannelOpened, 2)
+                assert (await made.toucher.ask(Touches()))["wrong"] == []
+
+    run(scenario())
+
+
+def test_at_a_new_place_a_page_service_that_counts_from_one_again_is_let_in() -> None:
+    """Its control process was killed, and the next one knows of no incarnation."""
+
+    async def scenario() -> None:
+        with source(64) as fd:
+            async with rig(fd) as made:
+                worker, faults = await made.start_faults()
+                pages, heard = await made.start_pages()
+                await heard.next(wire.FaultChannelOpened)
+                for count in (2, 3):
+                    made.reconnect(pages)
+                    await heard.next(wire.FaultChannelOpened, count)
+                worker.order(wire.ListenFaults("tcp://127.0.0.1:*"))
+                made.endpoint = (await faults.next(wire.Ready, 2)).endpoint
+                await pages.end()
+                made.incarnation = 0
+                _, heard = await made.start_pages()
+                assert (await heard.next(wire.FaultChannelOpened)).incarnation == 1
                 assert (await made.toucher.ask(Touches()))["wrong"] == []
 
     run(scenario())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
+import os
 import socket
 from collections.abc import AsyncIterator, Collection, Iterable
 
@@ -31,16 +33,20 @@ class Proxy:
         self._connected = asyncio.Condition()
         self._dead: set[int] = set()
 
-    async def listen(self, count: int) -> int:
-        """Listen at `count` ports in a row, which are free at the target; return the first one.
-        Who listens here has those of the target too: others look for theirs in the same way."""
-        for base in range(21_000, 32_000, count):
+    async def listen(self, offsets: Collection[int]) -> int:
+        """Listen at ports so far from the first one, which are free at the target; return the first
+        one. Who listens here has those of the target too: others look for theirs in the same way,
+        each from another place on."""
+        bases = range(21_000, 32_000, max(offsets) + 1)
+        begin = os.getpid() % len(bases)
+        for base in itertools.chain(bases[begin:], bases[:begin]):
             servers: list[asyncio.Server] = []
+            ports = [base + offset for offset in offsets]
             try:
-                for port in range(base, base + count):
+                for port in ports:
                     forward = functools.partial(self._forward, port)
                     servers.append(await asyncio.start_server(forward, LISTEN, port))
-                _check_free(range(base, base + count))
+                _check_free(ports)
             except OSError:
                 for server in servers:
                     server.close()
@@ -86,6 +92,11 @@ class Proxy:
         self._holds.append(Hold(port, word))
         return self._holds[-1]
 
+    def release(self) -> None:
+        """Let everything through that is held back."""
+        for hold in self._holds:
+            hold.released.set()
+
     async def connected(self, ports: Collection[int]) -> None:
         """Wait until there is a connection to each of these ports."""
         async with self._connected:
@@ -114,11 +125,11 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def proxy(count: int) -> AsyncIterator[tuple[Proxy, int]]:
-    """A proxy of so many ports in a row, and the first of them."""
+async def proxy(offsets: Collection[int]) -> AsyncIterator[tuple[Proxy, int]]:
+    """A proxy of the ports so far from the first of them, and that one."""
     proxying = Proxy()
     try:
-        yield proxying, await proxying.listen(count)
+        yield proxying, await proxying.listen(offsets)
     finally:
         await proxying.close()
 

@@ -133,7 +133,7 @@ def test_a_destination_that_does_not_fit_says_what_differs_and_waits_on(
 async def pair_through_proxy(directory: Path) -> AsyncIterator[tuple[Pair, Proxy, int]]:
     """A pair whose connections can be cut: main, handover and two channels at four ports in a row,
     of which the first is told."""
-    async with proxy(4) as (between, base), pair(directory, "defer") as both:
+    async with proxy(range(4)) as (between, base), pair(directory, "defer") as both:
         await both.destination.execute("migrate-set-parameters", x_multifd_port_base=base + 1)
         await both.destination.execute("migrate-incoming", uri=f"tcp:{TARGET}:{base}")
         both.uri = f"tcp:{LISTEN}:{base}"

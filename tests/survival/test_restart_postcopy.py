@@ -125,8 +125,8 @@ def test_a_source_goes_on_as_paused_in_each_life(tmp_path: Path, rundir: Path) -
                 assert "its guest lives and is taken over" in one.stderr
                 assert (await one.query_guest())["pid"] == control.guest_pid
                 assert "resume it with 'migrate-recover' at the destination" in one.stderr
-                assert (await one.execute("query-status"))["status"] == "postmigrate"
-                with pytest.raises(UsageError, match="at the destination"):
+                assert (await one.execute("query-status"))["status"] == "finish-migrate"
+                with pytest.raises(UsageError, match="Migration is not finalized yet"):
                     await one.execute("cont")
                 assert (await one.judge())["wrong-pages"] == 0
                 await killed(one)

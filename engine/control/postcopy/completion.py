@@ -13,16 +13,16 @@ from engine.control.fitting import check_resumes, refuse
 from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
 from engine.control.mainchannel import DestinationEnd
-from engine.control.notifiers import Side
 from engine.control.postcopy.destination import PostcopyDestination
 from engine.control.receivers import ReceiverGroup
 from engine.control.status import Status
-from engine.control.uri import FAULT_CHANNEL, Address
+from engine.control.uri import FAULT_CHANNEL, Address, VsockAddress
 from engine.errors import GuestError, MigrationError, PeerRefused, WireError
 
 log = logging.getLogger("ramferry.destination")
 
 GOODBYE_WAIT_S: Final = 1.0
+BEGIN_AGAIN_S: Final = 1.0  #: between two tries to start a fault service
 
 
 def text_of(exc: BaseException) -> str:
@@ -39,11 +39,14 @@ class Migration(Protocol):
     session: bytes
     status: Status
     error: str | None
+    address: Address | VsockAddress | None
 
     def set_status(self, status: Status) -> None: ...
+    def tell(self, message: wire.Message) -> None: ...
     def bind(self, number: int) -> str: ...
     def moved(self, address: Address) -> None: ...
     def use(self, main: Any, count: int) -> ReceiverGroup: ...
+    def forget_failure(self) -> None: ...
     async def converse_until(self, main: Any, over: asyncio.Event) -> None: ...
     async def end_channels(self, main: Any, *, has_failed: bool) -> None: ...
     async def last_word(self, main: Any, message: wire.Message) -> None: ...
@@ -52,46 +55,95 @@ class Migration(Protocol):
 class Completion:
     """Owns the listener of `migrate-recover` until its source has come."""
 
-    def __init__(self, migration: Migration, postcopy: PostcopyDestination, main: Any) -> None:
+    def __init__(self, migration: Migration, main: Any) -> None:
         """
         :param main: the main channel, as long as it lasts."""
-        self._migration, self._postcopy = migration, postcopy
+        self._migration = migration
+        self._postcopy: PostcopyDestination | None = None
         self.main = main
         self._next: DestinationEnd[wire.Resume] | None = None
         self._is_opened = asyncio.Event()  #: a way that nobody waits at yet
+        self._saying: asyncio.Task[None] | None = None  #: once more that every page is here
+        self._goes_on = asyncio.Event()  #: the source has every channel, and knows that we wait
 
-    async def run(self, failure: Exception | None) -> None:
+    @property
+    def postcopy(self) -> PostcopyDestination:
+        assert self._postcopy is not None, "`run` comes first"
+        return self._postcopy
+
+    async def run(self, postcopy: PostcopyDestination, failure: Exception | None) -> None:
         """:param failure: of the connections, before the guest was known to be ours."""
-        migration = self._migration
-        migration.host.postcopy_begins(Side.DESTINATION, migration.session)
-        migration.set_status(Status.POSTCOPY_ACTIVE)
+        self._postcopy = postcopy
+        self._goes_on.set()
         if failure is None:
-            await migration.last_word(self.main, wire.TookOver())
+            await self._migration.last_word(self.main, wire.TookOver())
         await self._run(failure)
 
+    async def begin_again(self) -> PostcopyDestination:
+        """Serve faults after the death of the control process that had begun it. As long as the
+        guest lives nothing is given up. `open_way` may come before this has ended.
+
+        :raise GuestError: it is dead."""
+        migration = self._migration
+        host = migration.host
+        while self._postcopy is None:
+            try:
+                self._postcopy = await PostcopyDestination.again(
+                    host, migration.session, migration.tell
+                )
+            except (MigrationError, OSError, TimeoutError) as exc:
+                if not host.guest.is_alive:
+                    raise GuestError(f"the guest is dead: {text_of(exc)}") from exc
+                migration.error = f"the fault service cannot be started: {text_of(exc)}"
+                log.error("%s", migration.error)
+                await asyncio.sleep(BEGIN_AGAIN_S)
+        return self._postcopy
+
     async def run_paused(self) -> None:
-        """As `run`, of a postcopy that is paused already."""
+        """As `run`, after `begin_again`."""
         await self._run(MigrationError("the control process before this one was killed"))
 
     async def _run(self, failure: Exception | None) -> None:
-        migration, has_all = self._migration, self._postcopy.service.has_all
-        while not has_all.is_set():
+        migration, has_all = self._migration, self.postcopy.service.has_all
+        while failure is not None or not (self._goes_on.is_set() and has_all.is_set()):
             try:
                 if failure is not None:
                     raise failure
-                await migration.converse_until(self.main, has_all)
+                for fact in (self._goes_on, has_all):
+                    await migration.converse_until(self.main, fact)
             except (MigrationError, OSError, TimeoutError) as exc:
                 if not migration.host.guest.is_alive:
                     await self._fail(exc)
                     return
                 failure = await self._pause_and_resync(exc)
         migration.set_status(Status.COMPLETED)
-        await migration.last_word(self.main, wire.HasAll())
+        await self._say_all()
+        await self.postcopy.end(is_closing=True)
+
+    async def _say_all(self) -> None:
+        await self._migration.last_word(self.main, wire.HasAll())
         with contextlib.suppress(ConnectionLost, WireError, TimeoutError):
             async with asyncio.timeout(GOODBYE_WAIT_S):  # the source hangs up, page service first
                 while True:
                     await self.main.receive()
-        await self._postcopy.end(is_closing=True)
+
+    async def _say_again(self) -> None:
+        """The source may not have heard that every page is here: tell it when it comes by the way
+        that was opened."""
+        try:
+            await self._next_source()
+            await self._say_all()
+        except (MigrationError, OSError) as exc:
+            log.warning("the source was not told that every page is here: %s", text_of(exc))
+        finally:
+            self.close()
+            if self.main is not None:
+                self.main.close()
+            self._saying = None
+
+    async def end_saying(self) -> None:
+        """Idempotent."""
+        await _cancel(self._saying)
 
     async def _fail(self, exc: Exception) -> None:
         """The guest is dead: nobody needs its pages any more."""
@@ -107,9 +159,11 @@ class Completion:
         migration.error = text_of(exc)
         log.warning("postcopy is paused: %s", migration.error)
         await migration.end_channels(self.main, has_failed=False)
-        self.main = None
+        self.main, migration.address = None, None
+        self._goes_on.clear()
         if migration.status is not Status.POSTCOPY_PAUSED:
             migration.set_status(Status.POSTCOPY_PAUSED)
+        migration.forget_failure()
         try:
             question = await self._next_source()
             migration.set_status(Status.POSTCOPY_RECOVER)
@@ -117,6 +171,13 @@ class Completion:
         except (MigrationError, OSError, TimeoutError) as again:
             return again
         return None
+
+    def go_on(self) -> None:
+        """The source has opened every channel."""
+        migration = self._migration
+        migration.error = None
+        migration.set_status(Status.POSTCOPY_ACTIVE)
+        self._goes_on.set()
 
     # -- another way -----------------------------------------------------------------------------
 
@@ -131,6 +192,8 @@ class Completion:
         self._next = DestinationEnd(address, wire.Resume)
         self._migration.moved(self._next.address)
         self._is_opened.set()
+        if self._migration.status is Status.COMPLETED and self._saying is None:
+            self._saying = asyncio.get_running_loop().create_task(self._say_again())
 
     async def _next_source(self) -> wire.Resume:
         """Wait for our source, wherever we listen; others are told what is wrong.
@@ -170,13 +233,13 @@ class Completion:
 
     async def _resync(self, question: wire.Resume) -> None:
         """Tell the source what is here, and where to send the rest."""
-        migration, postcopy = self._migration, self._postcopy
+        migration, postcopy = self._migration, self.postcopy
         receivers = migration.use(self.main, question.channels)
         pieces = await postcopy.resync(receivers, migration.bind(FAULT_CHANNEL))
         await receivers.start()
         for piece in pieces:
             await self.main.send(piece)
-        faults, codecs = postcopy.service.endpoint, tuple(CODEC_IDS.values())
+        faults, codecs = await postcopy.service.where(), tuple(CODEC_IDS.values())
         answer = wire.Resumed(wire.VERSION, migration.session, receivers.endpoints, faults, codecs)
         await self.main.send(answer)
 

@@ -19,6 +19,8 @@ from engine.guest.base import Missing
 from engine.postcopy.statistics import FaultCount
 
 NS_PER_MS = 1_000_000
+#: Where nobody comes: faults wait until it is known from where the source comes.
+NOWHERE = "tcp://127.0.0.1:*"
 
 
 class PostcopyDestination:
@@ -46,6 +48,7 @@ class PostcopyDestination:
         service = FaultService(
             host.faults, session, host.guest.blocks, missing,
             lambda endpoint: tell(wire.FaultsMoved(endpoint)),
+            prefetch_pages_max=host.parameters.x_postcopy_prefetch,
         )  # fmt: skip
         try:
             await service.start(bind)
@@ -58,7 +61,7 @@ class PostcopyDestination:
 
     @classmethod
     async def again(
-        cls, host: Host, session: bytes, bind: str, tell: Callable[[wire.Message], None]
+        cls, host: Host, session: bytes, tell: Callable[[wire.Message], None]
     ) -> PostcopyDestination:
         """After the death of the control process that had begun it. What has data is here; what
         was zero before is asked for again.
@@ -69,10 +72,11 @@ class PostcopyDestination:
         missing = await host.guest.open_missing()
         service = FaultService(
             host.faults, session, host.guest.blocks, missing,
-            lambda endpoint: tell(wire.FaultsMoved(endpoint)), is_new=False,
+            lambda endpoint: tell(wire.FaultsMoved(endpoint)),
+            prefetch_pages_max=host.parameters.x_postcopy_prefetch, is_new=False,
         )  # fmt: skip
         try:
-            await service.start(bind)
+            await service.start(NOWHERE)
         except BaseException:
             await service.end()
             raise
@@ -100,6 +104,14 @@ class PostcopyDestination:
         if self.service.stale.count():
             raise WireError("the guest cannot run while stale pages are left")
         self.is_armed = True
+
+    def fetch_rest(self) -> None:
+        """Everything was pushed.
+
+        :raise WireError: pages may still become stale."""
+        if not self.is_armed:
+            raise WireError("the rest was pushed before the guest may run")
+        self.service.fetch_rest()
 
     async def resync(self, receivers: ReceiverGroup, bind: str) -> list[wire.Received]:
         """Another way to the source: receivers that insert, a fault service that listens there.

@@ -20,7 +20,6 @@ log = logging.getLogger("ramferry.destination")
 
 RESTART_PAUSE_S: Final = 0.5  #: before one that follows another at once
 DISCARD_BYTES_PER_S_MIN: Final = 200_000_000
-PREFETCH_PAGES_MAX: Final = 64
 
 
 class FaultService:
@@ -37,14 +36,17 @@ class FaultService:
         missing: Missing,
         moved: Callable[[str], None],
         *,
+        prefetch_pages_max: int,
         is_new: bool = True,
     ) -> None:
         """
+        :param prefetch_pages_max: asked for at once in advance; 0: none.
         :param is_new: all pages are here, but for what will be called stale; else those that have
             data.
         :raise OSError: no memory or descriptors for what it shares."""
         self._pool, self._session, self._blocks = pool, session, tuple(blocks)
         self._missing, self._moved = missing, moved
+        self._prefetch_pages_max = prefetch_pages_max
         self.received = PageBitmaps.create("received", blocks)
         self.stale = PageBitmaps.create("stale", blocks)
         self.statistics = FaultStatistics.create()
@@ -61,6 +63,11 @@ class FaultService:
         self.has_all = asyncio.Event()
         self._news = asyncio.Event()
         self._restarting: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the worker, if there is one."""
+        return None if self._worker is None else self._worker.pid
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -85,7 +92,7 @@ class FaultService:
         fds += [*self._missing.uffds, *(block.fd for block in self._blocks)]
         order = wire.PrepareFaults(
             self._session, self._bind, 1, shapes, list(self._missing.addresses),
-            self._missing.vcpus, PREFETCH_PAGES_MAX,
+            self._missing.vcpus, self._prefetch_pages_max,
         )  # fmt: skip
         worker.order(order, fds)
         await self._until(lambda: self.endpoint, REPORT_WAIT_S)
@@ -106,6 +113,16 @@ class FaultService:
             self.endpoint = ""
             self._worker.order(wire.ListenFaults(bind))
             await self._until(lambda: self.endpoint, REPORT_WAIT_S)
+        return self.endpoint
+
+    async def where(self) -> str:
+        """Where it listens, also when it has just been replaced.
+
+        :raise MigrationError: it was lost again.
+        :raise TimeoutError: it is not there in time."""
+        if self._restarting is not None:
+            await asyncio.wait({self._restarting}, timeout=REPORT_WAIT_S)
+        await self._until(lambda: self.endpoint, REPORT_WAIT_S)
         return self.endpoint
 
     async def end(self) -> None:

@@ -12,8 +12,9 @@ from engine.control.incoming import IncomingMigration
 from engine.control.notifiers import Side
 from engine.control.outgoing import OutgoingMigration
 from engine.control.restart import Paused
-from engine.control.status import Status
-from engine.control.uri import Address, Target
+from engine.control.stall import STALL_NEEDS_POSTCOPY, OnStall
+from engine.control.status import POSTCOPY, Status
+from engine.control.uri import Address, Target, cannot_listen
 from engine.errors import UsageError
 
 PAUSED_BY_USER: Final = "Postcopy migration is paused by the user"
@@ -35,6 +36,27 @@ class PostcopyControl:
 
     def __init__(self, process: Process) -> None:
         self._process = process
+
+    @property
+    def has_given_away(self) -> bool:
+        """The guest is at the destination, or may be, which still lacks pages."""
+        outgoing = self._process.outgoing
+        return outgoing is not None and outgoing.status in POSTCOPY
+
+    @property
+    def lacks_pages(self) -> bool:
+        """The guest runs here and waits for pages of a source."""
+        incoming = self._process.incoming
+        return incoming is not None and incoming.status in POSTCOPY
+
+    def check_stall(self, address: Target) -> None:
+        """:raise UsageError: `x-on-stall` wants what this migration cannot do."""
+        if self._process.parameters.x_on_stall != OnStall.POSTCOPY.value:
+            return
+        if not self._process.capability("postcopy-ram"):
+            raise UsageError(STALL_NEEDS_POSTCOPY)
+        if not isinstance(address, Address):
+            raise UsageError("x-on-stall=postcopy needs channels (tcp: or unix:), not one stream")
 
     def start(self) -> None:
         """QMP `migrate-start-postcopy`.
@@ -70,7 +92,7 @@ class PostcopyControl:
         :param parse: gives the address, which QEMU looks at last.
         :raise UsageError: no postcopy is paused here, or it cannot listen there."""
         incoming = self._process.incoming
-        if incoming is None or incoming.status is not Status.POSTCOPY_PAUSED:
+        if incoming is None or not incoming.may_recover:
             raise UsageError("Migrate recover can only be run when postcopy is paused.")
         address = parse()
         if not isinstance(address, Address):
@@ -78,7 +100,7 @@ class PostcopyControl:
         try:
             incoming.recover(address)
         except OSError as exc:
-            raise UsageError(f"Failed to listen on '{address.display}': {exc.strerror}") from exc
+            raise UsageError(cannot_listen(address, exc)) from exc
 
     async def resume(self, address: Target) -> None:
         """QMP `migrate` with `resume`.

@@ -45,6 +45,11 @@ class PageService:
         self._news = asyncio.Event()
         self._mending: asyncio.Task[None] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the worker, if there is one."""
+        return None if self._worker is None else self._worker.pid
+
     async def start(self, endpoint: str, dirty: PageBitmaps) -> None:
         """Start the worker, and wait until the fault channel is open.
 

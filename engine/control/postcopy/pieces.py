@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from engine import wire
+from engine.errors import WireError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import RamBlock
 
@@ -51,6 +52,30 @@ def _merge(message: wire.Bits, bitmaps: PageBitmaps, merged: Callable[[int, int]
         old = int.from_bytes(part, "little")
         new = int.from_bytes(message.bits, "little")
         part[:] = merged(old, new).to_bytes(size, "little")
+
+
+class Collected:
+    """What the destination says that it has, until it is known where that is taken away."""
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._page_counts = [block.page_count for block in blocks]
+        self._pieces: list[wire.Received] = []
+        #: never more pieces than it takes to say that everything is there
+        self._pieces_max = sum(
+            -(-page_count // (8 * wire.BITS_BYTES_MAX)) for page_count in self._page_counts
+        )
+
+    def take(self, piece: wire.Received) -> None:
+        """:raise WireError: it is no piece of our bitmaps, or one too many."""
+        piece.check(self._page_counts)
+        if len(self._pieces) == self._pieces_max:
+            raise WireError(f"a bitmap in more pieces than {self._pieces_max}")
+        self._pieces.append(piece)
+
+    def take_away_from(self, bitmaps: PageBitmaps) -> None:
+        """Clear the bits of all that is there; nobody else writes the bitmaps."""
+        for piece in self._pieces:
+            take_away(piece, bitmaps)
 
 
 class Announced:

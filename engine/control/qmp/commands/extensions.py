@@ -29,6 +29,7 @@ class Extensions:
 
     async def query_guest(self, _: object) -> object:
         guest, tracker = self._process.guest, self._process.tracker
+        told = {"write-times": await _times(guest)} if isinstance(guest, WorkloadGuest) else {}
         return {
             "kind": guest.kind,
             "pid": guest.pid if isinstance(guest, WorkloadGuest) else None,
@@ -45,6 +46,7 @@ class Extensions:
                 }
                 for block in guest.blocks
             ],
+            **told,
         }
 
     async def judge(self, _: object) -> object:
@@ -66,6 +68,11 @@ class Extensions:
 
     async def remove_blocker(self, asked: BlockerId) -> None:
         self._process.blockers.remove(asked.id)
+
+
+async def _times(guest: WorkloadGuest) -> dict[str, Any]:
+    times = await guest.times()
+    return {"buckets": times.buckets, "longest": times.longest_ns}
 
 
 def register(registry: CommandRegistry, process: ControlProcess) -> None:

@@ -11,7 +11,7 @@ from engine import wire
 from engine.control.pool import Worker
 from engine.memory.bitmaps import PageBitmaps
 from engine.multifd.progress import Budget, Count, Progress
-from perf.postcopy_rig import SESSION, Heard, Rig
+from tests.postcopy.rig import SESSION, Heard, Rig
 
 ROUND: Final = 1
 

@@ -1,4 +1,4 @@
-"""Two postcopy services with nothing of control around them: for tests and measurements."""
+"""Two postcopy services with nothing of control around them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.control.pool import Worker
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import RamBlock
 from engine.postcopy.statistics import FaultCount, FaultStatistics, PageStatistics
-from perf.toucher import MESSAGE_BYTES_MAX, Touches, command
+from tests.postcopy.toucher import MESSAGE_BYTES_MAX, Touches, command
 
 SESSION: Final = b"session-postcopy"
 DEADLINE_S: Final = 60.0
@@ -67,7 +67,7 @@ class Toucher:
         self._socket = ours
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "perf.toucher", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.postcopy.toucher", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

@@ -1,8 +1,8 @@
 """A stand-in for a guest: a process that touches pages of its RAM and checks what it finds.
 
-`python -m perf.toucher FD` with the RAM and the source's RAM beside the first message on the socket
-pair FD; answers with its userfaultfd over the RAM and the RAM's address. Then one command, one
-answer, as JSON.
+`python -m tests.postcopy.toucher FD` with the RAM and the source's RAM beside the first message on
+the socket pair FD; answers with its userfaultfd over the RAM and the RAM's address. Then one
+command, one answer, as JSON.
 """
 
 from __future__ import annotations
