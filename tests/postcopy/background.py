@@ -1,144 +1,94 @@
-"""A stand-in for multifd in postcopy: bulk pages over plain TCP, one process at each end.
-
-`python -m tests.postcopy.background send|receive FD`, with descriptors beside the first message on
-FD, which is JSON. The sender takes what is dirty in its slice, the receiver inserts it behind the
-guest; the end of the connection is the end of the round.
-"""
+"""The background of postcopy: a rig's dirty pages, pushed by real senders and receivers."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import mmap
-import os
-import socket
-import struct
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from engine import _native
+from engine import wire
+from engine.control.pool import Worker
 from engine.memory.bitmaps import PageBitmaps
-from engine.memory.blocks import PAGE_SIZE, RamBlock
-from engine.memory.insertion import Inserter
+from engine.multifd.progress import Budget, Count, Progress
+from tests.postcopy.rig import SESSION, Heard, Rig
 
-BATCH_PAGES: Final = 512
-#: Of one send or receive: a kernel without preemption lets nobody else run inside of one. Beside a
-#: background of 0.8-1.5 GB/s 4.9 % of the touches took 512 us or more with calls of up to 2 MiB,
-#: 0.8 % with these.
-CALL_BYTES_MAX: Final = 32 * 1024
-HEADER: Final = struct.Struct("<I")  #: runs, which follow; then their pages
-RUN_BYTES: Final = 8
-#: Below the vCPUs, which otherwise wait for a processor once their page is there: p99 of a fault
-#: fell from 0.8-1.7 to 0.1-0.6 ms (three pairs, two cores, others' load 4.6).
-BACKGROUND_NICE: Final = 5
+ROUND: Final = 1
 
 
-def send(connection: socket.socket, block: RamBlock, dirty: PageBitmaps, part: list[int]) -> None:
-    """Send the slice's dirty pages, whatever becomes dirty meanwhile stays."""
-    scratch = bytearray(len(dirty[0]))
-    data_runs, zero_runs = memoryview(bytearray(512 * RUN_BYTES)), bytearray(512 * RUN_BYTES)
-    cursor, slice_ = 0, block.slice_of(part[0], part[1])
-    with block.map() as ram:
-        while cursor < block.page_count:
-            cursor, runs, _, pages, _ = _native.take_batch(
-                ram, dirty[0], scratch, slice_, cursor, BATCH_PAGES, False, data_runs, zero_runs
-            )
-            if pages:
-                connection.sendall(HEADER.pack(runs) + data_runs[: runs * RUN_BYTES])
-                _send_pages(connection, ram, data_runs[: runs * RUN_BYTES])
+@dataclass
+class Background:
+    """As many senders as receivers, in one round; owns them and what it lent them."""
+
+    rig: Rig
+    dirty: PageBitmaps
+    in_flight: PageBitmaps
+    placed: PageBitmaps
+    compress: wire.Compress
+    progress: list[Progress] = field(default_factory=list)
+    budget: Budget = field(default_factory=Budget.create)
+    workers: list[Worker[Any]] = field(default_factory=list)
+    heard: list[Heard] = field(default_factory=list)
+
+    def _worker(self, role: str, reports: Any) -> tuple[Worker[Any], Heard]:
+        worker: Worker[Any] = Worker(role, reports)
+        heard = Heard(worker)
+        self.workers.append(worker)
+        self.heard.append(heard)
+        self.progress.append(Progress.create())
+        return worker, heard
+
+    async def start_channel(self, index: int, count: int) -> None:
+        """A receiver that inserts, a sender that follows the guest, and the round's order."""
+        rig, shapes = self.rig, self.rig.shapes()
+        receiver, heard = self._worker("receiver", wire.ReceiverReport)
+        receiver.order(
+            wire.PrepareReceiver(index, SESSION, "tcp://127.0.0.1:*", 1, shapes),
+            [self.placed.fd, self.progress[-1].fd, rig.block.fd],
+        )
+        receiver.order(wire.InsertPages([rig.toucher.address]), [rig.received.fd, rig.toucher.uffd])
+        endpoint = (await heard.next(wire.Ready)).endpoint
+        sender, _ = self._worker("sender", wire.SenderReport)
+        progress = self.progress[-1]
+        lent = (self.dirty, self.in_flight, self.placed, self.placed, progress, self.budget)
+        sender.order(
+            wire.PrepareSender(index, count, SESSION, endpoint, 1, shapes, "none", [0], True, 0),
+            [*(shared.fd for shared in lent), rig.source.fd],
+        )
+        sender.order(self.compress)
+        sender.order(wire.FollowDemands(), [rig.page_statistics.fd])
+        sender.order(wire.SendRound(ROUND))
+
+    async def finished(self) -> None:
+        """Every receiver has all that its sender had to send."""
+        for heard in self.heard[::2]:
+            await heard.next(wire.RoundReceived)
+
+    @property
+    def fresh_pages(self) -> int:
+        """That nobody else had placed."""
+        return sum(progress[Count.FRESH_PAGES] for progress in self.progress[::2])
+
+    async def close(self) -> None:
+        """End the workers, whatever they do."""
+        for worker in self.workers:
+            await worker.end()
+        for bitmaps in (self.in_flight, self.placed):
+            bitmaps.close()
+        for page in (*self.progress, self.budget):
+            page.close()
 
 
-def _send_pages(connection: socket.socket, ram: mmap.mmap, runs: memoryview) -> None:
-    with memoryview(ram) as view:
-        for first, count in struct.iter_unpack("<II", runs):
-            with view[first * PAGE_SIZE : (first + count) * PAGE_SIZE] as part:
-                for at in range(0, len(part), CALL_BYTES_MAX):
-                    connection.sendall(part[at : at + CALL_BYTES_MAX])
-
-
-def receive(connection: socket.socket, inserter: Inserter) -> None:
-    """Insert what comes until the sender closes."""
-    payload = memoryview(bytearray(BATCH_PAGES * PAGE_SIZE))
-    head = memoryview(bytearray(HEADER.size + BATCH_PAGES * RUN_BYTES))
-    while _fill(connection, head[: HEADER.size]):
-        (count,) = HEADER.unpack_from(head)
-        runs = head[HEADER.size : HEADER.size + count * RUN_BYTES]
-        _fill(connection, runs)
-        pages = sum(run[1] for run in struct.iter_unpack("<II", runs))
-        _fill(connection, payload[: pages * PAGE_SIZE])
-        inserter.place(0, payload[: pages * PAGE_SIZE], runs, count)
-
-
-def _fill(connection: socket.socket, buffer: memoryview) -> bool:
-    """All of the buffer; False at the end of the connection."""
-    at = 0
-    while at < len(buffer):
-        got = connection.recv_into(buffer[at : at + CALL_BYTES_MAX])
-        if not got:
-            return False
-        at += got
-    return True
-
-
-def main(role: str, fd: int) -> None:
-    """One worker, scheduled as multifd's are."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        os.nice(BACKGROUND_NICE)
-    with socket.socket(fileno=fd) as control:
-        said, fds, _, _ = socket.recv_fds(control, 4096, 4)
-    words = json.loads(said)
-    ram_fd, bitmap_fd, connection_fd, *uffd = fds
-    block = RamBlock("ram", words["size"], ram_fd, words["backing"])
-    bitmaps = PageBitmaps([block], bitmap_fd)
-    with socket.socket(fileno=connection_fd) as connection:
-        if role == "send":
-            send(connection, block, bitmaps, words["slice"])
-        else:
-            receive(connection, Inserter([block], uffd, [words["address"]], bitmaps))
-
-
-@contextlib.contextmanager
-def pushing(
-    rig: Any, channels: int, dirty: PageBitmaps | None = None
-) -> Iterator[Sequence[subprocess.Popen[bytes]]]:
-    """Push what is dirty (the rig's, or `dirty`) over `channels` connections.
-
-    :return: the processes, senders first."""
-    dirty_fd = (dirty or rig.dirty).fd
-    processes: list[subprocess.Popen[bytes]] = []
+@contextlib.asynccontextmanager
+async def pushing(
+    rig: Rig, channels: int, dirty: PageBitmaps | None = None, codec: str = "none"
+) -> AsyncIterator[Background]:
+    """Push what is dirty (the rig's, or `dirty`) over so many channels."""
+    in_flight, placed = (PageBitmaps.create(name, [rig.block]) for name in ("in-flight", "placed"))
+    background = Background(rig, dirty or rig.dirty, in_flight, placed, wire.Compress(codec))
     try:
         for index in range(channels):
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                near = socket.create_connection(listener.getsockname())
-                far, _ = listener.accept()
-            with near, far:
-                block = rig.block
-                words = {"size": block.size, "backing": block.backing_page_size,
-                         "slice": [index, channels], "address": rig.toucher.address}  # fmt: skip
-                source = [rig.source.fd, dirty_fd, near.fileno()]
-                processes.insert(0, _start("send", words, source))
-                target = [block.fd, rig.received.fd, far.fileno(), rig.toucher.uffd]
-                processes.append(_start("receive", words, target))
-        yield processes
+            await background.start_channel(index, channels)
+        yield background
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def _start(role: str, words: dict[str, Any], fds: list[int]) -> subprocess.Popen[bytes]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        socket.send_fds(ours, [json.dumps(words).encode()], fds)
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.postcopy.background", role, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+        await background.close()

@@ -159,7 +159,8 @@ def test_a_fetch_of_the_rest_without_a_connection_waits_for_one() -> None:
     run(scenario())
 
 
-def test_background_and_faults_place_each_page_once() -> None:
+@pytest.mark.parametrize("codec", ["none", "lz4"])
+def test_background_and_faults_place_each_page_once(codec: str) -> None:
     async def scenario() -> None:
         with source(4 * PAGES) as fd:
             async with rig(fd, prefetch_pages_max=32) as made:
@@ -167,16 +168,20 @@ def test_background_and_faults_place_each_page_once() -> None:
                 worker, faults = await made.start_faults()
                 _, pages = await made.start_pages()
                 await pages.next(wire.FaultChannelOpened)
-                with pushing(made, 2) as processes:
+                async with pushing(made, 2, codec=codec) as background:
+                    await made.until(lambda: background.fresh_pages)
                     answer = await made.toucher.ask(Touches(threads=2, writes=True))
-                    for process in processes:
-                        assert await asyncio.to_thread(process.wait, 30) == 0
+                    await background.finished()
+                    placed = background.fresh_pages
                 worker.order(wire.FetchRest())
                 await faults.next(wire.AllReceived)
                 assert answer["wrong"] == []
                 assert await made.toucher.ask(None) == {"marked": 4 * PAGES}
                 assert made.received.count() == 4 * PAGES
                 assert faults.of(wire.FaultChannelBroken) == []
+                counts = made.fault_statistics
+                causes = (FaultCount.DEMAND_PAGES, FaultCount.PREFETCH_PAGES, FaultCount.REST_PAGES)
+                assert placed + sum(counts[cause] for cause in causes) == 4 * PAGES
 
     run(scenario())
 
@@ -195,7 +200,8 @@ def test_a_unix_channel_does_as_well() -> None:
 
 
 @pytest.mark.usefixtures("huge_pages")
-def test_huge_pages_fault_and_come_whole_through_cuts() -> None:
+@pytest.mark.parametrize("codec", ["", "none", "lz4"])
+def test_huge_pages_fault_and_come_whole_through_cuts(codec: str) -> None:
     async def scenario() -> None:
         with source(4 * 512, zero_every=512, hugetlb=True) as fd:
             async with rig(fd, hugetlb=True, prefetch_pages_max=64) as made:
@@ -204,7 +210,8 @@ def test_huge_pages_fault_and_come_whole_through_cuts() -> None:
                 pages, heard = await made.start_pages()
                 await heard.next(wire.FaultChannelOpened)
                 cutting = asyncio.create_task(keep_cutting(made, pages, 5))
-                answer = await made.toucher.ask(Touches(threads=2, writes=True, pause_us=20))
+                async with pushing(made, 2, codec=codec) if codec else contextlib.nullcontext():
+                    answer = await made.toucher.ask(Touches(threads=2, writes=True, pause_us=20))
                 cutting.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await cutting
@@ -324,7 +331,7 @@ def test_services_that_are_killed_under_load_lose_nothing(victim: str, seed: int
                 await start_connected(made)
                 kills: list[str] = []
                 killing = asyncio.create_task(keep_killing(made, victim, seed, kills))
-                with pushing(made, 1) if seed == 2 else contextlib.nullcontext():
+                async with pushing(made, 1) if seed == 2 else contextlib.nullcontext():
                     for part in range(3):
                         await touch(made, part, threads=3, seed=seed, pause_us=300)
                         await made.until(lambda: len(kills) > part)  # noqa: B023
@@ -332,6 +339,34 @@ def test_services_that_are_killed_under_load_lose_nothing(victim: str, seed: int
                 with contextlib.suppress(asyncio.CancelledError):
                     await killing
                 assert await made.toucher.ask(None) == {"marked": 2 * PAGES}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("victim", ["sender", "receiver"])
+@pytest.mark.parametrize("hugetlb", [False, True])
+def test_what_a_killed_background_had_taken_comes_with_the_rest(
+    victim: str, hugetlb: bool, request: pytest.FixtureRequest
+) -> None:
+    if hugetlb:
+        request.getfixturevalue("huge_pages")
+
+    async def scenario() -> None:
+        with source(6 * 512, hugetlb=hugetlb) as fd:
+            async with rig(fd, hugetlb=hugetlb) as made:
+                all_dirty(made)
+                faults, heard = await made.start_faults()
+                await made.start_pages()
+                async with pushing(made, 1) as background:
+                    await made.until(made.received.count)
+                    receiver, sender = background.workers
+                    os.kill({"sender": sender, "receiver": receiver}[victim].pid, signal.SIGKILL)
+                    answer = await made.toucher.ask(Touches(writes=True))
+                    faults.order(wire.FetchRest())
+                    await heard.next(wire.AllReceived)
+                assert answer["wrong"] == []
+                assert await made.toucher.ask(None) == {"marked": 6 * 512}
+                assert made.received.count() == 6 * 512
 
     run(scenario())
 
