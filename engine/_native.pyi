@@ -253,7 +253,6 @@ def uffd_open(flags: int, features: int) -> int:
 
 def uffd_register(uffd: int, address: int, size: int, mode: int) -> None: ...
 def uffd_unregister(uffd: int, address: int, size: int) -> None: ...
-
 def inject_userfaultfd(
     pid: int, flags: int, wait_ns: int
 ) -> tuple[int, int, int, int, int, int, int]:

@@ -29,6 +29,14 @@
 #define ANSWER_WAIT_MS 10000
 #define STOP_NS_MAX INT64_C(5000000)
 
+/* In a child: do not outlive the test. */
+static void die_with(pid_t parent)
+{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(1);
+}
+
 static int64_t now_ns(void)
 {
     struct timespec now;
@@ -243,6 +251,7 @@ static void serve(int questions, uint8_t *ram)
 
 static struct target start(void)
 {
+    const pid_t parent = getpid();
     struct target target;
     int ends[2];
     const int rights = PROT_READ | PROT_WRITE;
@@ -253,7 +262,7 @@ static struct target start(void)
     target.questions = ends[1];
     target.pid = fork();
     if (target.pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        die_with(parent);
         close(ends[1]);
         own = target.shared;
         serve(ends[0], target.ram);
@@ -430,13 +439,14 @@ static void test_among_signals(struct target *target)
 
 static pid_t start_injector(pid_t pid, int go)
 {
+    const pid_t parent = getpid();
     pid_t injector = fork();
 
     if (injector == 0) {
         struct injection injection;
         uint8_t byte;
 
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        die_with(parent);
         if (read(go, &byte, 1) != 1)
             _exit(2);
         _exit(inject_userfaultfd(pid, UFFD_USER_MODE_ONLY_FLAG, WAIT_NS, &injection) ==
@@ -518,6 +528,7 @@ static enum inject_obstacle try_for(pid_t pid, int64_t wait_ns)
 /* A child that does what `act` says and then waits. */
 static pid_t start_waiting(void (*act)(void))
 {
+    const pid_t parent = getpid();
     int ends[2];
     uint8_t byte;
     pid_t pid;
@@ -525,7 +536,7 @@ static pid_t start_waiting(void (*act)(void))
     CHECK(pipe2(ends, O_CLOEXEC) == 0);
     pid = fork();
     if (pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        die_with(parent);
         act();
         if (write(ends[1], "!", 1) == 1)
             for (;;)
@@ -599,12 +610,13 @@ static void test_gone(void)
 /* A process that never waits offers no safe place. */
 __attribute__((unused)) static void test_never_waits(void)
 {
+    const pid_t parent = getpid();
     _Atomic uint32_t *rounds =
         mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     pid_t pid = fork();
 
     if (pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        die_with(parent);
         for (;;)
             ++*rounds;
     }
