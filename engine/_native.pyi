@@ -251,6 +251,9 @@ def uffd_open(flags: int, features: int) -> int:
     """userfaultfd(O_CLOEXEC | O_NONBLOCK | flags) and UFFDIO_API; the caller owns the descriptor.
     OSError(EINVAL) when the kernel lacks a feature, OSError(EPERM) when the user may not."""
 
+def uffd_negotiate(uffd: int, features: int) -> None:
+    """Ask for exactly these features of one that was just opened, here or in another process."""
+
 def uffd_register(uffd: int, address: int, size: int, mode: int) -> None: ...
 def uffd_unregister(uffd: int, address: int, size: int) -> None: ...
 def inject_userfaultfd(

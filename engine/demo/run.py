@@ -16,7 +16,7 @@ from engine.demo.display import Display
 from engine.errors import MigrationError, UsageError
 from engine.guest.backing import check_available
 from engine.guest.judgement import Verdict
-from engine.guest.spec import parse_guest_spec
+from engine.guest.spec import WorkloadSpec, parse_guest_spec
 from engine.sizes import parse_size
 
 SAMPLE_S: Final = 1.0  #: the guest's speed before and after is measured over so long
@@ -114,6 +114,7 @@ async def _demonstrate(options: DemoOptions, display: Display) -> Outcome:
     guest = f"workload:size={options.size}"
     writing = f"{guest},rate={options.rate},pattern={options.pattern}"
     spec = parse_guest_spec(writing)  # a wrong option is told before anything is started
+    assert isinstance(spec, WorkloadSpec)
     settings = options.source_settings()
     check_available(2 * spec.size, "a guest with its copy")
     display.starting(options.size, options.pattern, options.rate)

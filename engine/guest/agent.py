@@ -155,7 +155,7 @@ class Agent:
         """Do what is asked and say how it went; descriptors that nobody took are closed."""
         control = self._control
         try:
-            reply = await HANDLERS[type(request)](self, request, fds)
+            reply = await self._do(request, fds)
         except MigrationError as exc:
             doing = exc.doing if isinstance(exc, ChannelError) else str(exc)
             reason = f"{doing}: {exc.__cause__}" if exc.__cause__ else doing
@@ -167,6 +167,10 @@ class Agent:
         if control is self._control:
             self._say(reply.answer, [*reply.lent, *reply.spent])
         messages.close_all(reply.spent)
+
+    def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
+        """What an agent of another kind of guest does otherwise."""
+        return HANDLERS[type(request)](self, request, fds)
 
     def _say(self, answer: messages.Answer, fds: Sequence[int] = ()) -> None:
         if self._control is None:

@@ -21,7 +21,7 @@ from engine.wire import Decoder, Message, encode
 
 DATAGRAM_BYTES_MAX: Final = 64 * 1024
 STATE_BYTES_MAX: Final = 32 * 1024  #: 64 vCPUs need 1.6 KiB
-FDS_MAX: Final = 4
+FDS_MAX: Final = 253  #: Linux: SCM_MAX_FD
 VCPUS_MAX: Final = 64
 WORDS_MAX: Final = 508
 
@@ -65,6 +65,16 @@ class Start(Request, frozen=True):
 
 class Attach(Request, frozen=True):
     """First request to an orphaned agent. Answer: Attached."""
+
+
+class StartQemu(Request, frozen=True):
+    """First request to a new agent of a QEMU. Answer: QemuStarted.
+
+    :ivar qmp: path of its socket, for us alone.
+    :ivar incoming: it was started with `-incoming defer`, and shall take a guest over."""
+
+    qmp: Text
+    incoming: bool
 
 
 class Pause(Request, frozen=True):
@@ -140,6 +150,12 @@ class LoadState(Request, frozen=True):
     """Answer: Done."""
 
     state: bytes
+
+
+class LoadLongState(Request, frozen=True):
+    """A state that no datagram holds; beside it a memfd of so many bytes. Answer: Done."""
+
+    size: Natural
 
 
 class Judge(Request, frozen=True):
@@ -255,6 +271,30 @@ class Attached(Answer, frozen=True):
     created_path: str
 
 
+class QemuStarted(Answer, frozen=True):
+    """A QEMU's process and RAM blocks; beside it their descriptors, in this order."""
+
+    pid: int
+    names: list[str]
+    sizes: list[int]
+    page_sizes: list[int]
+    running: bool
+
+
+class TrackedBlocks(Answer, frozen=True):
+    """As `Tracked`, for several blocks of one process."""
+
+    name: str
+    addresses: list[int]
+    reason: str
+
+
+class LongState(Answer, frozen=True):
+    """Device state that no datagram holds; beside it a memfd of so many bytes."""
+
+    size: int
+
+
 class Tracked(Answer, frozen=True):
     """The tracker in use; beside it the descriptor of its pagemap or bitmap, if it has one."""
 
@@ -299,6 +339,7 @@ class Taken(Answer, frozen=True):
 
 AnyRequest = (
     Start
+    | StartQemu
     | Attach
     | Pause
     | Resume
@@ -314,6 +355,7 @@ AnyRequest = (
     | ReadDirtied
     | SaveState
     | LoadState
+    | LoadLongState
     | Judge
     | ListenHandover
     | Arm
@@ -334,8 +376,11 @@ AnyAnswer = (
     | Count
     | Dirtied
     | Attached
+    | QemuStarted
     | Tracked
+    | TrackedBlocks
     | State
+    | LongState
     | Judged
     | Listening
     | HandedOver

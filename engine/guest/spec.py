@@ -11,6 +11,7 @@ from engine.errors import UsageError, shown
 from engine.guest import messages
 from engine.guest.backing import HUGE_1G, HUGE_2M, check_available, make_ram
 from engine.guest.base import Guest, TrackerName
+from engine.guest.qemu import attach_qemu
 from engine.guest.ram import RamGuest
 from engine.guest.rundir import check_rundir, default_rundir
 from engine.guest.workload import WorkloadGuest, adopt_workload, start_workload
@@ -19,7 +20,7 @@ from engine.sizes import parse_size
 
 PATTERNS: Final = ("sweep", "random", "hotspot", "append")
 CONTENTS: Final = ("zero", "text", "heap", "random", "mixed")
-NOT_YET: Final = ("qemu", "process", "handoff")
+NOT_YET: Final = ("process", "handoff")
 PATH_BYTES_MAX: Final = 4095  #: the kernel's PATH_MAX, less its final zero
 
 
@@ -71,8 +72,15 @@ class WorkloadSpec:
         )
 
 
-GuestSpec = RamSpec | WorkloadSpec
-SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec)
+@dataclass(frozen=True, slots=True)
+class QemuSpec:
+    """`qemu:`: one that runs already, whose QMP server listens at the path."""
+
+    qmp: str
+
+
+GuestSpec = RamSpec | WorkloadSpec | QemuSpec
+SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec, QemuSpec)
 
 
 # -- values: each raises ValueError with what is allowed -----------------------------------------
@@ -154,6 +162,7 @@ PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "words": _number(0, messages.WORDS_MAX),
     "fill": _switch,
     "socket": _path,
+    "qmp": _path,
     "rundir": _path,
     "tracker": _tracker,
 }
@@ -176,10 +185,13 @@ def parse_guest_spec(text: str) -> GuestSpec:
         if spec.rundir is not None:
             check_rundir(spec.rundir)
         return spec
+    if kind == "qemu":
+        return _parse(QemuSpec, kind, rest)
     if kind in NOT_YET:
-        raise UsageError(f"guest kind '{kind}' is not built yet; there are: ram, workload")
+        raise UsageError(f"guest kind '{kind}' is not built yet; there are: ram, workload, qemu")
     raise UsageError(
-        f"guest '{shown(text)}' is of no known kind; allowed: ram:size=..., workload:size=..."
+        f"guest '{shown(text)}' is of no known kind; allowed: ram:size=..., workload:size=..., "
+        "qemu:qmp=..."
     )
 
 
@@ -210,6 +222,9 @@ def _check_together(kind: str, values: dict[str, Any]) -> None:
             raise UsageError(
                 f"guest '{kind}': socket= adopts a guest as it is; only tracker= may go with it"
             )
+    elif kind == "qemu":
+        if "qmp" not in values:
+            raise UsageError("guest 'qemu' needs qmp=, like qemu:qmp=/run/guest.qmp")
     elif "size" not in values:
         raise UsageError(f"guest '{kind}' needs size=, like {kind}:size=2G")
     if "path" in values and "hugetlb" in values:
@@ -231,6 +246,8 @@ async def open_guest(spec: GuestSpec, *, incoming: bool, run: bool = True) -> Gu
     :raise GuestError: the guest's process failed to start; nothing is left."""
     if isinstance(spec, WorkloadSpec):
         return await open_workload(spec, incoming=incoming, run=run)
+    if isinstance(spec, QemuSpec):
+        return await attach_qemu(spec.qmp, incoming=incoming)
     return RamGuest(
         make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize), incoming=incoming, run=run
     )

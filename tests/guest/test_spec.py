@@ -51,8 +51,10 @@ def test_every_option_parses() -> None:
     [
         ("", "allowed: ram:size=..., workload:size=..."),
         ("lama:size=1G", "allowed: ram:size=..., workload:size=..."),
-        ("qemu:qmp=/tmp/x", "not built yet; there are: ram, workload"),
-        ("process:pid=1", "not built yet"),
+        ("qemu:", "needs qmp=, like qemu:qmp="),
+        ("qemu:qmp=", "a path is$"),
+        ("qemu:size=1G", "allowed: qmp"),
+        ("process:pid=1", "not built yet; there are: ram, workload, qemu"),
         ("handoff:/tmp/x", "not built yet"),
         ("ram:", "needs size="),
         ("workload", "needs size="),

@@ -1,0 +1,114 @@
+"""A running, unmodified QEMU as a guest: `--guest qemu:qmp=PATH`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Final
+
+from engine.errors import GuestError, MigrationError
+from engine.guest import messages
+from engine.guest.agentguest import AgentGuest
+from engine.guest.base import TrackedBlock, TrackerName, Tracking
+from engine.guest.link import AgentLink, start_agent
+from engine.memory.blocks import RamBlock
+from engine.wire import STATE_BYTES_MAX
+
+AGENT: Final = "engine.guest.qemu_agent"
+ATTACH_WAIT_S: Final = 30.0  #: QMP, and a look at the mappings of all processes
+#: To inject, and to call terabytes clean; a `stop` that waits for disks; QEMU's own migration.
+LONG_WAIT_S: Final = 40.0
+
+
+class QemuGuest(AgentGuest):
+    """A QEMU that others have started and will end; owns the agent's process and the descriptors of
+    RAM."""
+
+    def __init__(self, link: AgentLink, started: messages.QemuStarted, fds: list[int]) -> None:
+        """Take link and descriptors over."""
+        super().__init__(link, running=started.running, stopped=not started.running)
+        self.pid = started.pid
+        shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
+        self._blocks = tuple(RamBlock(*shape) for shape in shapes)
+
+    @property
+    def kind(self) -> str:
+        return "qemu"
+
+    @property
+    def blocks(self) -> tuple[RamBlock, ...]:
+        return self._blocks
+
+    async def writes(self) -> int | None:
+        return None
+
+    async def _change(self, request: messages.Pause | messages.Resume) -> int:
+        at, _ = await self._link.ask(request, messages.At, wait_s=LONG_WAIT_S)
+        self._is_running, self._is_stopped_by_user = at.running, at.stopped
+        return at.at_ns
+
+    async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
+        self._close_tracking_fd()
+        request = messages.StartTracking(self._link.next_id(), wanted.value if wanted else "")
+        tracked, fds = await self._link.ask(request, messages.TrackedBlocks, wait_s=LONG_WAIT_S)
+        if len(fds) != 1 or len(tracked.addresses) != len(self._blocks):
+            messages.close_all(fds)
+            raise GuestError("the agent tracks without telling what")
+        self._tracking_fd = fds[0]
+        blocks = (TrackedBlock(self._tracking_fd, address) for address in tracked.addresses)
+        return Tracking(TrackerName(tracked.name), tuple(blocks), tracked.reason)
+
+    async def save_state(self) -> bytes:
+        request = messages.SaveState(self._link.next_id())
+        state, fds = await self._link.ask(request, messages.LongState, wait_s=LONG_WAIT_S)
+        try:
+            if len(fds) != 1:
+                raise GuestError("the agent saved a state without giving it")
+            content = os.pread(fds[0], STATE_BYTES_MAX, 0)
+        finally:
+            messages.close_all(fds)
+        if len(content) != state.size:
+            raise GuestError(f"the agent saved {state.size} bytes and gave {len(content)}")
+        return content
+
+    async def load_state(self, state: bytes) -> None:
+        fd = os.memfd_create("ramferry-state", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, state)
+            request = messages.LoadLongState(self._link.next_id(), len(state))
+            await self._link.ask(request, messages.Done, [fd], wait_s=LONG_WAIT_S)
+        finally:
+            os.close(fd)
+
+    async def died(self) -> str:
+        return f"QEMU (pid {self.pid}) or its agent is gone: {await self._link.died()}"
+
+    async def quit(self) -> None:
+        """Let go of the QEMU, which runs on."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._is_running = False
+        await self._link.end()
+        await self._stop_telling()
+        self._close_tracking_fd()
+        for block in self._blocks:
+            os.close(block.fd)
+
+
+async def attach_qemu(path: str, *, incoming: bool) -> QemuGuest:
+    """Attach to the QEMU whose QMP server listens at `path`; it runs or stands as before.
+
+    :raise MigrationError: one line that says what is missing; the QEMU is as before."""
+    link = start_agent(AGENT)
+    try:
+        request = messages.StartQemu(link.next_id(), os.path.abspath(path), incoming)
+        started, fds = await link.ask(request, messages.QemuStarted, wait_s=ATTACH_WAIT_S)
+    except (MigrationError, asyncio.CancelledError):
+        await link.end()
+        raise
+    if len(fds) != len(started.names):
+        messages.close_all(fds)
+        await link.end()
+        raise GuestError("the agent did not hand RAM over")
+    return QemuGuest(link, started, fds)

@@ -1,0 +1,238 @@
+"""The agent of a QEMU: `python -m engine.guest.qemu_agent FD`, started by control.
+
+It is between control and a QEMU that knows nothing of either. It holds the right to run, QEMU's QMP
+connection and the userfaultfd, so a death of control leaves a source guest that runs untracked. It
+never ends the QEMU, and does not wait to be adopted: a new control process attaches anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOver
+from engine.guest import messages
+from engine.guest.agent import Agent
+from engine.guest.base import Role
+from engine.guest.foreign import REASON
+from engine.guest.messages import Reply
+from engine.guest.qemu_machine import QemuMachine
+from engine.memory.tracking import TrackerName
+
+
+class QemuAgent(Agent):
+    """One QEMU, one control connection."""
+
+    def __init__(self, control: socket.socket) -> None:
+        super().__init__(control)
+        self._qemu: QemuMachine | None = None
+        self._pidfd = -1
+
+    def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
+        handler = QEMU_HANDLERS.get(type(request))
+        return super()._do(request, fds) if handler is None else handler(self, request, fds)
+
+    def _need_qemu(self) -> QemuMachine:
+        if self._qemu is None:
+            raise GuestError("the agent is not attached to a QEMU yet")
+        return self._qemu
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def _start_qemu(self, request: messages.StartQemu, _fds: list[int]) -> Reply:
+        if self.role is not Role.NEW or self._qemu is not None:
+            raise GuestError("the agent is attached already")
+        path, incoming = request.qmp, request.incoming
+        machine = await self._in_thread(lambda: QemuMachine(path, incoming=incoming))
+        self._qemu = machine
+        self._watch(machine.pid)
+        self.role = Role.INCOMING if incoming else Role.OWNER
+        self._standing.by_user = not machine.is_running
+        blocks = [each.block for each in machine.blocks]
+        started = messages.QemuStarted(
+            request.id,
+            machine.pid,
+            [block.name for block in blocks],
+            [block.size for block in blocks],
+            [block.backing_page_size for block in blocks],
+            machine.is_running,
+        )
+        return Reply(started, [block.fd for block in blocks])
+
+    def _watch(self, pid: int) -> None:
+        """Without its QEMU an agent is nothing."""
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as exc:
+            raise GuestError(f"QEMU (pid {pid}) has ended") from exc
+        asyncio.get_running_loop().add_reader(self._pidfd, self._end.set)
+
+    async def _give_back(self) -> None:
+        if self._qemu is not None:
+            self._qemu.end()
+        await super()._give_back()
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        if self._qemu is None:
+            return
+        self._free()
+        with contextlib.suppress(MigrationError):
+            self._qemu.confirm()
+        self._qemu.close()
+
+    def _free(self) -> None:
+        """The engine's reasons to hold the guest have ended with it."""
+        if self.role is Role.OWNER and self._standing.by_engine:
+            self._standing.by_engine = False
+            with contextlib.suppress(MigrationError):
+                self._apply()
+
+    async def _go_on_alone(self) -> None:
+        await asyncio.gather(*self._requests, return_exceptions=True)
+        self._free()
+        if self._is_unknown:
+            text = (
+                f"ramferry qemu agent[{os.getpid()}]: its control process is gone, and nobody has "
+                "said whether the guest runs at the destination; QEMU stays stopped. Look there "
+                "before you continue it\n"
+            )
+            with contextlib.suppress(OSError):  # stderr may have gone with control
+                os.write(sys.stderr.fileno(), text.encode())
+        self._end.set()
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        if self.role is Role.OWNER and self._standing.may_run:
+            self._need_qemu().resume()
+
+    def _at(self, request_id: int, at_ns: int) -> messages.At:
+        running = self._need_qemu().is_running
+        return messages.At(request_id, at_ns, running, self._standing.by_user)
+
+    def _taken(self) -> None:
+        super()._taken()
+        task = asyncio.get_running_loop().create_task(self._confirm_taken())
+        self._requests.add(task)
+        task.add_done_callback(self._answered)
+
+    async def _confirm_taken(self) -> None:
+        """The guest is ours, whatever QEMU says; but somebody should know."""
+        try:
+            await self._in_thread(self._need_qemu().confirm)
+        except MigrationError as exc:
+            text = f"ramferry qemu agent[{os.getpid()}]: the guest is here and stands: {exc}\n"
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), text.encode())
+
+    async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
+        qemu = self._need_qemu()
+        async with self._one_at_a_time:
+            if not self._standing.by_engine:  # its operator has monitors of his own
+                self._standing.by_user = not await self._in_thread(qemu.looks_running)
+            self._standing.change(stands=True, for_migration=request.for_migration)
+            return Reply(self._at(request.id, await self._in_thread(qemu.pause)))
+
+    async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
+        reply = await super()._resume_asked(request, _fds)
+        await self._in_thread(self._need_qemu().confirm)
+        return reply
+
+    async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
+        if request.percent:
+            raise GuestError("a QEMU cannot be throttled from outside yet; auto-converge=off")
+        return Reply(messages.Done(request.id))
+
+    # -- tracking and device state ---------------------------------------------------------------
+
+    async def _start_tracking(self, request: messages.StartTracking, _fds: list[int]) -> Reply:
+        qemu = self._need_qemu()
+        try:
+            wanted = TrackerName(request.wanted) if request.wanted else None
+        except ValueError as exc:
+            raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
+        async with self._one_at_a_time:
+            tracker = await self._in_thread(lambda: qemu.start_tracking(wanted))
+        addresses = [each.address for each in qemu.blocks]
+        reason = f"{REASON} {qemu.pid}; a thread of it stood for {tracker.stopped_ns // 1000} us"
+        tracked = messages.TrackedBlocks(request.id, TrackerName.UFFD.value, addresses, reason)
+        return Reply(tracked, [tracker.pagemap_fd])
+
+    async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            await self._in_thread(self._need_qemu().stop_tracking)
+        return Reply(messages.Done(request.id))
+
+    async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            if self.role is not Role.OWNER or not self._standing.by_engine:
+                raise GuestError("only a guest that the engine holds is saved")
+            fd, size = await self._in_thread(self._need_qemu().save)
+        return Reply(messages.LongState(request.id, size), spent=[fd])
+
+    async def _load_long(self, request: messages.LoadLongState, fds: list[int]) -> Reply:
+        if self.role is not Role.INCOMING or len(fds) != 1:
+            raise GuestError("only a guest that waits for a migration takes a state")
+        async with self._one_at_a_time:
+            await self._in_thread(lambda: self._need_qemu().load(fds[0], request.size))
+        return Reply(messages.Done(request.id))
+
+    async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
+        if await self._in_thread(self._need_qemu().looks_running):
+            raise NotHandedOver("somebody else continued the QEMU behind the last round")
+        return await super()._hand_over(request, _fds)
+
+    async def _refuse(self, request: messages.Request, _fds: list[int]) -> Reply:
+        raise GuestError(f"{type(request).__name__} is not for a QEMU")
+
+
+QEMU_HANDLERS: Final[Mapping[type, Callable[[QemuAgent, Any, list[int]], Awaitable[Reply]]]] = {
+    messages.StartQemu: QemuAgent._start_qemu,
+    messages.Pause: QemuAgent._pause,
+    messages.Resume: QemuAgent._resume_asked,
+    messages.Throttle: QemuAgent._throttle,
+    messages.StartTracking: QemuAgent._start_tracking,
+    messages.StopTracking: QemuAgent._stop_tracking,
+    messages.SaveState: QemuAgent._save,
+    messages.LoadLongState: QemuAgent._load_long,
+    messages.HandOver: QemuAgent._hand_over,
+    **dict.fromkeys(
+        (
+            messages.Start,
+            messages.Attach,
+            messages.Writes,
+            messages.ClearSoftDirty,
+            messages.StartCounting,
+            messages.CountWritten,
+            messages.CountDirty,
+            messages.LimitDirty,
+            messages.ReadDirtied,
+            messages.LoadState,
+            messages.Judge,
+        ),
+        QemuAgent._refuse,
+    ),
+}
+
+
+def main() -> None:
+    """Process entry."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+
+    async def run() -> None:
+        await QemuAgent(control).run()
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main()
