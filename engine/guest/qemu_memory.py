@@ -16,8 +16,10 @@ from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.wire import BLOCKS_MAX
 
 FILE_TYPES: Final = ("memory-backend-file", "memory-backend-memfd", "memory-backend-shm")
+NAMED_ONLY_VERSION: Final = (8, 1)  #: from here on `x-ignore-shared` is for files with a name only
 SHARED: Final = (
-    "-object memory-backend-memfd,id=ram,size=SIZE,share=on -machine TYPE,memory-backend=ram"
+    "-object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/NAME,share=on "
+    "-machine TYPE,memory-backend=ram"
 )
 #: A line of `info ramblock` with an address (since QEMU 8.1): name, 4 columns of sizes, address.
 RAMBLOCK: Final = re.compile(r"^\s*(\S+)\s+\d+ [KMGT]iB(?:\s+0x[0-9a-f]+){3}\s+0x([0-9a-f]+)")
@@ -54,6 +56,7 @@ def find_blocks(qmp: QmpClient, pid: int) -> list[QemuBlock]:
         for backend in sorted(backends, key=lambda each: str(each["id"])):
             name, size = str(backend["id"]), int(backend["size"])
             _check_shared(name, types.get(name, ""), bool(backend.get("share")))
+            _check_named(name, types[name], qmp.version)
             found = _find(name, size, addresses, _path_of(qmp, name, types[name]), mappings)
             fd = _open(pid, found)
             undo.callback(os.close, fd)
@@ -83,6 +86,15 @@ def _check_shared(name: str, kind: str, is_shared: bool) -> None:
         raise MemoryRefused(
             f"memory backend '{shown(name)}' ({kind or 'unknown'}) is not shared; start QEMU with "
             f"{SHARED}"
+        )
+
+
+def _check_named(name: str, kind: str, version: tuple[int, int]) -> None:
+    """QEMU would put the RAM itself into its device state."""
+    if kind != "memory-backend-file" and version >= NAMED_ONLY_VERSION:
+        raise MemoryRefused(
+            f"this QEMU leaves shared RAM to others only if it has a file; memory backend "
+            f"'{shown(name)}' is a {kind}: start QEMU with {SHARED}"
         )
 
 

@@ -42,6 +42,7 @@ class QmpClient:
 
         :raise GuestError: nobody listens, or another client is connected."""
         self._path = path
+        self.version = (0, 0)  #: of QEMU: major, minor
         self._ids = itertools.count(1)
         self._buffer = bytearray()
         self._answers: dict[int, dict[str, Any]] = {}
@@ -70,8 +71,11 @@ class QmpClient:
                 f"the QEMU at '{shown(self._path)}' does not greet: another client is connected; "
                 "give QEMU one more -qmp socket for ramferry"
             ) from exc
-        if "QMP" not in greeting:
-            raise GuestError(f"'{shown(self._path)}' is not the socket of a QMP server")
+        try:
+            found = greeting["QMP"]["version"]["qemu"]
+            self.version = (int(found["major"]), int(found["minor"]))
+        except (KeyError, TypeError, ValueError) as exc:
+            raise GuestError(f"'{shown(self._path)}' is not the socket of a QEMU's QMP") from exc
 
     @property
     def peer_pid(self) -> int:

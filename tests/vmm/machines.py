@@ -29,10 +29,9 @@ class Monitor:
     """A QMP connection of the test's own, beside ramferry's."""
 
     def __init__(self, path: Path) -> None:
-        assert eventually(path.is_socket, WAIT_S)
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(WAIT_S)
-        self._socket.connect(str(path))
+        assert eventually(lambda: self._socket.connect_ex(str(path)) == 0, WAIT_S)
         self._lines = self._socket.makefile("rb")
         self._lines.readline()
         self.ask("qmp_capabilities")
@@ -125,7 +124,7 @@ def vm(
         for name in ("test", "ramferry"):
             command += ["-qmp", f"unix:{directory}/{name}.qmp,server=on,wait=off"]
         with (directory / "log").open("wb") as log:
-            process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
+            process = subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=directory)
         try:
             found = Vm(process, directory, [directory / f"ram{i}" for i in range(blocks)])
             found.monitor = Monitor(directory / "test.qmp")
