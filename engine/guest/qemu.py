@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import Final
 
 from engine.errors import GuestError, MigrationError
 from engine.guest import messages
 from engine.guest.agentguest import AgentGuest
-from engine.guest.base import TrackedBlock, TrackerName, Tracking
+from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
 from engine.guest.link import AgentLink, start_agent
+from engine.guest.qmpclient import QmpClient
 from engine.memory.blocks import RamBlock
 from engine.wire import STATE_BYTES_MAX
+
+log = logging.getLogger("ramferry.guest")
 
 AGENT: Final = "engine.guest.qemu_agent"
 ATTACH_WAIT_S: Final = 30.0  #: QMP, and a look at the mappings of all processes
@@ -24,10 +28,14 @@ class QemuGuest(AgentGuest):
     """A QEMU that others have started and will end; owns the agent's process and the descriptors of
     RAM."""
 
-    def __init__(self, link: AgentLink, started: messages.QemuStarted, fds: list[int]) -> None:
+    def __init__(
+        self, path: str, link: AgentLink, started: messages.QemuStarted, fds: list[int]
+    ) -> None:
         """Take link and descriptors over."""
         super().__init__(link, running=started.running, stopped=not started.running)
-        self.pid = started.pid
+        self._path, self.pid = path, started.pid
+        self._is_held = False  #: stopped for a migration, and still its own
+        self._rescuing: asyncio.Task[None] | None = None
         shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
         self._blocks = tuple(RamBlock(*shape) for shape in shapes)
 
@@ -41,6 +49,20 @@ class QemuGuest(AgentGuest):
 
     async def writes(self) -> int | None:
         return None
+
+    async def pause(self, *, for_migration: bool) -> int:
+        self._is_held = self._is_held or for_migration
+        return await super().pause(for_migration=for_migration)
+
+    async def resume(self, *, for_migration: bool) -> None:
+        await super().resume(for_migration=for_migration)
+        self._is_held = self._is_held and not for_migration
+
+    async def hand_over(self, wait_ns: int) -> Handover:
+        self._is_held = False  # from here on only an answer tells whose it is
+        outcome = await super().hand_over(wait_ns)
+        self._is_held = outcome is Handover.REFUSED
+        return outcome
 
     async def _change(self, request: messages.Pause | messages.Resume) -> int:
         at, _ = await self._link.ask(request, messages.At, wait_s=LONG_WAIT_S)
@@ -81,7 +103,23 @@ class QemuGuest(AgentGuest):
             os.close(fd)
 
     async def died(self) -> str:
-        return f"QEMU (pid {self.pid}) or its agent is gone: {await self._link.died()}"
+        reason = await self._link.died()
+        if self._rescuing is None:
+            self._rescuing = asyncio.get_running_loop().create_task(self._rescue())
+        await asyncio.shield(self._rescuing)
+        return f"QEMU (pid {self.pid}) or its agent is gone: {reason}"
+
+    async def _rescue(self) -> None:
+        """An agent that was killed leaves a QEMU that it had stopped: continue it in its place.
+
+        Nobody else can have it: the right to run had not been given away."""
+        if not self._is_held or self._is_stopped_by_user or not self._is_open:
+            return
+        self._is_held = False
+        try:
+            await asyncio.to_thread(_continue, self._path)
+        except MigrationError as exc:
+            log.error("QEMU (pid %d) was stopped, and its agent is gone: %s", self.pid, exc)
 
     async def quit(self) -> None:
         """Let go of the QEMU, which runs on."""
@@ -91,9 +129,20 @@ class QemuGuest(AgentGuest):
         self._is_running = False
         await self._link.end()
         await self._stop_telling()
+        if self._rescuing is not None:
+            await self._rescuing
         self._close_tracking_fd()
         for block in self._blocks:
             os.close(block.fd)
+
+
+def _continue(path: str) -> None:
+    """:raise GuestError: QEMU is gone, or does not do it."""
+    qmp = QmpClient(path)
+    try:
+        qmp.execute("cont")
+    finally:
+        qmp.close()
 
 
 async def attach_qemu(path: str, *, incoming: bool) -> QemuGuest:
@@ -111,4 +160,4 @@ async def attach_qemu(path: str, *, incoming: bool) -> QemuGuest:
         messages.close_all(fds)
         await link.end()
         raise GuestError("the agent did not hand RAM over")
-    return QemuGuest(link, started, fds)
+    return QemuGuest(path, link, started, fds)

@@ -136,7 +136,19 @@ def test_after_a_failure_before_the_handover_the_source_runs_untracked() -> None
         assert not is_tracked(source)
 
 
-def test_a_source_whose_control_process_is_killed_runs_untracked() -> None:
+def agents_of(control: int) -> list[int]:
+    """The agents of QEMUs that a control process has started."""
+    found = []
+    for child in Path(f"/proc/{control}/task/{control}/children").read_text().split():
+        command = Path(f"/proc/{child}/cmdline").read_bytes()
+        found += [int(child)] if b"engine.guest.qemu_agent" in command else []
+    return found
+
+
+@pytest.mark.parametrize("victim", ["control", "agent"])
+def test_a_source_runs_untracked_when_one_of_ramferrys_processes_is_killed(victim: str) -> None:
+    """The guest stands for the switchover at that moment."""
+
     async def scenario(source: Vm, destination: Vm) -> None:
         here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
         there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
@@ -145,7 +157,8 @@ def test_a_source_whose_control_process_is_killed_runs_untracked() -> None:
             async for progress in migration.progress(0.01):
                 if progress.status is engine.Status.PRE_SWITCHOVER:
                     break
-            os.kill(here.pid, signal.SIGKILL)
+            assert source.status == "paused"
+            os.kill(here.pid if victim == "control" else agents_of(here.pid)[0], signal.SIGKILL)
             assert await asyncio.to_thread(source.goes_on)
             assert await asyncio.to_thread(eventually, lambda: not is_tracked(source))
             assert destination.status == "inmigrate"
@@ -154,3 +167,26 @@ def test_a_source_whose_control_process_is_killed_runs_untracked() -> None:
         asyncio.run(scenario(source, destination))
 
         assert source.goes_on()
+
+
+def test_a_guest_that_its_operator_continues_behind_the_last_round_is_not_handed_over() -> None:
+    async def scenario(source: Vm, destination: Vm) -> str:
+        here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
+        there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
+        async with here, there:
+            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
+            async for progress in migration.progress(0.01):
+                if progress.status is engine.Status.PRE_SWITCHOVER:
+                    break
+            source.monitor.ask("cont")
+            await here.execute("migrate-continue", state="pre-switchover")
+            with pytest.raises(engine.MigrationFailed) as failed:
+                await migration.result()
+            return str(failed.value)
+
+    with pair() as (source, destination):
+        assert "the guest runs" in asyncio.run(scenario(source, destination))
+
+        assert source.goes_on()
+        assert not is_tracked(source)
+        assert destination.status == "inmigrate"
