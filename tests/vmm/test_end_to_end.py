@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,12 +37,51 @@ async def migrate(
         return await migration.result()
 
 
+@dataclass
+class Standing:
+    """Both control processes, and a migration that waits for `migrate-continue`."""
+
+    here: engine.Control
+    there: engine.Control
+    migration: engine.Migration
+
+
 def is_tracked(machine: Vm) -> bool:
     """Whether any of its memory is registered with a userfaultfd, or the process is traced."""
     flags = re.findall(r"^VmFlags:(.*)$", Path(f"/proc/{machine.pid}/smaps").read_text(), re.M)
     assert flags
     status = Path(f"/proc/{machine.pid}/status").read_text()
     return any("uw" in each.split() for each in flags) or "TracerPid:\t0" not in status
+
+
+@contextlib.asynccontextmanager
+async def standing(source: Vm, destination: Vm) -> AsyncIterator[Standing]:
+    """A migration whose guest stands for the switchover."""
+    here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
+    there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
+    async with here, there:
+        migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
+        async for progress in migration.progress(0.01):
+            if progress.status is engine.Status.PRE_SWITCHOVER:
+                break
+        assert source.status == "paused"
+        yield Standing(here, there, migration)
+
+
+async def failure(migration: engine.Migration) -> str:
+    """Why it failed; the guest is at the source."""
+    with pytest.raises(engine.MigrationFailed) as failed:
+        await migration.result()
+    return str(failed.value)
+
+
+def agents_of(control: int) -> list[int]:
+    """The agents of QEMUs that a control process has started."""
+    found = []
+    for child in Path(f"/proc/{control}/task/{control}/children").read_text().split():
+        command = Path(f"/proc/{child}/cmdline").read_bytes()
+        found += [int(child)] if b"engine.guest.qemu_agent" in command else []
+    return found
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -113,36 +155,18 @@ def test_after_a_failure_before_the_handover_the_source_runs_untracked() -> None
     """The destination's QEMU dies when the guest has been stopped for it."""
 
     async def scenario(source: Vm, destination: Vm) -> str:
-        here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
-        there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
-        async with here, there:
-            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
-            async for progress in migration.progress(0.01):
-                if progress.status is engine.Status.PRE_SWITCHOVER:
-                    break
-            assert source.status == "paused"
+        async with standing(source, destination) as found:
             assert is_tracked(source)
             destination.process.kill()
-            with pytest.raises(engine.MigrationFailed) as failed:
-                await migration.result()
+            reason = await failure(found.migration)
             assert await asyncio.to_thread(source.goes_on)
-            return str(failed.value)
+            return reason
 
     with pair() as (source, destination):
-        reason = asyncio.run(scenario(source, destination))
+        assert "QEMU" in asyncio.run(scenario(source, destination))
 
-        assert "QEMU" in reason
         assert source.status == "running"
         assert not is_tracked(source)
-
-
-def agents_of(control: int) -> list[int]:
-    """The agents of QEMUs that a control process has started."""
-    found = []
-    for child in Path(f"/proc/{control}/task/{control}/children").read_text().split():
-        command = Path(f"/proc/{child}/cmdline").read_bytes()
-        found += [int(child)] if b"engine.guest.qemu_agent" in command else []
-    return found
 
 
 @pytest.mark.parametrize("victim", ["control", "agent"])
@@ -150,15 +174,9 @@ def test_a_source_runs_untracked_when_one_of_ramferrys_processes_is_killed(victi
     """The guest stands for the switchover at that moment."""
 
     async def scenario(source: Vm, destination: Vm) -> None:
-        here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
-        there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
-        async with here, there:
-            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
-            async for progress in migration.progress(0.01):
-                if progress.status is engine.Status.PRE_SWITCHOVER:
-                    break
-            assert source.status == "paused"
-            os.kill(here.pid if victim == "control" else agents_of(here.pid)[0], signal.SIGKILL)
+        async with standing(source, destination) as found:
+            pid = found.here.pid
+            os.kill(pid if victim == "control" else agents_of(pid)[0], signal.SIGKILL)
             assert await asyncio.to_thread(source.goes_on)
             assert await asyncio.to_thread(eventually, lambda: not is_tracked(source))
             assert destination.status == "inmigrate"
@@ -171,18 +189,10 @@ def test_a_source_runs_untracked_when_one_of_ramferrys_processes_is_killed(victi
 
 def test_a_guest_that_its_operator_continues_behind_the_last_round_is_not_handed_over() -> None:
     async def scenario(source: Vm, destination: Vm) -> str:
-        here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
-        there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
-        async with here, there:
-            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
-            async for progress in migration.progress(0.01):
-                if progress.status is engine.Status.PRE_SWITCHOVER:
-                    break
+        async with standing(source, destination) as found:
             source.monitor.ask("cont")
-            await here.execute("migrate-continue", state="pre-switchover")
-            with pytest.raises(engine.MigrationFailed) as failed:
-                await migration.result()
-            return str(failed.value)
+            await found.here.execute("migrate-continue", state="pre-switchover")
+            return await failure(found.migration)
 
     with pair() as (source, destination):
         assert "the guest runs" in asyncio.run(scenario(source, destination))
@@ -190,3 +200,68 @@ def test_a_guest_that_its_operator_continues_behind_the_last_round_is_not_handed
         assert source.goes_on()
         assert not is_tracked(source)
         assert destination.status == "inmigrate"
+
+
+@pytest.mark.parametrize("victim", ["control", "agent"])
+def test_a_source_runs_when_one_of_the_destinations_processes_is_killed(victim: str) -> None:
+    async def scenario(source: Vm, destination: Vm) -> None:
+        async with standing(source, destination) as found:
+            pid = found.there.pid
+            os.kill(pid if victim == "control" else agents_of(pid)[0], signal.SIGKILL)
+            await failure(found.migration)
+            assert await asyncio.to_thread(source.goes_on)
+            assert destination.status == "inmigrate"
+
+    with pair() as (source, destination):
+        asyncio.run(scenario(source, destination))
+
+        assert source.goes_on()
+        assert not is_tracked(source)
+
+
+def test_a_source_qemu_that_ends_is_told_as_what_it_is() -> None:
+    async def scenario(source: Vm, destination: Vm) -> str:
+        async with standing(source, destination) as found:
+            source.process.kill()
+            reason = await failure(found.migration)
+            assert destination.status == "inmigrate"
+            return reason
+
+    with pair() as (source, destination):
+        assert f"QEMU (pid {source.pid})" in asyncio.run(scenario(source, destination))
+
+
+def test_a_source_qemu_that_hangs_ends_the_migration_and_runs_when_it_is_back() -> None:
+    async def scenario(source: Vm, destination: Vm) -> str:
+        async with standing(source, destination) as found:
+            os.kill(source.pid, signal.SIGSTOP)
+            await found.here.execute("migrate-continue", state="pre-switchover")
+            reason = await failure(found.migration)
+            os.kill(source.pid, signal.SIGCONT)
+            assert await asyncio.to_thread(source.goes_on)
+            assert destination.status == "inmigrate"
+            return reason
+
+    with pair() as (source, destination):
+        assert "in 10 s" in asyncio.run(scenario(source, destination))
+
+        assert not is_tracked(source)
+
+
+def test_the_destinations_qemu_runs_on_when_all_of_ramferry_is_killed_after_the_handover() -> None:
+    async def scenario(source: Vm, destination: Vm) -> None:
+        here = engine.Control.start(source.spec)
+        there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
+        async with here, there:
+            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
+            await migration.result()
+            for each in (here, there):
+                for agent in agents_of(each.pid):
+                    os.kill(agent, signal.SIGKILL)
+                os.kill(each.pid, signal.SIGKILL)
+
+    with pair() as (source, destination):
+        asyncio.run(scenario(source, destination))
+
+        assert destination.goes_on()
+        assert (source.status, destination.status) == ("postmigrate", "running")
