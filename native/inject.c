@@ -273,7 +273,7 @@ static enum outcome prepare(struct job *job, struct held *held)
         return obstacle(job, INJECT_NOT_64_BIT, 0);
     if (frame_has_shadow_stack(held->thread))
         return obstacle(job, INJECT_SHADOW_STACK, 0);
-    if (!frame_is_in_call(held->thread, &held->registers))
+    if (!frame_is_at_rest(held->thread, &held->registers))
         return OUTCOME_AGAIN;
     outcome = check_filters(job, held->thread);
     if (outcome != OUTCOME_DONE)
@@ -374,7 +374,7 @@ static int may_close(const struct job *job)
 /* Try one thread after the other, once each. */
 static enum outcome try_all(struct job *job, pid_t *threads, struct held *held)
 {
-    int count = target_waiting_threads(job->pid, threads, TARGET_THREADS_MAX);
+    int count = target_threads(job->pid, threads, TARGET_THREADS_MAX);
 
     if (count == -ESRCH)
         return obstacle(job, INJECT_GONE, 0);

@@ -1,7 +1,8 @@
 /* A userfaultfd of another process's memory, opened by that process without its help (ptrace).
  *
- * One thread that waits in a system call is stopped, makes two calls (userfaultfd, close) with an
- * instruction that is in its memory already, and is put back; all others run on. No code is written.
+ * One thread, best one that waits in a system call, is stopped, makes two calls (userfaultfd, close)
+ * with an instruction that is in its memory already, and is put back; all others run on. No code is
+ * written.
  *
  * Whoever dies, and when: the changed registers lead, without anybody's help, through `rt_sigreturn`
  * and a frame that was laid below the thread's stack before, back to where the thread was. So the
@@ -23,7 +24,7 @@ enum inject_obstacle {
     INJECT_FILTERED,       /* its seccomp filter forbids the calls, or cannot be read */
     INJECT_SHADOW_STACK,   /* its thread checks its returns; a frame of ours would kill it */
     INJECT_NO_CODE,        /* nowhere in its code are the instructions that are needed */
-    INJECT_NO_SAFE_THREAD, /* none waits in a system call, on a stack that ends in a guard page */
+    INJECT_NO_SAFE_THREAD, /* none is at rest, on a stack that ends in a guard page */
     INJECT_TOO_OLD,        /* the kernel lacks a system call or flag */
     INJECT_REFUSED,        /* the kernel let the process have none: `error` */
     INJECT_FAILED,         /* a system call of ours failed: `error` */

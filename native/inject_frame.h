@@ -37,9 +37,10 @@ struct frame {
 /* Whether the thread runs in the mode that this program was built for. */
 int frame_mode_is_ours(const frame_registers *registers, size_t size);
 
-/* Whether the thread's last instruction was a system call, so that it is in no critical section, and
- * nothing but that call's result is in the making. `thread` is stopped. */
-int frame_is_in_call(pid_t thread, const frame_registers *registers);
+/* Whether the stopped thread may make a call of ours and go on where it was: it waits in a system
+ * call of its own, or it computes and the processor loses nothing by a call, and is in no restartable
+ * sequence (rseq), whose rest must not be run after the kernel was entered. */
+int frame_is_at_rest(pid_t thread, const frame_registers *registers);
 
 /* Whether the processor compares each return with a stack of its own. 1, 0 */
 int frame_has_shadow_stack(pid_t thread);

@@ -75,9 +75,10 @@ static int is_call_at(pid_t thread, uint64_t address)
     return errno == 0 && (uint32_t)((uint64_t)word >> (address % 8 * 8)) == CALL_INSTRUCTION;
 }
 
-/* The kernel has forgotten the call at this stop, and put the thread before its instruction if it
- * shall begin anew. */
-int frame_is_in_call(pid_t thread, const frame_registers *registers)
+/* In a call only: one of ours would lose the longer registers (SVE) of a thread that computes. The
+ * kernel has forgotten the call at this stop, and put the thread before its instruction if it shall
+ * begin anew. */
+int frame_is_at_rest(pid_t thread, const frame_registers *registers)
 {
     return is_call_at(thread, registers->pc) || is_call_at(thread, registers->pc - CALL_BYTES);
 }

@@ -77,15 +77,42 @@ struct xsave_note {
 
 _Static_assert(sizeof(struct xsave_note) == 48, "struct _fpx_sw_bytes has 48 bytes");
 
+/* What PTRACE_GET_RSEQ_CONFIGURATION (Linux 5.13) says. */
+struct rseq_configuration {
+    uint64_t address;
+    uint32_t size, signature, flags, padding;
+};
+
+#define GET_RSEQ_CONFIGURATION 0x420f
+#define RSEQ_SEQUENCE_AT 8 /* in struct rseq: the sequence that is announced, or 0 */
+
+_Static_assert(sizeof(struct rseq_configuration) == 24, "struct ptrace_rseq_configuration");
+
 int frame_mode_is_ours(const frame_registers *registers, size_t size)
 {
     return size == sizeof *registers && registers->cs == USER_CODE_64;
 }
 
-int frame_is_in_call(pid_t thread, const frame_registers *registers)
+/* Whether the thread has announced a restartable sequence, which it may be in; 1 if nobody can say. */
+static int is_in_sequence(pid_t thread)
 {
-    (void)thread;
-    return (int64_t)registers->orig_rax >= 0;
+    struct rseq_configuration configuration;
+    struct iovec here, there;
+    uint64_t sequence;
+
+    if (ptrace(GET_RSEQ_CONFIGURATION, thread, (void *)sizeof configuration, &configuration) < 0)
+        return 1;
+    if (configuration.address == 0)
+        return 0;
+    here = (struct iovec){&sequence, sizeof sequence};
+    there = (struct iovec){(void *)(uintptr_t)(configuration.address + RSEQ_SEQUENCE_AT),
+                           sizeof sequence};
+    return process_vm_readv(thread, &here, 1, &there, 1, 0) != sizeof sequence || sequence != 0;
+}
+
+int frame_is_at_rest(pid_t thread, const frame_registers *registers)
+{
+    return (int64_t)registers->orig_rax >= 0 || !is_in_sequence(thread);
 }
 
 int frame_has_shadow_stack(pid_t thread)

@@ -193,27 +193,42 @@ static int is_waiting(pid_t pid, pid_t thread)
     return has_number && number >= 0;
 }
 
-int target_waiting_threads(pid_t pid, pid_t *threads, size_t threads_max)
+/* Append the threads, all but the first of the process, that wait, or those that do not. */
+static int list_threads(pid_t pid, int waiting, pid_t *threads, size_t threads_max, size_t *count)
 {
     char path[64];
-    size_t count = 0;
     struct dirent *entry;
     DIR *tasks;
-    int rc = is_waiting(pid, pid);
+    int rc = 0;
 
-    if (rc == 1)
-        threads[count++] = pid;
     snprintf(path, sizeof path, "/proc/%d/task", (int)pid);
     tasks = opendir(path);
     if (!tasks)
         return errno == ENOENT ? -ESRCH : -errno;
-    while (rc >= 0 && count < threads_max && (entry = readdir(tasks))) {
+    while (rc >= 0 && *count < threads_max && (entry = readdir(tasks))) {
         pid_t thread = (pid_t)strtol(entry->d_name, NULL, 10);
 
-        if (thread > 0 && thread != pid && (rc = is_waiting(pid, thread)) == 1)
-            threads[count++] = thread;
+        if (thread > 0 && thread != pid && (rc = is_waiting(pid, thread)) == waiting)
+            threads[(*count)++] = thread;
     }
     closedir(tasks);
+    return rc < 0 ? rc : 0;
+}
+
+int target_threads(pid_t pid, pid_t *threads, size_t threads_max)
+{
+    size_t count = 0;
+    const int first_waits = is_waiting(pid, pid);
+    int rc = first_waits;
+
+    if (first_waits == 1)
+        threads[count++] = pid;
+    if (rc >= 0)
+        rc = list_threads(pid, 1, threads, threads_max, &count);
+    if (rc >= 0 && first_waits == 0 && count < threads_max)
+        threads[count++] = pid;
+    if (rc >= 0)
+        rc = list_threads(pid, 0, threads, threads_max, &count);
     return rc < 0 ? rc : (int)count;
 }
 

@@ -10,9 +10,9 @@
  * -ENOEXEC for a 32-bit program, or -errno. */
 int target_find_code(pid_t pid, struct frame_code *code);
 
-/* List threads that wait in a system call, the first of the process before others; a thread may have
- * gone on when this returns. Their count, or -errno. */
-int target_waiting_threads(pid_t pid, pid_t *threads, size_t threads_max);
+/* List the threads: those that wait in a system call, the first of the process before others, and then
+ * the rest; a thread may have gone on when this returns. Their count, or -errno. */
+int target_threads(pid_t pid, pid_t *threads, size_t threads_max);
 
 /* Whether [low, high) is within one stack that ends in a guard: below it is nobody's memory. The
  * stack of a handler or a coroutine may have something below it that is in use. 1, 0, -errno. */

@@ -16,13 +16,13 @@ from engine.control.journal import Found, start_time
 from engine.control.notifiers import Side
 from engine.control.status import Status
 from engine.errors import UsageError
-from engine.guest.spec import GuestSpec, QemuSpec, RamSpec, WorkloadSpec
+from engine.guest.spec import GuestSpec, ProcessSpec, QemuSpec, RamSpec, WorkloadSpec
 
 #: A guest that has lost its control process may ask the destination first who has the right to run.
 GUEST_WAIT_S: Final = 30.0
 POLL_S: Final = 0.02
 
-KINDS: Final = {RamSpec: "ram", WorkloadSpec: "workload", QemuSpec: "qemu"}
+KINDS: Final = {RamSpec: "ram", WorkloadSpec: "workload", QemuSpec: "qemu", ProcessSpec: "process"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ async def plan(found: Found | None, spec: GuestSpec, *, incoming: bool) -> Plan:
         )
     if isinstance(spec, WorkloadSpec):
         return await _plan_workload(found, spec, incoming=incoming)
-    if isinstance(spec, QemuSpec):
-        return _plan_qemu(found, spec, incoming=incoming)
+    if isinstance(spec, QemuSpec | ProcessSpec):
+        return _plan_foreign(found, spec, incoming=incoming)
     return _plan_ram(found, spec, incoming=incoming)
 
 
@@ -96,9 +96,9 @@ def _plan_ram(found: Found, spec: RamSpec, *, incoming: bool) -> Plan:
     return Plan(spec, False, text=f"{found.story}; its memory is in '{spec.path}', it runs again")
 
 
-def _plan_qemu(found: Found, spec: QemuSpec, *, incoming: bool) -> Plan:
-    """A QEMU goes on by itself; it is asked anew whether it waits, runs or stands."""
-    text = f"{found.story}; its QEMU is attached to anew"
+def _plan_foreign(found: Found, spec: QemuSpec | ProcessSpec, *, incoming: bool) -> Plan:
+    """It goes on by itself; whether it waits, runs or stands is looked at anew."""
+    text = f"{found.story}; its guest is attached to anew"
     if found.is_unknown:
         text += ", and nobody has said whether the guest runs on the other side: look there first"
     return Plan(spec, incoming, is_unknown=found.is_unknown, text=text)

@@ -13,12 +13,13 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from engine import _native
-from engine.errors import MemoryRefused
+from engine.errors import MemoryRefused, shown
 from engine.guest.tracker import FEATURES
-from engine.memory.blocks import PAGE_SIZE, STRIPE_SIZE
+from engine.memory.blocks import PAGE_SIZE, STRIPE_SIZE, RamBlock
+from engine.memory.tracking import TrackerName
 
 log = logging.getLogger("ramferry.guest")
 
@@ -35,8 +36,8 @@ OBSTACLES: Final = {
     _native.INJECT_SHADOW_STACK: "process {pid} runs with a shadow stack; start it with "
     "GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
     _native.INJECT_NO_CODE: "process {pid} has no code that makes a plain system call",
-    _native.INJECT_NO_SAFE_THREAD: "no thread of process {pid} waits in a system call on a stack "
-    "of its own",
+    _native.INJECT_NO_SAFE_THREAD: "no thread of process {pid} can be stopped at a safe place: on "
+    "a stack that ends in a guard, and in no restartable sequence",
     _native.INJECT_TOO_OLD: "the kernel is too old: userfaultfd and pidfd_getfd are needed",
     _native.INJECT_REFUSED: "the kernel refuses process {pid} a userfaultfd: {error}; "
     "sysctl vm.unprivileged_userfaultfd=1 allows it",
@@ -95,6 +96,71 @@ def others_mapping(inodes: set[tuple[int, int]], pid: int) -> list[int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class ForeignBlock:
+    """A RAM block of the process.
+
+    :ivar block: its descriptor is ours, to be closed.
+    :ivar address: where the process maps it whole."""
+
+    block: RamBlock
+    address: int
+
+
+class ForeignMachine(Protocol):
+    """What an agent drives: a guest in a process that others have started. No event loop; all but
+    `resume` may take long. All raise MigrationError when it cannot be done."""
+
+    pid: int
+    blocks: list[ForeignBlock]
+    is_running: bool  #: as of the last look or order
+
+    @property
+    def what(self) -> str:
+        """The process, as people are told of it."""
+        ...
+
+    def looks_running(self) -> bool:
+        """Look whether it runs: others than we may have stopped or continued it."""
+        ...
+
+    def pause(self) -> int:
+        """Stop it; return the monotonic time (ns) when all stood."""
+        ...
+
+    def resume(self) -> None:
+        """Have it run, without waiting: that happens whatever becomes of this process."""
+        ...
+
+    def confirm(self) -> None:
+        """Wait for what became of the last `resume`, if there was one."""
+        ...
+
+    def save(self) -> tuple[int, int]:
+        """Device state of the stopped guest: a memfd, the caller's, and its size."""
+        ...
+
+    def load(self, state_fd: int, size: int) -> None:
+        """Take a device state over: the guest is whole then, and stands."""
+        ...
+
+    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+        """Begin to track; the tracker stays ours."""
+        ...
+
+    def stop_tracking(self) -> None:
+        """Track no more. Idempotent."""
+        ...
+
+    def end(self) -> None:
+        """Have what waits give up soon."""
+        ...
+
+    def close(self) -> None:
+        """Let it be; nothing may run in another thread any more."""
+        ...
+
+
 @dataclass(slots=True)
 class ForeignTracker:
     """Writes of process `pid` to some of its memory are tracked; owns both descriptors.
@@ -111,6 +177,50 @@ class ForeignTracker:
         """Stop tracking. Only once."""
         os.close(self.uffd)
         os.close(self.pagemap_fd)
+
+
+def check_tracker(wanted: TrackerName | None) -> None:
+    """:raise MemoryRefused: nothing but a userfaultfd sees what a stranger writes."""
+    if wanted not in (None, TrackerName.UFFD):
+        raise MemoryRefused(
+            f"dirty tracker '{wanted.value}' does not work for a process that knows nothing of us; "
+            "working is: uffd-wp"
+        )
+
+
+def open_block(name: str, fd: int, size: int) -> RamBlock:
+    """:raise MemoryRefused: not whole pages of the file's."""
+    page_size = max(os.fstatvfs(fd).f_bsize, PAGE_SIZE)
+    if size <= 0 or size % page_size:
+        raise MemoryRefused(
+            f"memory '{shown(name)}' of {size} bytes is not whole pages of {page_size}"
+        )
+    return RamBlock(name, size, fd, page_size)
+
+
+def check_whole(name: str, mapping: Mapping, size: int, mappings: Sequence[Mapping]) -> None:
+    """:raise MemoryRefused: the file is not mapped once, and from its beginning to its end."""
+    file = (mapping.device, mapping.inode)
+    whole = [each for each in mappings if (each.device, each.inode) == file]
+    covered = sum(each.end - each.start for each in whole)
+    end = max(each.end for each in whole)
+    if covered != size or mapping.offset != 0 or end != mapping.start + size:
+        raise MemoryRefused(
+            f"the file of memory '{shown(name)}' is mapped in part, from an offset, or more than "
+            "once; give it a file of its own"
+        )
+
+
+def check_alone(files: set[tuple[int, int]], pid: int) -> None:
+    """Others' writes would not be seen.
+
+    :raise MemoryRefused: another process maps one of the files, as (device, inode)."""
+    if others := others_mapping(files, pid):
+        numbers = ", ".join(str(each) for each in others)
+        raise MemoryRefused(
+            f"other processes map the memory of process {pid}, too (pid {numbers}), and are not "
+            "tracked yet; end them (a QEMU's vhost-user back ends: use devices of QEMU itself)"
+        )
 
 
 def open_foreign_uffd(pid: int, flags: int) -> tuple[int, int]:

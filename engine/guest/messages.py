@@ -68,12 +68,23 @@ class Attach(Request, frozen=True):
 
 
 class StartQemu(Request, frozen=True):
-    """First request to a new agent of a QEMU. Answer: QemuStarted.
+    """First request to a new agent, for a QEMU. Answer: ForeignStarted.
 
     :ivar qmp: path of its socket, for us alone.
     :ivar incoming: it was started with `-incoming defer`, and shall take a guest over."""
 
     qmp: Text
+    incoming: bool
+
+
+class StartProcess(Request, frozen=True):
+    """First request to a new agent, for any process. Answer: ForeignStarted.
+
+    :ivar path: of the file that it maps as its memory.
+    :ivar incoming: it shall take a memory over, and stands until then."""
+
+    pid: Annotated[int, msgspec.Meta(ge=1)]
+    path: Text
     incoming: bool
 
 
@@ -271,8 +282,8 @@ class Attached(Answer, frozen=True):
     created_path: str
 
 
-class QemuStarted(Answer, frozen=True):
-    """A QEMU's process and RAM blocks; beside it their descriptors, in this order."""
+class ForeignStarted(Answer, frozen=True):
+    """A process and its RAM blocks; beside it their descriptors, in this order."""
 
     pid: int
     names: list[str]
@@ -340,6 +351,7 @@ class Taken(Answer, frozen=True):
 AnyRequest = (
     Start
     | StartQemu
+    | StartProcess
     | Attach
     | Pause
     | Resume
@@ -376,7 +388,7 @@ AnyAnswer = (
     | Count
     | Dirtied
     | Attached
-    | QemuStarted
+    | ForeignStarted
     | Tracked
     | TrackedBlocks
     | State

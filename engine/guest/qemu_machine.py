@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused
-from engine.guest.foreign import ForeignTracker, track_foreign
-from engine.guest.qemu_memory import QemuBlock, check_drives, check_idle, find_blocks
+from engine.guest.foreign import ForeignBlock, ForeignTracker, check_tracker, track_foreign
+from engine.guest.qemu_memory import check_drives, check_idle, find_blocks
 from engine.guest.qmpclient import QmpClient, QmpRefused
 from engine.memory.tracking import TrackerName
 from engine.wire import STATE_BYTES_MAX
@@ -52,7 +52,7 @@ class QemuMachine:
         self._continuing: int | None = None  #: a `cont` whose answer nobody has read yet
         self._ended = threading.Event()
         self._qmp = QmpClient(path)
-        self.blocks: list[QemuBlock] = []
+        self.blocks: list[ForeignBlock] = []
         try:
             self.pid = self._qmp.peer_pid
             self._check_status(incoming)
@@ -77,6 +77,10 @@ class QemuMachine:
             )
         if is_waiting and not incoming:
             raise GuestError("QEMU waits for a migration (-incoming); it has no guest yet")
+
+    @property
+    def what(self) -> str:
+        return f"QEMU (pid {self.pid})"
 
     def _status(self) -> dict[str, Any]:
         return dict(self._qmp.execute("query-status"))
@@ -249,10 +253,7 @@ class QemuMachine:
 
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
         """:raise MemoryRefused: not possible, and why."""
-        if wanted not in (None, TrackerName.UFFD):
-            raise MemoryRefused(
-                f"dirty tracker '{wanted.value}' does not work for a QEMU; working is: uffd-wp"
-            )
+        check_tracker(wanted)
         self.stop_tracking()
         check_idle(self._qmp)
         check_drives(self._qmp)

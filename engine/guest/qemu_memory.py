@@ -6,13 +6,18 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping as Dictionary
-from dataclasses import dataclass
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused, shown
-from engine.guest.foreign import Mapping, others_mapping, read_mappings
+from engine.guest.foreign import (
+    ForeignBlock,
+    Mapping,
+    check_alone,
+    check_whole,
+    open_block,
+    read_mappings,
+)
 from engine.guest.qmpclient import QmpClient, QmpRefused
-from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.wire import BLOCKS_MAX
 
 FILE_TYPES: Final = ("memory-backend-file", "memory-backend-memfd", "memory-backend-shm")
@@ -25,18 +30,7 @@ SHARED: Final = (
 RAMBLOCK: Final = re.compile(r"^\s*(\S+)\s+\d+ [KMGT]iB(?:\s+0x[0-9a-f]+){3}\s+0x([0-9a-f]+)")
 
 
-@dataclass(frozen=True, slots=True)
-class QemuBlock:
-    """One memory backend.
-
-    :ivar block: its descriptor is ours, `close` gives it back.
-    :ivar address: where QEMU maps it whole."""
-
-    block: RamBlock
-    address: int
-
-
-def find_blocks(qmp: QmpClient, pid: int) -> list[QemuBlock]:
+def find_blocks(qmp: QmpClient, pid: int) -> list[ForeignBlock]:
     """All of the QEMU's RAM backends, sorted by name; the caller closes their descriptors.
 
     :raise GuestError: QEMU does not answer.
@@ -60,8 +54,8 @@ def find_blocks(qmp: QmpClient, pid: int) -> list[QemuBlock]:
             found = _find(name, size, addresses, _path_of(qmp, name, types[name]), mappings)
             fd = _open(pid, found)
             undo.callback(os.close, fd)
-            blocks.append(QemuBlock(_block(name, size, fd), found.start))
-        _check_alone({(each.device, each.inode) for each in _mappings_of(blocks, mappings)}, pid)
+            blocks.append(ForeignBlock(open_block(name, fd, size), found.start))
+        check_alone({(each.device, each.inode) for each in _mappings_of(blocks, mappings)}, pid)
         undo.pop_all()
     return blocks
 
@@ -137,13 +131,7 @@ def _find(
             "places would fit); QEMU 8.1 and newer say it"
         )
     only = candidates[0]
-    whole = [each for each in mappings if (each.device, each.inode) == (only.device, only.inode)]
-    covered = sum(each.end - each.start for each in whole)
-    if covered != size or only.offset != 0 or max(each.end for each in whole) != only.start + size:
-        raise MemoryRefused(
-            f"the file of memory backend '{shown(name)}' is mapped in part, from an offset, or "
-            "more than once; give each backend a file of its own"
-        )
+    check_whole(name, only, size, mappings)
     return only
 
 
@@ -164,28 +152,9 @@ def _open(pid: int, mapping: Mapping) -> int:
         raise _not_ours(pid, exc) from exc
 
 
-def _block(name: str, size: int, fd: int) -> RamBlock:
-    page_size = max(os.fstatvfs(fd).f_bsize, PAGE_SIZE)
-    if size % page_size:
-        raise MemoryRefused(
-            f"memory backend '{shown(name)}' of {size} bytes is not whole pages of {page_size}"
-        )
-    return RamBlock(name, size, fd, page_size)
-
-
-def _mappings_of(blocks: list[QemuBlock], mappings: list[Mapping]) -> list[Mapping]:
+def _mappings_of(blocks: list[ForeignBlock], mappings: list[Mapping]) -> list[Mapping]:
     starts = {each.address for each in blocks}
     return [each for each in mappings if each.start in starts]
-
-
-def _check_alone(inodes: set[tuple[int, int]], pid: int) -> None:
-    """Others' writes would not be seen."""
-    if others := others_mapping(inodes, pid):
-        numbers = ", ".join(str(each) for each in others)
-        raise MemoryRefused(
-            f"other processes map this QEMU's RAM, too (pid {numbers}): vhost-user back ends are "
-            "not tracked yet; end them, or use devices of QEMU itself"
-        )
 
 
 def check_drives(qmp: QmpClient) -> None:

@@ -11,7 +11,7 @@ from engine.errors import UsageError, shown
 from engine.guest import messages
 from engine.guest.backing import HUGE_1G, HUGE_2M, check_available, make_ram
 from engine.guest.base import Guest, TrackerName
-from engine.guest.qemu import attach_qemu
+from engine.guest.foreignguest import attach_process, attach_qemu
 from engine.guest.ram import RamGuest
 from engine.guest.rundir import check_rundir, default_rundir
 from engine.guest.workload import WorkloadGuest, adopt_workload, start_workload
@@ -20,7 +20,7 @@ from engine.sizes import parse_size
 
 PATTERNS: Final = ("sweep", "random", "hotspot", "append")
 CONTENTS: Final = ("zero", "text", "heap", "random", "mixed")
-NOT_YET: Final = ("process", "handoff")
+NOT_YET: Final = ("handoff",)
 PATH_BYTES_MAX: Final = 4095  #: the kernel's PATH_MAX, less its final zero
 
 
@@ -79,8 +79,21 @@ class QemuSpec:
     qmp: str
 
 
-GuestSpec = RamSpec | WorkloadSpec | QemuSpec
-SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec, QemuSpec)
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """`process:`: any that maps the file as its memory."""
+
+    pid: int
+    path: str
+
+
+GuestSpec = RamSpec | WorkloadSpec | QemuSpec | ProcessSpec
+SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec, QemuSpec, ProcessSpec)
+#: What kinds that have no size need, and how it looks.
+NEEDED: Final = {
+    "qemu": ({"qmp"}, "qmp=, like qemu:qmp=/run/guest.qmp"),
+    "process": ({"pid", "path"}, "pid= and path=, like process:pid=4711,path=/dev/shm/cache"),
+}
 
 
 # -- values: each raises ValueError with what is allowed -----------------------------------------
@@ -163,6 +176,7 @@ PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "fill": _switch,
     "socket": _path,
     "qmp": _path,
+    "pid": _number(1, 2**22),
     "rundir": _path,
     "tracker": _tracker,
 }
@@ -187,11 +201,15 @@ def parse_guest_spec(text: str) -> GuestSpec:
         return spec
     if kind == "qemu":
         return _parse(QemuSpec, kind, rest)
+    if kind == "process":
+        return _parse(ProcessSpec, kind, rest)
     if kind in NOT_YET:
-        raise UsageError(f"guest kind '{kind}' is not built yet; there are: ram, workload, qemu")
+        raise UsageError(
+            f"guest kind '{kind}' is not built yet; there are: ram, workload, qemu, process"
+        )
     raise UsageError(
         f"guest '{shown(text)}' is of no known kind; allowed: ram:size=..., workload:size=..., "
-        "qemu:qmp=..."
+        "qemu:qmp=..., process:pid=...,path=..."
     )
 
 
@@ -222,9 +240,10 @@ def _check_together(kind: str, values: dict[str, Any]) -> None:
             raise UsageError(
                 f"guest '{kind}': socket= adopts a guest as it is; only tracker= may go with it"
             )
-    elif kind == "qemu":
-        if "qmp" not in values:
-            raise UsageError("guest 'qemu' needs qmp=, like qemu:qmp=/run/guest.qmp")
+    elif kind in NEEDED:
+        names, text = NEEDED[kind]
+        if not names <= set(values):
+            raise UsageError(f"guest '{kind}' needs {text}")
     elif "size" not in values:
         raise UsageError(f"guest '{kind}' needs size=, like {kind}:size=2G")
     if "path" in values and "hugetlb" in values:
@@ -248,6 +267,8 @@ async def open_guest(spec: GuestSpec, *, incoming: bool, run: bool = True) -> Gu
         return await open_workload(spec, incoming=incoming, run=run)
     if isinstance(spec, QemuSpec):
         return await attach_qemu(spec.qmp, incoming=incoming)
+    if isinstance(spec, ProcessSpec):
+        return await attach_process(spec.pid, spec.path, incoming=incoming)
     return RamGuest(
         make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize), incoming=incoming, run=run
     )

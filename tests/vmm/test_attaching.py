@@ -14,7 +14,7 @@ import pytest
 
 from engine.errors import MigrationError
 from engine.guest.base import TrackerName
-from engine.guest.qemu import QemuGuest, attach_qemu
+from engine.guest.foreignguest import ForeignGuest, attach_qemu
 from engine.memory.blocks import PAGE_SIZE, STRIPE_SIZE
 from engine.memory.tracking import Tracking
 from tests.guest.support import run
@@ -25,7 +25,7 @@ FILE = "memory-backend-file,id=ram0,size=64M"
 
 
 @contextlib.asynccontextmanager
-async def attached(machine: Vm, *, incoming: bool = False) -> AsyncIterator[QemuGuest]:
+async def attached(machine: Vm, *, incoming: bool = False) -> AsyncIterator[ForeignGuest]:
     guest = await attach_qemu(f"{machine.directory}/ramferry.qmp", incoming=incoming)
     try:
         yield guest
@@ -126,7 +126,10 @@ def test_memory_that_another_process_maps_is_refused() -> None:
             assert other.stdout is not None
             other.stdout.readline()
 
-            assert f"other processes map this QEMU's RAM, too (pid {other.pid})" in refusal(machine)
+            assert (
+                f"other processes map the memory of process {machine.pid}, too (pid {other.pid})"
+                in refusal(machine)
+            )
 
             other.communicate(b"\n")
         assert machine.goes_on()
@@ -178,7 +181,7 @@ def test_other_trackers_and_throttling_are_refused() -> None:
         run(scenario(machine))
 
 
-def harvest(guest: QemuGuest, tracking: Tracking) -> list[bytearray]:
+def harvest(guest: ForeignGuest, tracking: Tracking) -> list[bytearray]:
     """The pages written since the last harvest, a bitmap a block."""
     from engine import _native
 

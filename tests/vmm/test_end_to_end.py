@@ -80,7 +80,7 @@ def agents_of(control: int) -> list[int]:
     found = []
     for child in Path(f"/proc/{control}/task/{control}/children").read_text().split():
         command = Path(f"/proc/{child}/cmdline").read_bytes()
-        found += [int(child)] if b"engine.guest.qemu_agent" in command else []
+        found += [int(child)] if b"engine.guest.foreign_agent" in command else []
     return found
 
 
@@ -163,7 +163,7 @@ def test_after_a_failure_before_the_handover_the_source_runs_untracked() -> None
             return reason
 
     with pair() as (source, destination):
-        assert "QEMU" in asyncio.run(scenario(source, destination))
+        assert f"qemu (pid {destination.pid})" in asyncio.run(scenario(source, destination))
 
         assert source.status == "running"
         assert not is_tracked(source)
@@ -228,7 +228,7 @@ def test_a_source_qemu_that_ends_is_told_as_what_it_is() -> None:
             return reason
 
     with pair() as (source, destination):
-        assert f"QEMU (pid {source.pid})" in asyncio.run(scenario(source, destination))
+        assert f"qemu (pid {source.pid})" in asyncio.run(scenario(source, destination))
 
 
 def test_a_source_qemu_that_hangs_ends_the_migration_and_runs_when_it_is_back() -> None:

@@ -1,8 +1,8 @@
-"""The agent of a QEMU: `python -m engine.guest.qemu_agent FD`, started by control.
+"""The agent of a process that knows nothing of us: `python -m engine.guest.foreign_agent FD`.
 
-It is between control and a QEMU that knows nothing of either. It holds the right to run, QEMU's QMP
-connection and the userfaultfd, so a death of control leaves a source guest that runs untracked. It
-never ends the QEMU, and does not wait to be adopted: a new control process attaches anew.
+It is between control, which starts it, and a QEMU or another process. It holds the right to run and
+the userfaultfd, so a death of control leaves a source guest that runs untracked. It never ends the
+process, and does not wait to be adopted: a new control process attaches anew.
 """
 
 from __future__ import annotations
@@ -20,42 +20,54 @@ from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOv
 from engine.guest import messages
 from engine.guest.agent import Agent
 from engine.guest.base import Role
-from engine.guest.foreign import REASON
+from engine.guest.foreign import REASON, ForeignMachine
 from engine.guest.messages import Reply
+from engine.guest.process_machine import ProcessMachine
 from engine.guest.qemu_machine import QemuMachine
 from engine.memory.tracking import TrackerName
 
 
-class QemuAgent(Agent):
-    """One QEMU, one control connection."""
+class ForeignAgent(Agent):
+    """One process, one control connection."""
 
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
-        self._qemu: QemuMachine | None = None
+        self._foreign: ForeignMachine | None = None
         self._pidfd = -1
 
     def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
-        handler = QEMU_HANDLERS.get(type(request))
+        handler = FOREIGN_HANDLERS.get(type(request))
         return super()._do(request, fds) if handler is None else handler(self, request, fds)
 
-    def _need_qemu(self) -> QemuMachine:
-        if self._qemu is None:
-            raise GuestError("the agent is not attached to a QEMU yet")
-        return self._qemu
+    def _need_foreign(self) -> ForeignMachine:
+        if self._foreign is None:
+            raise GuestError("the agent is not attached yet")
+        return self._foreign
 
     # -- life ------------------------------------------------------------------------------------
 
     async def _start_qemu(self, request: messages.StartQemu, _fds: list[int]) -> Reply:
-        if self.role is not Role.NEW or self._qemu is not None:
-            raise GuestError("the agent is attached already")
         path, incoming = request.qmp, request.incoming
-        machine = await self._in_thread(lambda: QemuMachine(path, incoming=incoming))
-        self._qemu = machine
+        return await self._attach_to(request, lambda: QemuMachine(path, incoming=incoming))
+
+    async def _start_process(self, request: messages.StartProcess, _fds: list[int]) -> Reply:
+        pid, path, incoming = request.pid, request.path, request.incoming
+        return await self._attach_to(request, lambda: ProcessMachine(pid, path, incoming=incoming))
+
+    async def _attach_to(
+        self,
+        request: messages.StartQemu | messages.StartProcess,
+        open_machine: Callable[[], ForeignMachine],
+    ) -> Reply:
+        if self.role is not Role.NEW or self._foreign is not None:
+            raise GuestError("the agent is attached already")
+        machine: ForeignMachine = await self._in_thread(open_machine)
+        self._foreign = machine
         self._watch(machine.pid)
-        self.role = Role.INCOMING if incoming else Role.OWNER
+        self.role = Role.INCOMING if request.incoming else Role.OWNER
         self._standing.by_user = not machine.is_running
         blocks = [each.block for each in machine.blocks]
-        started = messages.QemuStarted(
+        started = messages.ForeignStarted(
             request.id,
             machine.pid,
             [block.name for block in blocks],
@@ -66,26 +78,26 @@ class QemuAgent(Agent):
         return Reply(started, [block.fd for block in blocks])
 
     def _watch(self, pid: int) -> None:
-        """Without its QEMU an agent is nothing."""
+        """Without its process an agent is nothing."""
         try:
             self._pidfd = os.pidfd_open(pid)
         except OSError as exc:
-            raise GuestError(f"QEMU (pid {pid}) has ended") from exc
+            raise GuestError(f"process {pid} has ended") from exc
         asyncio.get_running_loop().add_reader(self._pidfd, self._end.set)
 
     async def _give_back(self) -> None:
-        if self._qemu is not None:
-            self._qemu.end()
+        if self._foreign is not None:
+            self._foreign.end()
         await super()._give_back()
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
-        if self._qemu is None:
+        if self._foreign is None:
             return
         self._free()
         with contextlib.suppress(MigrationError):
-            self._qemu.confirm()
-        self._qemu.close()
+            self._foreign.confirm()
+        self._foreign.close()
 
     def _free(self) -> None:
         """The engine's reasons to hold the guest have ended with it."""
@@ -99,9 +111,9 @@ class QemuAgent(Agent):
         self._free()
         if self._is_unknown:
             text = (
-                f"ramferry qemu agent[{os.getpid()}]: its control process is gone, and nobody has "
-                "said whether the guest runs at the destination; QEMU stays stopped. Look there "
-                "before you continue it\n"
+                f"ramferry agent[{os.getpid()}]: its control process is gone, and nobody has "
+                "said whether the guest runs at the destination; "
+                f"{self._need_foreign().what} stays stopped. Look there before you continue it\n"
             )
             with contextlib.suppress(OSError):  # stderr may have gone with control
                 os.write(sys.stderr.fileno(), text.encode())
@@ -111,10 +123,10 @@ class QemuAgent(Agent):
 
     def _apply(self) -> None:
         if self.role is Role.OWNER and self._standing.may_run:
-            self._need_qemu().resume()
+            self._need_foreign().resume()
 
     def _at(self, request_id: int, at_ns: int) -> messages.At:
-        running = self._need_qemu().is_running
+        running = self._need_foreign().is_running
         return messages.At(request_id, at_ns, running, self._standing.by_user)
 
     def _taken(self) -> None:
@@ -124,85 +136,90 @@ class QemuAgent(Agent):
         task.add_done_callback(self._answered)
 
     async def _confirm_taken(self) -> None:
-        """The guest is ours, whatever QEMU says; but somebody should know."""
+        """The guest is ours, whether it runs or not; but somebody should know."""
         try:
-            await self._in_thread(self._need_qemu().confirm)
+            await self._in_thread(self._need_foreign().confirm)
         except MigrationError as exc:
-            text = f"ramferry qemu agent[{os.getpid()}]: the guest is here and stands: {exc}\n"
+            text = f"ramferry agent[{os.getpid()}]: the guest is here and stands: {exc}\n"
             with contextlib.suppress(OSError):
                 os.write(sys.stderr.fileno(), text.encode())
 
     async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
-        qemu = self._need_qemu()
+        foreign = self._need_foreign()
         async with self._one_at_a_time:
             if not self._standing.by_engine:  # its operator has monitors of his own
-                self._standing.by_user = not await self._in_thread(qemu.looks_running)
+                self._standing.by_user = not await self._in_thread(foreign.looks_running)
             self._standing.change(stands=True, for_migration=request.for_migration)
-            return Reply(self._at(request.id, await self._in_thread(qemu.pause)))
+            return Reply(self._at(request.id, await self._in_thread(foreign.pause)))
 
     async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
         reply = await super()._resume_asked(request, _fds)
-        await self._in_thread(self._need_qemu().confirm)
+        await self._in_thread(self._need_foreign().confirm)
         return reply
 
     async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
         if request.percent:
-            raise GuestError("a QEMU cannot be throttled from outside yet; auto-converge=off")
+            raise GuestError(
+                f"{self._need_foreign().what} cannot be throttled yet; auto-converge=off"
+            )
         return Reply(messages.Done(request.id))
 
     # -- tracking and device state ---------------------------------------------------------------
 
     async def _start_tracking(self, request: messages.StartTracking, _fds: list[int]) -> Reply:
-        qemu = self._need_qemu()
+        foreign = self._need_foreign()
         try:
             wanted = TrackerName(request.wanted) if request.wanted else None
         except ValueError as exc:
             raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
         async with self._one_at_a_time:
-            tracker = await self._in_thread(lambda: qemu.start_tracking(wanted))
-        addresses = [each.address for each in qemu.blocks]
-        reason = f"{REASON} {qemu.pid}; a thread of it stood for {tracker.stopped_ns // 1000} us"
+            tracker = await self._in_thread(lambda: foreign.start_tracking(wanted))
+        addresses = [each.address for each in foreign.blocks]
+        reason = f"{REASON} {foreign.pid}; a thread of it stood for {tracker.stopped_ns // 1000} us"
         tracked = messages.TrackedBlocks(request.id, TrackerName.UFFD.value, addresses, reason)
         return Reply(tracked, [tracker.pagemap_fd])
 
     async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
-            await self._in_thread(self._need_qemu().stop_tracking)
+            await self._in_thread(self._need_foreign().stop_tracking)
         return Reply(messages.Done(request.id))
 
     async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
             if self.role is not Role.OWNER or not self._standing.by_engine:
                 raise GuestError("only a guest that the engine holds is saved")
-            fd, size = await self._in_thread(self._need_qemu().save)
+            fd, size = await self._in_thread(self._need_foreign().save)
         return Reply(messages.LongState(request.id, size), spent=[fd])
 
     async def _load_long(self, request: messages.LoadLongState, fds: list[int]) -> Reply:
         if self.role is not Role.INCOMING or len(fds) != 1:
             raise GuestError("only a guest that waits for a migration takes a state")
         async with self._one_at_a_time:
-            await self._in_thread(lambda: self._need_qemu().load(fds[0], request.size))
+            await self._in_thread(lambda: self._need_foreign().load(fds[0], request.size))
         return Reply(messages.Done(request.id))
 
     async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
-        if await self._in_thread(self._need_qemu().looks_running):
-            raise NotHandedOver("somebody else continued the QEMU behind the last round")
+        if await self._in_thread(self._need_foreign().looks_running):
+            raise NotHandedOver("somebody else continued the guest behind the last round")
         return await super()._hand_over(request, _fds)
 
     async def _refuse(self, request: messages.Request, _fds: list[int]) -> Reply:
-        raise GuestError(f"{type(request).__name__} is not for a QEMU")
+        raise GuestError(f"{type(request).__name__} is not for {self._need_foreign().what}")
 
 
-QEMU_HANDLERS: Final[Mapping[type, Callable[[QemuAgent, Any, list[int]], Awaitable[Reply]]]] = {
-    messages.StartQemu: QemuAgent._start_qemu,
-    messages.Pause: QemuAgent._pause,
-    messages.Resume: QemuAgent._resume_asked,
-    messages.Throttle: QemuAgent._throttle,
-    messages.StartTracking: QemuAgent._start_tracking,
-    messages.StopTracking: QemuAgent._stop_tracking,
-    messages.SaveState: QemuAgent._save,
-    messages.LoadLongState: QemuAgent._load_long,
-    messages.HandOver: QemuAgent._hand_over,
+FOREIGN_HANDLERS: Final[
+    Mapping[type, Callable[[ForeignAgent, Any, list[int]], Awaitable[Reply]]]
+] = {
+    messages.StartQemu: ForeignAgent._start_qemu,
+    messages.StartProcess: ForeignAgent._start_process,
+    messages.Pause: ForeignAgent._pause,
+    messages.Resume: ForeignAgent._resume_asked,
+    messages.Throttle: ForeignAgent._throttle,
+    messages.StartTracking: ForeignAgent._start_tracking,
+    messages.StopTracking: ForeignAgent._stop_tracking,
+    messages.SaveState: ForeignAgent._save,
+    messages.LoadLongState: ForeignAgent._load_long,
+    messages.HandOver: ForeignAgent._hand_over,
     **dict.fromkeys(
         (
             messages.Start,
@@ -217,7 +234,7 @@ QEMU_HANDLERS: Final[Mapping[type, Callable[[QemuAgent, Any, list[int]], Awaitab
             messages.LoadState,
             messages.Judge,
         ),
-        QemuAgent._refuse,
+        ForeignAgent._refuse,
     ),
 }
 
@@ -229,7 +246,7 @@ def main() -> None:
     control.set_inheritable(False)
 
     async def run() -> None:
-        await QemuAgent(control).run()
+        await ForeignAgent(control).run()
 
     asyncio.run(run())
 

@@ -1,10 +1,12 @@
-"""A running, unmodified QEMU as a guest: `--guest qemu:qmp=PATH`."""
+"""Guests in processes that others have started: `--guest qemu:...` and `--guest process:...`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import signal
+from collections.abc import Callable
 from typing import Final
 
 from engine.errors import GuestError, MigrationError
@@ -18,22 +20,29 @@ from engine.wire import STATE_BYTES_MAX
 
 log = logging.getLogger("ramferry.guest")
 
-AGENT: Final = "engine.guest.qemu_agent"
+AGENT: Final = "engine.guest.foreign_agent"
 ATTACH_WAIT_S: Final = 30.0  #: QMP, and a look at the mappings of all processes
 #: To inject, and to call terabytes clean; a `stop` that waits for disks; QEMU's own migration.
 LONG_WAIT_S: Final = 40.0
 
 
-class QemuGuest(AgentGuest):
-    """A QEMU that others have started and will end; owns the agent's process and the descriptors of
-    RAM."""
+class ForeignGuest(AgentGuest):
+    """A process that others have started and will end; owns the agent's process and the descriptors
+    of RAM."""
 
     def __init__(
-        self, path: str, link: AgentLink, started: messages.QemuStarted, fds: list[int]
+        self,
+        kind: str,
+        proceed: Callable[[], None],
+        link: AgentLink,
+        started: messages.ForeignStarted,
+        fds: list[int],
     ) -> None:
-        """Take link and descriptors over."""
+        """Take link and descriptors over.
+
+        :param proceed: has the process run, without an agent."""
         super().__init__(link, running=started.running, stopped=not started.running)
-        self._path, self.pid = path, started.pid
+        self._kind, self._proceed, self.pid = kind, proceed, started.pid
         self._is_held = False  #: stopped for a migration, and still its own
         self._rescuing: asyncio.Task[None] | None = None
         shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
@@ -41,7 +50,7 @@ class QemuGuest(AgentGuest):
 
     @property
     def kind(self) -> str:
-        return "qemu"
+        return self._kind
 
     @property
     def blocks(self) -> tuple[RamBlock, ...]:
@@ -107,22 +116,22 @@ class QemuGuest(AgentGuest):
         if self._rescuing is None:
             self._rescuing = asyncio.get_running_loop().create_task(self._rescue())
         await asyncio.shield(self._rescuing)
-        return f"QEMU (pid {self.pid}) or its agent is gone: {reason}"
+        return f"{self._kind} (pid {self.pid}) or its agent is gone: {reason}"
 
     async def _rescue(self) -> None:
-        """An agent that was killed leaves a QEMU that it had stopped: continue it in its place.
+        """An agent that was killed leaves what it had stopped: continue it in its place.
 
         Nobody else can have it: the right to run had not been given away."""
         if not self._is_held or self._is_stopped_by_user or not self._is_open:
             return
         self._is_held = False
         try:
-            await asyncio.to_thread(_continue, self._path)
-        except MigrationError as exc:
-            log.error("QEMU (pid %d) was stopped, and its agent is gone: %s", self.pid, exc)
+            await asyncio.to_thread(self._proceed)
+        except (MigrationError, OSError) as exc:
+            log.error("%s (pid %d) stands, and its agent is gone: %s", self._kind, self.pid, exc)
 
     async def quit(self) -> None:
-        """Let go of the QEMU, which runs on."""
+        """Let go of the process, which lives on."""
         if not self._is_open:
             return
         self._is_open = False
@@ -136,7 +145,7 @@ class QemuGuest(AgentGuest):
             os.close(block.fd)
 
 
-def _continue(path: str) -> None:
+def _continue_qemu(path: str) -> None:
     """:raise GuestError: QEMU is gone, or does not do it."""
     qmp = QmpClient(path)
     try:
@@ -145,14 +154,34 @@ def _continue(path: str) -> None:
         qmp.close()
 
 
-async def attach_qemu(path: str, *, incoming: bool) -> QemuGuest:
+async def attach_qemu(path: str, *, incoming: bool) -> ForeignGuest:
     """Attach to the QEMU whose QMP server listens at `path`; it runs or stands as before.
 
     :raise MigrationError: one line that says what is missing; the QEMU is as before."""
+    where = os.path.abspath(path)
     link = start_agent(AGENT)
+    request = messages.StartQemu(link.next_id(), where, incoming)
+    return await _attach("qemu", lambda: _continue_qemu(where), link, request)
+
+
+async def attach_process(pid: int, path: str, *, incoming: bool) -> ForeignGuest:
+    """Attach to a process that maps the file; one that takes a memory over stands until then.
+
+    :raise MigrationError: one line that says what is missing; the process is as before."""
+    link = start_agent(AGENT)
+    request = messages.StartProcess(link.next_id(), pid, os.path.abspath(path), incoming)
+    return await _attach("process", lambda: os.kill(pid, signal.SIGCONT), link, request)
+
+
+async def _attach(
+    kind: str,
+    proceed: Callable[[], None],
+    link: AgentLink,
+    request: messages.StartQemu | messages.StartProcess,
+) -> ForeignGuest:
+    """Take the link over, also on failure."""
     try:
-        request = messages.StartQemu(link.next_id(), os.path.abspath(path), incoming)
-        started, fds = await link.ask(request, messages.QemuStarted, wait_s=ATTACH_WAIT_S)
+        started, fds = await link.ask(request, messages.ForeignStarted, wait_s=ATTACH_WAIT_S)
     except (MigrationError, asyncio.CancelledError):
         await link.end()
         raise
@@ -160,4 +189,4 @@ async def attach_qemu(path: str, *, incoming: bool) -> QemuGuest:
         messages.close_all(fds)
         await link.end()
         raise GuestError("the agent did not hand RAM over")
-    return QemuGuest(path, link, started, fds)
+    return ForeignGuest(kind, proceed, link, started, fds)
