@@ -188,9 +188,6 @@ def delta_cache_set_zero(
     """The runs' pages are sent as zero pages; they come into the cache by the rule of delta_batch,
     and take no memory."""
 
-def delta_cache_drop(cache: DeltaCache, block_index: int, runs: Buffer, run_count: int) -> None:
-    """The runs' pages are sent another way: forget them."""
-
 def delta_batch(
     cache: DeltaCache,
     block_index: int,
@@ -304,11 +301,16 @@ def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count:
     All runs are checked before the first byte is written."""
 
 def packet_runs_check(
-    data_runs: Buffer, encoded_count: int, gathered_count: int, zero_runs: Buffer, page_count: int
+    data_runs: Buffer,
+    encoded_count: int,
+    gathered_count: int,
+    zero_runs: Buffer,
+    page_count: int,
+    unit_pages: int,
 ) -> None:
     """Check all runs of a packet against a block: the encoded ones (the first `encoded_count` data
     runs), the gathered ones (the next `gathered_count`), the direct ones and the zero ones must
-    each be ascending, and no page be there twice.
+    each be ascending, no page be there twice, and each run be whole units of `unit_pages`.
 
     :raise ValueError: names the first run that is wrong."""
 
@@ -363,8 +365,10 @@ def workload_start(
     write."""
 
 def workload_set_bitmap(workload: Workload, written_bitmap: Buffer | None) -> None: ...
-def workload_pause(workload: Workload) -> int:
-    """Park every vCPU between two page writes; return how long it took in ns."""
+def workload_pause(workload: Workload, wait_ns: int) -> int:
+    """Park every vCPU between two page writes; return how long it took in ns.
+
+    :raise TimeoutError: a vCPU is still within a write, for a page that is missing; all run on."""
 
 def workload_resume(workload: Workload) -> None: ...
 def workload_throttle(workload: Workload, percent: int) -> None:
@@ -389,6 +393,9 @@ def workload_save(workload: Workload) -> bytes:
 def workload_load(workload: Workload, state: bytes) -> None:
     """Take over a state; ValueError says what is wrong with hostile bytes, nothing is changed
     then."""
+
+def workload_end(workload: Workload) -> None:
+    """Tell the threads to end, and do not wait for it; `workload_stop` does."""
 
 def workload_stop(workload: Workload) -> None:
     """Stop and join the threads; the RAM is no longer touched. Idempotent."""
@@ -433,10 +440,12 @@ def insert_zero(
     """The runs' pages, which were never placed, are zero: set their `received` bits and wake who
     waits; memory is had when a vCPU touches them. Return how many bits were clear."""
 
-def discard_missing(fd: int, received: Buffer, page_count: int, unit_pages: int) -> int:
-    """Punch every page whose `received` bit is clear; return how many there are. A unit of which
-    any page is not received is punched whole, and all its bits are cleared. Only before the guest
-    runs: afterwards a page may be there, and written, before its bit is set."""
+def discard_stale(
+    fd: int, received: Buffer, stale: Buffer, page_count: int, unit_pages: int
+) -> int:
+    """Punch every unit of which a page's `stale` bit is set; return how many pages that were. The
+    `received` bits of those units are cleared before, the `stale` bits after. Only before the
+    guest runs: afterwards a page may be there, and written, before its bit is set."""
 
 def bitmap_widen(bitmap: Buffer, page_count: int, unit_pages: int) -> int:
     """Set all bits of each unit that has one; return how many were clear."""

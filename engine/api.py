@@ -50,6 +50,7 @@ class Statistics:
     :ivar phases_ns: where the downtime went.
     :ivar is_outcome_unknown: it failed in the handover; the guest may run at the destination, and
         stays stopped at the source.
+    :ivar postcopy: empty until the guest runs at the destination without all its pages.
     :ivar raw: the answer as QMP gives it.
     """
 
@@ -75,6 +76,7 @@ class Statistics:
     phases_ns: Mapping[str, int] = field(default_factory=dict)
     channels: tuple[Mapping[str, int], ...] = ()
     compression: Mapping[str, Any] = field(default_factory=dict)
+    postcopy: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -104,6 +106,7 @@ class Statistics:
             phases_ns=info.get("x-downtime-phases", {}),
             channels=tuple(info.get("x-channels", ())),
             compression=info.get("x-compression", {}),
+            postcopy=info.get("x-postcopy", {}),
             raw=dict(info),
         )
 
@@ -146,8 +149,30 @@ class Migration:
         return statistics
 
     async def cancel(self) -> None:
-        """Ask for the end; `result` then raises MigrationFailed."""
+        """Ask for the end; `result` then raises MigrationFailed.
+
+        :raise UsageError: the guest runs at the destination and lacks pages."""
         await self._source.execute("migrate_cancel")
+
+    async def start_postcopy(self) -> None:
+        """Move the guest as soon as it can be, its missing pages after it. Both sides need the
+        capability `postcopy-ram`.
+
+        :raise UsageError: the capability is off."""
+        await self._source.execute("migrate-start-postcopy")
+
+    async def pause(self) -> None:
+        """Break postcopy's connections off; the guest stands where it touches a missing page.
+
+        :raise UsageError: it is not in postcopy."""
+        await self._source.execute("migrate-pause")
+
+    async def resume(self, destination: str | Control) -> None:
+        """Go on with a paused postcopy at a destination that waits for it (`Control.recover`).
+
+        :raise UsageError: it is not paused."""
+        uri = await destination.address() if isinstance(destination, Control) else destination
+        await self._source.execute("migrate", uri=uri, resume=True)
 
 
 class Control:
@@ -224,17 +249,21 @@ class Control:
             command += ["--uuid", self._uuid]
         if self._state_dir:
             command += ["--state-dir", self._state_dir]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "engine.cli",
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C is the script's; `close` ends the process
-        )
-        self._drain = asyncio.create_task(self._keep_stderr(self._process))
+        ours, theirs = os.pipe()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "engine.cli",
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=theirs,
+                start_new_session=True,  # a Ctrl-C is the script's; `close` ends the process
+            )
+        finally:
+            os.close(theirs)
+            self._drain = asyncio.create_task(self._keep_stderr(ours))
         try:
             async with asyncio.timeout(START_WAIT_S):
                 while not await self._connect(path):
@@ -272,11 +301,18 @@ class Control:
         reason = lines[-1].removeprefix("ramferry: ") if lines else f"exit code {exit_code}"
         return UsageError(reason) if exit_code == 2 else MigrationError(reason)
 
-    async def _keep_stderr(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stderr is not None
-        while data := await process.stderr.read(4096):
-            self._stderr += data
-            del self._stderr[:-STDERR_BYTES_MAX]
+    async def _keep_stderr(self, fd: int) -> None:
+        """Take the pipe over, and read it until the last who holds the other end has ended."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0)
+        )
+        try:
+            while data := await reader.read(4096):
+                self._stderr += data
+                del self._stderr[:-STDERR_BYTES_MAX]
+        finally:
+            transport.close()
 
     @property
     def qmp_path(self) -> str:
@@ -301,7 +337,7 @@ class Control:
     async def wait(self) -> int:
         """Wait until the process has ended; return its exit code, negative for a signal."""
         assert self._process is not None, "start it first"
-        return await _ended(self._process)
+        return await self._process.wait()
 
     async def close(self) -> None:
         """End the process and its guest. Idempotent, never raises for what the process did."""
@@ -325,7 +361,7 @@ class Control:
             if number is not None and process.returncode is None:
                 process.send_signal(number)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(_ended(process), END_WAIT_S)
+                await asyncio.wait_for(process.wait(), END_WAIT_S)
                 return
 
     async def _end_guest(self) -> None:
@@ -411,6 +447,12 @@ class Control:
         await self.execute("migrate", uri=uri)
         return Migration(self)
 
+    async def recover(self, uri: str = "tcp:127.0.0.1:0") -> None:
+        """Destination of a paused postcopy: wait for the source there.
+
+        :raise UsageError: nothing is paused here, or it cannot listen there."""
+        await self.execute("migrate-recover", uri=uri)
+
     async def query_guest(self) -> dict[str, Any]:
         """Kind, process, whether it runs, page writes so far, tracker, RAM blocks."""
         answer: dict[str, Any] = await self.execute("x-query-guest")
@@ -420,14 +462,6 @@ class Control:
         """Judge every page of a workload guest by itself."""
         answer: dict[str, Any] = await self.execute("x-judge")
         return answer
-
-
-async def _ended(process: asyncio.subprocess.Process) -> int:
-    """The exit code, once it is there. `Process.wait` would also wait for the end of its pipes,
-    which a guest that outlives its control process keeps open."""
-    while process.returncode is None:
-        await asyncio.sleep(POLL_S / 5)
-    return process.returncode
 
 
 async def _is_readable(fd: int, wait_s: float) -> bool:

@@ -35,6 +35,11 @@ PROMPT_NICE: Final = -20
 #: For those who may not: 4 to 44. Both together were no better than the nice value alone.
 PROMPT_SLICE_NS: Final = 100_000
 
+#: Multifd's workers, once the guest runs at the destination. vCPUs otherwise wait for a processor
+#: when their page is there: p99 of a fault fell from 0.8-1.7 to 0.1-0.6 ms (three pairs, two cores,
+#: others' load 4.6).
+BACKGROUND_NICE: Final = 5
+
 COMPLAINT_INTERVAL_NS: Final = 5_000_000_000
 
 T = TypeVar("T")
@@ -140,6 +145,13 @@ def _schedule(is_prompt: bool) -> None:
             os.setpriority(os.PRIO_PROCESS, 0, PROMPT_NICE)
         except PermissionError:
             _native.schedule_slice(PROMPT_SLICE_NS)
+
+
+def give_way() -> None:
+    """From now on vCPUs, page service and fault service go before all threads of this worker."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # one that has ended
+            os.setpriority(os.PRIO_PROCESS, int(thread), BACKGROUND_NICE)
 
 
 def allow_private_memory(more_bytes: int) -> None:

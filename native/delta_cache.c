@@ -284,22 +284,6 @@ void delta_cache_set_zero(struct delta_cache *cache, uint64_t block_index, uint6
     }
 }
 
-void delta_cache_drop(struct delta_cache *cache, uint64_t block_index, const unsigned char *runs,
-                      size_t run_count)
-{
-    for (size_t i = 0; i < run_count; ++i) {
-        struct page_range run = run_at(runs, i);
-
-        for (uint64_t n = 0; n < run.page_count; ++n) {
-            uint64_t key = key_of(block_index, run.first_page + n);
-            struct slot *slot = &cache->slots[slot_of(cache, key, cache->slot_count)];
-
-            if ((slot->key & ~ZERO_FLAG) == key)
-                *slot = (struct slot){0, 0};
-        }
-    }
-}
-
 bool delta_cache_get(const struct delta_cache *cache, uint64_t block_index, uint64_t page,
                      unsigned char *output)
 {

@@ -69,10 +69,6 @@ void delta_batch(struct delta_cache *cache, struct delta_batch *batch, const uns
 void delta_cache_set_zero(struct delta_cache *cache, uint64_t block_index, uint64_t generation,
                           const unsigned char *runs, size_t run_count);
 
-/* The runs' pages are sent another way: forget them. The caller checked the runs. */
-void delta_cache_drop(struct delta_cache *cache, uint64_t block_index, const unsigned char *runs,
-                      size_t run_count);
-
 /* Copy what the cache has of a page to `output`; false when it has nothing. */
 bool delta_cache_get(const struct delta_cache *cache, uint64_t block_index, uint64_t page,
                      unsigned char *output);

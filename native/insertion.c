@@ -11,6 +11,9 @@
 /* UFFDIO_COPY says EAGAIN while the address space changes; give up after this many in a row. */
 #define AGAIN_MAX 100000
 
+/* Pages of one call: 64 KiB, about 20 us, in which a kernel without preemption runs nobody else. */
+#define CALL_PAGES_MAX ((uint64_t)16)
+
 /* Where zeros are copied from: never written, so it costs no memory. */
 static unsigned char ZEROS[HUGE_UNIT_PAGES * PAGE_BYTES] __attribute__((aligned(4096)));
 
@@ -65,14 +68,13 @@ int insert_pages(const struct insertion *to, const unsigned char *payload, uint6
                  uint64_t page_count, struct inserted_pages *counts)
 {
     uint64_t page = first_page, end = first_page + page_count;
+    uint64_t step_max = to->unit_pages > CALL_PAGES_MAX ? to->unit_pages : CALL_PAGES_MAX;
     int again = 0;
 
     while (page < end) {
-        uint64_t step = end - page;
+        uint64_t step = end - page < step_max ? end - page : step_max;
         int64_t done;
 
-        if (!payload && step > HUGE_UNIT_PAGES)
-            step = HUGE_UNIT_PAGES;
         done = copy_once(to, payload ? payload + (page - first_page) * PAGE_BYTES : ZEROS, page,
                          step, counts);
         if (done < 0)
@@ -146,30 +148,48 @@ static uint64_t least(uint64_t left, uint64_t right)
     return left < right ? left : right;
 }
 
-int64_t discard_missing(int fd, bitmap_word *received, uint64_t page_count, uint64_t unit_pages)
+/* The first page from `page` on whose bit is `wanted`; `end` where there is none. */
+static uint64_t next_page(const bitmap_word *bitmap, uint64_t page, uint64_t end, bool wanted)
 {
-    uint64_t missing = 0, first = 0;
+    while (page < end) {
+        uint64_t bits = atomic_load(&bitmap[page / 64]);
 
-    while (first < page_count) {
-        uint64_t end = first;
+        bits = (wanted ? bits : ~bits) >> (page % 64);
+        if (bits != 0)
+            return least(page + (uint64_t)__builtin_ctzll(bits), end);
+        page = (page / 64 + 1) * 64;
+    }
+    return end;
+}
+
+static void clear_range(bitmap_word *bitmap, uint64_t first, uint64_t end)
+{
+    for (uint64_t word = first / 64; word <= (end - 1) / 64; ++word)
+        atomic_fetch_and(&bitmap[word], ~word_mask(word, first, end));
+}
+
+int64_t discard_stale(int fd, bitmap_word *received, bitmap_word *stale, uint64_t page_count,
+                      uint64_t unit_pages)
+{
+    uint64_t page = next_page(stale, 0, page_count, true), freed = 0;
+
+    while (page < page_count) {
+        uint64_t first = page - page % unit_pages, end;
         int rc;
 
-        while (end < page_count &&
-               !is_received(received, end, least(unit_pages, page_count - end)))
-            end = least(end + unit_pages, page_count);
-        if (end == first) {
-            first += unit_pages;
-            continue;
-        }
-        for (uint64_t word = first / 64; word <= (end - 1) / 64; ++word)
-            atomic_fetch_and(&received[word], ~word_mask(word, first, end));
+        do { /* as long as units are adjacent */
+            end = next_page(stale, page, page_count, false) + unit_pages - 1;
+            end = least(end - end % unit_pages, page_count);
+            page = next_page(stale, end, page_count, true);
+        } while (page < page_count && page - page % unit_pages == end);
+        clear_range(received, first, end);
         rc = punch_hole(fd, (off_t)(first * PAGE_BYTES), (off_t)((end - first) * PAGE_BYTES));
         if (rc < 0)
             return rc;
-        missing += end - first;
-        first = end;
+        clear_range(stale, first, end);
+        freed += end - first;
     }
-    return (int64_t)missing;
+    return (int64_t)freed;
 }
 
 uint64_t bitmap_widen(bitmap_word *bitmap, uint64_t page_count, uint64_t unit_pages)

@@ -46,11 +46,12 @@ int64_t insert_zero_runs(const struct insertion *to, const unsigned char *runs, 
 /* Wake who waits for the pages; they look again. Returns 0 or -errno. */
 int wake_pages(const struct insertion *to, uint64_t first_page, uint64_t page_count);
 
-/* Free the pages of `fd` whose received bit is clear, before the guest runs. A unit of which any page
- * is not received is freed whole, and all its bits are cleared.
+/* Free the units of `fd` of which any page is stale, before the guest runs. Their received bits are
+ * cleared before, their stale bits after: whoever is killed in between leaves them to be freed again.
  *
- * Returns how many pages are not received now, or -errno. */
-int64_t discard_missing(int fd, bitmap_word *received, uint64_t page_count, uint64_t unit_pages);
+ * Returns how many pages were freed, or -errno. */
+int64_t discard_stale(int fd, bitmap_word *received, bitmap_word *stale, uint64_t page_count,
+                      uint64_t unit_pages);
 
 /* Set all bits of each unit that has one: the source's half of freeing units whole. Returns how many
  * were clear. */

@@ -49,7 +49,8 @@ int runs_check(const unsigned char *runs, size_t run_count, uint64_t page_count,
     return 0;
 }
 
-int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, struct page_range *bad)
+int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, uint64_t unit_pages,
+                      struct page_range *bad)
 {
     size_t at[PACKET_TABLES] = {0};
     uint64_t end = 0; /* of the runs so far, which are taken in the order of their first pages */
@@ -68,7 +69,8 @@ int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, struc
         if (from == PACKET_TABLES)
             return 0;
         if (next.first_page < end || next.page_count == 0 ||
-            next.first_page + next.page_count > page_count) {
+            next.first_page + next.page_count > page_count ||
+            next.first_page % unit_pages != 0 || next.page_count % unit_pages != 0) {
             *bad = next;
             return -EINVAL;
         }

@@ -56,16 +56,17 @@ int runs_check(const unsigned char *runs, size_t run_count, uint64_t page_count,
 enum { PACKET_TABLES = 4 };
 
 /* Check the run tables of one packet: encoded, gathered, direct and zero runs. Each must be ascending
- * by itself, and no page may be in two runs, whichever their tables.
+ * by itself, and no page may be in two runs, whichever their tables. Runs are whole units.
  *
- * Returns 0, or -EINVAL when a run is empty, ends behind `page_count`, or has a page that was there
- * before or comes out of order; `bad` is that run. */
+ * Returns 0, or -EINVAL when a run is empty, ends behind `page_count`, cuts a unit, or has a page that
+ * was there before or comes out of order; `bad` is that run. */
 struct packet_runs {
     const unsigned char *tables[PACKET_TABLES];
     size_t counts[PACKET_TABLES];
 };
 
-int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, struct page_range *bad);
+int packet_runs_check(const struct packet_runs *runs, uint64_t page_count, uint64_t unit_pages,
+                      struct page_range *bad);
 
 /* A run table being written. `bytes` belongs to the caller; nothing is written past `capacity`. */
 struct run_table {

@@ -9,29 +9,56 @@
 #include <stdlib.h>
 #include <time.h>
 
-static void give_order(struct workload *workload, enum order order)
+static void tell(struct workload *workload, enum order order)
 {
-    pthread_mutex_lock(&workload->lock);
     atomic_store(&workload->order, order);
     workload->wake_count++;
     pthread_cond_broadcast(&workload->wake);
-    while (order == PAUSE && workload->parked_count < workload->thread_count)
-        pthread_cond_wait(&workload->parked, &workload->lock);
+}
+
+static void give_order(struct workload *workload, enum order order)
+{
+    pthread_mutex_lock(&workload->lock);
+    tell(workload, order);
     pthread_mutex_unlock(&workload->lock);
 }
 
-void workload_pause(struct workload *workload, uint64_t *took_ns)
+/* Or end. */
+static bool all_stand(const struct workload *workload)
+{
+    return workload->parked_count == workload->thread_count || atomic_load(&workload->order) == STOP;
+}
+
+/* Until all are parked, or -ETIMEDOUT: then they run on. */
+static int park_all(struct workload *workload, uint64_t deadline_ns)
+{
+    struct timespec deadline = workload_timespec(deadline_ns);
+    int rc = 0;
+    pthread_mutex_lock(&workload->lock);
+    tell(workload, PAUSE);
+    while (!all_stand(workload) && rc != ETIMEDOUT)
+        rc = pthread_cond_timedwait(&workload->parked, &workload->lock, &deadline);
+    bool is_late = !all_stand(workload);
+    if (is_late)
+        tell(workload, RUN);
+    pthread_mutex_unlock(&workload->lock);
+    return is_late ? -ETIMEDOUT : 0;
+}
+
+int workload_pause(struct workload *workload, uint64_t wait_ns, uint64_t *took_ns)
 {
     uint64_t took = 0;
+    int rc = 0;
     pthread_mutex_lock(&workload->control);
     if (atomic_load(&workload->order) == RUN) {
         uint64_t began = workload_now_ns();
-        give_order(workload, PAUSE);
+        rc = park_all(workload, began + wait_ns);
         took = workload_now_ns() - began;
     }
     pthread_mutex_unlock(&workload->control);
     if (took_ns != NULL)
         *took_ns = took;
+    return rc;
 }
 
 void workload_resume(struct workload *workload)
@@ -85,7 +112,7 @@ void workload_set_bitmap(struct workload *workload, uint64_t *written_bitmap)
     pthread_mutex_lock(&workload->control);
     bool was_running = atomic_load(&workload->order) == RUN;
     if (was_running)
-        give_order(workload, PAUSE);
+        park_all(workload, WORKLOAD_NO_DEADLINE);
     workload->options.written_bitmap = written_bitmap;
     if (was_running)
         give_order(workload, RUN);
@@ -106,6 +133,14 @@ void workload_writes(struct workload *workload, uint64_t *writes)
 {
     for (uint32_t i = 0; i < workload->options.vcpus; i++)
         writes[i] = atomic_load_explicit(&workload->vcpu[i].writes, memory_order_relaxed);
+}
+
+void workload_end(struct workload *workload)
+{
+    pthread_mutex_lock(&workload->lock);
+    tell(workload, STOP);
+    pthread_cond_broadcast(&workload->parked); /* who waits there waits for nothing */
+    pthread_mutex_unlock(&workload->lock);
 }
 
 void workload_stop(struct workload *workload)

@@ -94,8 +94,10 @@ struct workload;
 int workload_start(struct workload **workload, const struct workload_options *options);
 
 /* Park every vCPU between two page writes; no page is half written when this returns. Waits of a rate
- * or a throttle are cut short. *took_ns (may be NULL) gets the time it took, 0 if paused already. */
-void workload_pause(struct workload *workload, uint64_t *took_ns);
+ * or a throttle are cut short. *took_ns (may be NULL) gets the time it took, 0 if paused already.
+ * -ETIMEDOUT: after `wait_ns` (at most 2^62) a vCPU is still within a write, for a page that is missing; all
+ * run on. Others who give orders wait meanwhile. */
+int workload_pause(struct workload *workload, uint64_t wait_ns, uint64_t *took_ns);
 void workload_resume(struct workload *workload);
 
 /* Sleep `percent` (0..99) of the time: 10 ms of work, then percent / (100 - percent) as long asleep. The
@@ -130,6 +132,9 @@ void workload_writes(struct workload *workload, uint64_t *writes);
 size_t workload_state_size(const struct workload *workload);
 int workload_save(struct workload *workload, void *state);
 int workload_load(struct workload *workload, const void *state, size_t size, const char **wrong);
+
+/* Tell the threads to end, and do not wait for it. */
+void workload_end(struct workload *workload);
 
 /* Stop and join the threads: RAM and bitmap are no longer touched. Idempotent; counts and state can still
  * be read. pause, resume, throttle and set_bitmap then do nothing. */

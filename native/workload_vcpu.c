@@ -34,10 +34,15 @@ uint64_t workload_now_ns(void)
     return (uint64_t)now.tv_sec * SECOND_NS + (uint64_t)now.tv_nsec;
 }
 
+struct timespec workload_timespec(uint64_t at_ns)
+{
+    return (struct timespec){(time_t)(at_ns / SECOND_NS), (long)(at_ns % SECOND_NS)};
+}
+
 /* Sleep until `deadline_ns`, or until an order or another throttle comes. */
 static void sleep_until(struct workload *workload, uint64_t deadline_ns)
 {
-    struct timespec deadline = {(time_t)(deadline_ns / SECOND_NS), (long)(deadline_ns % SECOND_NS)};
+    struct timespec deadline = workload_timespec(deadline_ns);
     pthread_mutex_lock(&workload->lock);
     uint64_t wake_count = workload->wake_count;
     while (atomic_load(&workload->order) == RUN && workload->wake_count == wake_count)

@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <time.h>
 
 enum order { PAUSE, RUN, STOP };
 
@@ -31,7 +32,7 @@ struct workload {
     pthread_mutex_t control; /* one caller of pause, resume, save, ... at a time */
     pthread_mutex_t lock;
     pthread_cond_t wake;   /* order or throttle changed (CLOCK_MONOTONIC) */
-    pthread_cond_t parked; /* parked_count changed */
+    pthread_cond_t parked; /* parked_count changed (CLOCK_MONOTONIC) */
     uint64_t wake_count;   /* under `lock`: tells a wait that something changed since it was planned */
     uint32_t parked_count; /* under `lock` */
     uint32_t thread_count; /* threads that were started and are not joined */
@@ -40,6 +41,8 @@ struct workload {
 
 /* CLOCK_MONOTONIC. */
 uint64_t workload_now_ns(void);
+struct timespec workload_timespec(uint64_t at_ns);
+#define WORKLOAD_NO_DEADLINE ((uint64_t)INT64_MAX) /* 292 years after the boot */
 
 /* A vCPU's thread; takes its struct vcpu. Parks at a PAUSE, ends at a STOP, returns NULL. */
 void *workload_run_vcpu(void *vcpu);

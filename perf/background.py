@@ -68,7 +68,7 @@ def receive(connection: socket.socket, inserter: Inserter) -> None:
         _fill(connection, runs)
         pages = sum(run[1] for run in struct.iter_unpack("<II", runs))
         _fill(connection, payload[: pages * PAGE_SIZE])
-        inserter.insert(0, payload[: pages * PAGE_SIZE], runs, count)
+        inserter.place(0, payload[: pages * PAGE_SIZE], runs, count)
 
 
 def _fill(connection: socket.socket, buffer: memoryview) -> bool:

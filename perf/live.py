@@ -22,6 +22,8 @@ WINDOW_S: Final = 1.0
 SAMPLE_S: Final = 0.01
 WRITES_S: Final = 1.0  #: the guest's speed before the migration is taken over so long
 
+Sample = tuple[float, float, int]  #: seconds when it was asked for and answered, and bytes sent
+
 
 async def _writes_per_s(control: Control) -> float:
     began, writes = time.monotonic(), (await control.query_guest())["writes"]
@@ -71,39 +73,47 @@ async def bandwidth_once(limit_bytes_per_s: int, seconds: float) -> dict[str, fl
     spec = f"workload:size={size}M,contents=random,rate=4096"
     source = Control.start(spec, settings=[f"max-bandwidth={limit_bytes_per_s}"])
     destination = Control.start(f"workload:size={size}M", "tcp:127.0.0.1:0")
-    samples: list[tuple[float, int]] = []
+    samples: list[Sample] = []
     with warm_memory(2 * size * MIB):
         async with source, destination:
             migration = await source.migrate(destination)
             began = time.monotonic()
             while (asked := time.monotonic()) - began < seconds:
                 counted = await migration.statistics()
-                middle = (asked + time.monotonic()) / 2
+                answered = time.monotonic()
                 if counted.status is Status.ACTIVE:
-                    samples.append((middle, counted.transferred_bytes))
+                    samples.append((asked, answered, counted.transferred_bytes))
                 elif counted.status is not Status.SETUP:
                     raise MigrationError(
-                        f"the migration was {counted.status.value} after {middle - began:.1f} s, "
+                        f"the migration was {counted.status.value} after {answered - began:.1f} s, "
                         f"before all was measured"
                     )
                 await asyncio.sleep(SAMPLE_S)
             await migration.cancel()
-    percents = [(sent / took / limit_bytes_per_s - 1) * 100 for took, sent in _windows(samples)]
-    if not percents:
+    windows = list(_windows(samples))
+    if not windows:
         raise MigrationError("not a whole second could be measured; ask for more")
-    return {"over_max_percent": max(percents), "under_max_percent": -min(percents)}
+    over = max(sent / longest for _, longest, sent in windows)
+    under = min(sent / shortest for shortest, _, sent in windows)
+    return {
+        "over_max_percent": (over / limit_bytes_per_s - 1) * 100,
+        "under_max_percent": (1 - under / limit_bytes_per_s) * 100,
+    }
 
 
-def _windows(samples: list[tuple[float, int]]) -> Iterator[tuple[float, int]]:
-    """Every window of a second, by its real length and the bytes in it."""
+def _windows(samples: list[Sample]) -> Iterator[tuple[float, float, int]]:
+    """Every window of a second: the least and the most that it may have lasted, and the bytes in
+    it. When a count was taken is known no better than between question and answer, and on a busy
+    machine that is long."""
     end = 0
     steady = [sample for sample in samples if sample[0] > samples[0][0] + 0.5]
-    for began, bytes_before in steady:
-        while end < len(steady) and steady[end][0] < began + WINDOW_S:
+    for asked, answered, bytes_before in steady:
+        while end < len(steady) and steady[end][0] < answered + WINDOW_S:
             end += 1
         if end == len(steady):
             return
-        yield steady[end][0] - began, steady[end][1] - bytes_before
+        asked_again, answered_again, bytes_after = steady[end]
+        yield asked_again - answered, answered_again - asked, bytes_after - bytes_before
 
 
 def _available_bytes() -> int:

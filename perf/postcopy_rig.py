@@ -101,6 +101,7 @@ class Rig:
     block: RamBlock
     toucher: Toucher
     received: PageBitmaps
+    stale: PageBitmaps
     dirty: PageBitmaps
     prefetch_pages_max: int = 0
     vcpus: int = 0
@@ -124,7 +125,8 @@ class Rig:
                 SESSION, self.bind, self.incarnation + 1, self.shapes(), [self.toucher.address],
                 self.vcpus, self.prefetch_pages_max,
             ),
-            [self.received.fd, self.fault_statistics.fd, self.toucher.uffd, self.block.fd],
+            [self.received.fd, self.stale.fd, self.fault_statistics.fd, self.toucher.uffd,
+             self.block.fd],
         )  # fmt: skip
         self.endpoint = (await heard.next(wire.Ready)).endpoint
         return worker, heard
@@ -186,12 +188,11 @@ async def rig(source_fd: int, *, hugetlb: bool = False, **options: Any) -> Async
         block = RamBlock("ram", size, fd, backing)
         toucher = Toucher(fd, source_fd)
         stack.callback(toucher.close)
-        received, dirty = (
-            PageBitmaps.create("received", [block]),
-            PageBitmaps.create("dirty", [block]),
+        received, stale, dirty = (
+            PageBitmaps.create(name, [block]) for name in ("received", "stale", "dirty")
         )
-        made = Rig(source, block, toucher, received, dirty, **options)
-        for owned in (received, dirty, made.fault_statistics, made.page_statistics):
+        made = Rig(source, block, toucher, received, stale, dirty, **options)
+        for owned in (received, stale, dirty, made.fault_statistics, made.page_statistics):
             stack.callback(owned.close)
         try:
             yield made

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -23,8 +24,10 @@ __all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]
 #: Processes inherit it, so a test's descendants are known even when their parents are gone.
 MARKER = "RAMFERRY_TEST_MARKER"
 
-hypothesis.settings.register_profile("default", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+#: How long an example takes says how busy the machine is, and nothing about the code.
+UNTIMED: Any = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("default", **UNTIMED)
+hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True, **UNTIMED)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 

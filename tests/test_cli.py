@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import eventually
+
 pytestmark = pytest.mark.process
 
 
@@ -109,16 +111,13 @@ def test_a_signal_ends_serve_and_removes_its_socket(tmp_path: Path, number: int)
     )  # fmt: skip
     try:
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(30)
-            while process.poll() is None:
-                try:
-                    client.connect(str(path))
-                    break
-                except (FileNotFoundError, ConnectionRefusedError):
-                    continue
+            client.settimeout(60)
+            assert eventually(
+                lambda: client.connect_ex(str(path)) == 0 or process.poll() is not None
+            )
             assert b'"QMP"' in client.recv(4096)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()

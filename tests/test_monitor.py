@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 
 from engine.errors import MigrationError, UsageError
@@ -26,7 +27,7 @@ from tests.support import eventually
 
 pytestmark = pytest.mark.process
 
-WAIT_S: Final = 30.0
+WAIT_S: Final = 60.0
 PROMPT: Final = "(ramferry)"  #: the space behind it may be a movement of the cursor
 READY: Final = "<ready>"  #: for what prompt_toolkit writes when it has begun to read keys
 GUEST: Final = "ram:size=1M"
@@ -34,19 +35,25 @@ ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
 @contextlib.contextmanager
-def serve(path: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+def serve(path: Path, *more: str, guest: str = GUEST) -> Iterator[subprocess.Popen[bytes]]:
     """A control process with a human monitor at `path`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "serve", "--guest", GUEST, "--hmp", f"unix:{path}",
+        [sys.executable, "-m", "engine.cli", "serve", "--guest", guest, "--hmp", f"unix:{path}",
          *more],
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        assert eventually(lambda: path.exists() or process.poll() is not None)
+        assert eventually(lambda: somebody_listens(path) or process.poll() is not None)
         yield process
     finally:
         process.terminate()
         process.wait(WAIT_S)
+
+
+def somebody_listens(path: Path) -> bool:
+    """The file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def monitor(
@@ -64,6 +71,22 @@ def client_command(without: str = "") -> list[str]:
         return [sys.executable, "-m", "engine.cli", "monitor"]
     script = f"import sys; sys.modules[{without!r}] = None; from engine.cli import main; main()"
     return [sys.executable, "-c", script, "monitor"]
+
+
+@contextlib.contextmanager
+def for_ever(directory: Path) -> Iterator[tuple[Path, str]]:
+    """A monitor, and where to migrate to: it goes on until it is cancelled, for the guest writes
+    faster than may be sent."""
+    path, there, guest = directory / "hmp", directory / "there", "workload:size=16M"
+    with (
+        serve(path, guest=f"{guest},rate=1M"),
+        serve(there, "--incoming", "tcp:127.0.0.1:0", guest=guest),
+    ):
+        uri = re.search(r"tcp:127\.0\.0\.1:\d+", monitor(there, "-c", "info migrate").stdout)
+        assert uri
+        slow = "migrate_set_parameter max-bandwidth 100K"
+        assert monitor(path, "-c", slow).returncode == 0
+        yield path, uri[0]
 
 
 # -- single commands -----------------------------------------------------------------------------
@@ -116,25 +139,28 @@ def test_only_migratable_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_command_never_waits_for_a_migration(tmp_path: Path) -> None:
-    path = tmp_path / "hmp"
-    with socket.socket() as silent, serve(path):
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        done = monitor(path, "-c", f"migrate tcp:127.0.0.1:{silent.getsockname()[1]}")
+    with for_ever(tmp_path) as (path, uri):
+        done = monitor(path, "-c", f"migrate {uri}")
         assert done.stdout == (
             "terminal does not allow synchronous migration, continuing detached\n"
         )
         assert done.returncode == 0
-        assert "Migration status: setup" in monitor(path, "-c", "info migrate").stdout
+        now = monitor(path, "-c", "info migrate").stdout
+        assert re.search("Migration status: (setup|active)", now)
         assert monitor(path, "-c", "migrate_cancel").returncode == 0
 
 
 def test_over_tcp(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = tmp_path / "hmp"
-    with serve(path, "--hmp", f"tcp:127.0.0.1:{port}"):
+    path, ports = tmp_path / "hmp", set[int]()
+    with serve(path, "--hmp", "tcp:127.0.0.1:0") as server:
+
+        def has_port() -> bool:
+            found = psutil.Process(server.pid).net_connections("tcp4")
+            ports.update(one.laddr.port for one in found if one.status == psutil.CONN_LISTEN)
+            return bool(ports)
+
+        assert eventually(has_port)
+        (port,) = ports
         assert monitor(f"tcp:127.0.0.1:{port}", "-c", "info status").returncode == 0
 
 
@@ -398,21 +424,19 @@ def test_a_person_completes_and_the_lines_are_remembered(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("without", ["", "prompt_toolkit"])
 def test_ctrl_c_leaves_a_migration_alone_and_says_so(tmp_path: Path, without: str) -> None:
-    path = tmp_path / "hmp"
-    with socket.socket() as silent, serve(path):
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
+    with for_ever(tmp_path) as (path, uri):
         with terminal(path, tmp_path / "state", without) as one:
             if without:
                 one.wait_for("pip install 'ramferry[monitor]'")
             one.wait_for_prompt()
-            one.type(f"migrate tcp:127.0.0.1:{silent.getsockname()[1]}\r")
-            assert eventually(lambda: "setup" in monitor(path, "-c", "info migrate").stdout, WAIT_S)
+            one.type(f"migrate {uri}\r")
+            status = "Migration status: active"
+            assert eventually(lambda: status in monitor(path, "-c", "info migrate").stdout, WAIT_S)
             one.interrupt()
             one.wait_for("detached: the migration goes on; 'info migrate' shows it")
             one.wait_for_prompt()
             one.type("info migrate\r")
-            one.wait_for("Migration status: setup")
+            one.wait_for(status)
             one.wait_for_prompt()
             one.type("migrate_cancel\r")
             one.wait_for_prompt()
@@ -433,7 +457,8 @@ def test_a_server_that_ends_while_a_person_thinks(tmp_path: Path) -> None:
         assert "Traceback" not in one.shown
 
 
-def test_only_candidates_complete(tmp_path: Path) -> None:
+def test_only_candidates_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.monitor.run.COMPLETE_WAIT_S", WAIT_S)
     path = tmp_path / "hmp"
     with serve(path):
         conversation = Conversation(parse_address(str(path)), is_terminal=False)

@@ -103,6 +103,8 @@ class Trial(NamedTuple):
 class Auto:
     """Decides for one channel; the same history gives the same choices."""
 
+    is_curious = True
+
     def __init__(self, channels: int, cpus: int, cpu_percent: int = 100) -> None:
         """:param channels: that do as this one does.
         :param cpu_percent: of `cpus` that encoding may take on all channels."""

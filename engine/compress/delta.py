@@ -136,10 +136,6 @@ class DeltaCache:
         """The runs' pages are sent as zero pages."""
         _native.delta_cache_set_zero(self._cache, block_index, generation, runs, run_count)
 
-    def drop(self, block_index: int, runs: Buffer, run_count: int) -> None:
-        """The runs' pages are sent without this cache."""
-        _native.delta_cache_drop(self._cache, block_index, runs, run_count)
-
     def forget(self) -> None:
         """Nothing is known of the destination any more; memory is given back."""
         _native.delta_cache_forget(self._cache)

@@ -6,13 +6,11 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from typing_extensions import Buffer
 
 from engine import _native
-
-HASH_BYTES: Final = 16
+from engine.memory.tracking import HASH_BYTES
 
 
 @dataclass(frozen=True, slots=True)

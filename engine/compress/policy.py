@@ -77,7 +77,11 @@ class Probe:
 
 
 class Policy(Protocol):
-    """Decides for one channel, batch by batch."""
+    """Decides for one channel, batch by batch.
+
+    :ivar is_curious: it wants to hear what became of a batch, which costs a little to measure."""
+
+    is_curious: bool
 
     def choose(self, now_ns: int) -> Arm:
         """What the next batch gets."""
@@ -92,6 +96,8 @@ class Policy(Protocol):
 
 class Fixed:
     """Always the same, and never curious."""
+
+    is_curious = False
 
     def __init__(self, arm: Arm) -> None:
         self._arm = arm.made()

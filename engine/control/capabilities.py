@@ -46,7 +46,7 @@ CAPABILITIES: Final[tuple[Capability, ...]] = (
         "zero-blocks", "left over from block migration", deprecated="nothing, for it has no effect"
     ),
     Capability("events", "emit MIGRATION and MIGRATION_PASS", acts=True),
-    Capability("postcopy-ram", "switch to postcopy", refusal=_NOT_YET.format("postcopy")),
+    Capability("postcopy-ram", "switch to postcopy with migrate-start-postcopy", acts=True),
     Capability("x-colo", "fault tolerance", refusal=_NOT_YET.format("fault tolerance (COLO)")),
     Capability("release-ram", "free what was sent in postcopy"),
     Capability(
@@ -59,7 +59,7 @@ CAPABILITIES: Final[tuple[Capability, ...]] = (
         "multifd", "parallel channels; always multifd-channels of them, but on a stream", acts=True
     ),
     Capability("dirty-bitmaps", "block dirty bitmaps; there are no block devices here"),
-    Capability("postcopy-blocktime", "measure how long vCPUs wait for pages"),
+    Capability("postcopy-blocktime", "show how long vCPUs waited for pages", acts=True),
     Capability("late-block-activate", "no effect, as in QEMU"),
     Capability(
         "x-ignore-shared",
@@ -73,7 +73,7 @@ CAPABILITIES: Final[tuple[Capability, ...]] = (
         refusal=_NOT_YET.format("background snapshot"),
     ),
     Capability("zero-copy-send", "long runs of raw pages are always lent, never copied"),
-    Capability("postcopy-preempt", "a channel of its own for requested pages"),
+    Capability("postcopy-preempt", "requested pages have a channel of their own; always so"),
     Capability(
         "switchover-ack", "wait for the destination before stopping; always done", acts=True
     ),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from engine import wire
@@ -56,12 +56,14 @@ def lacking_codecs(wanted: Sequence[int], known: Collection[int]) -> str:
     return ", ".join(CodecId(one).name.lower() if one in _IDS else str(one) for one in lacking)
 
 
+def _totals(channels: Sequence[Progress]) -> Callable[[Count], int]:
+    """A count, summed over all channels."""
+    return lambda count: sum(progress[count] for progress in channels)
+
+
 def delta_statistics(channels: Sequence[Progress]) -> DeltaStatistics:
     """XBZRLE's counts of all channels; the size is the parameter's."""
-
-    def total(count: Count) -> int:
-        return sum(progress[count] for progress in channels)
-
+    total = _totals(channels)
     return DeltaStatistics(
         encoded_bytes=total(Count.DELTA_BYTES),
         hit_pages=total(Count.DELTA_HITS),
@@ -73,10 +75,7 @@ def delta_statistics(channels: Sequence[Progress]) -> DeltaStatistics:
 
 def compression_info(channels: Sequence[Progress]) -> dict[str, Any]:
     """`x-compression`: what all channels did with what they sent; sizes in bytes, times in ns."""
-
-    def total(count: Count) -> int:
-        return sum(progress[count] for progress in channels)
-
+    total = _totals(channels)
     return {
         "tried-bytes": total(Count.TRIED_BYTES),
         "plain-bytes": total(Count.PLAIN_BYTES),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from engine import wire
@@ -25,6 +26,8 @@ log = logging.getLogger("ramferry.source")
 
 ANSWER_WAIT_S: Final = 20.0
 HANDOVER_WAIT_NS: Final = 10_000_000_000
+#: Pages one by one: 4 GB/s were measured.
+DISCARD_BYTES_PER_S_MIN: Final = 200_000_000
 #: For the word of the destination's control process when its guest gave none.
 VERDICT_WAIT_S: Final = 3.0
 
@@ -58,6 +61,9 @@ class Conversation:
 
     def __init__(self, address: Address) -> None:
         self._address = address
+        #: Of postcopy: the fault service listens at another endpoint; every page is there.
+        self.on_faults_moved: Callable[[str], None] | None = None
+        self.on_complete: Callable[[], None] | None = None
         self._main = SourceEnd(address)
         self._answers: dict[object, asyncio.Future[Any]] = {}
         self._verdict: asyncio.Future[Handover] = asyncio.get_running_loop().create_future()
@@ -107,17 +113,37 @@ class Conversation:
                     senders.received(_checked(message, senders))
                 case wire.ChannelBroken():
                     senders.broken(_checked(message, senders))
-                case wire.Reopened(index, incarnation, endpoint):
-                    self._answer(("reopened", index, incarnation), endpoint)
-                case wire.Armed():
-                    self._answer("armed", None)
                 case wire.Failed(reason):
                     self._judge(Handover.REFUSED)
                     raise PeerRefused(f"the destination failed: {wire.cut(reason)}")
                 case wire.TookOver():
                     self._judge(Handover.TAKEN)
+                case wire.FaultsMoved(faults) if self.on_faults_moved is not None:
+                    self.on_faults_moved(self._address.reach(faults))
+                case wire.HasAll() if self.on_complete is not None:
+                    self.on_complete()
+                    return
+                case _ if self._answers_to(message):
+                    pass
                 case _:
                     raise WireError(f"unexpected {type(message).__name__} from the destination")
+
+    def _answers_to(self, message: wire.Message) -> bool:
+        """Pass an answer to whoever asked; False for what is none."""
+        match message:
+            case wire.Reopened(index, incarnation, endpoint):
+                self._answer(("reopened", index, incarnation), endpoint)
+            case wire.PostcopyReady(faults):
+                self._answer("postcopy", faults)
+            case wire.Armed() if "armed" in self._answers:
+                self._answer("armed", None)
+            case wire.StaleDiscarded():
+                self._answer("stale", None)
+            case wire.GoesOn():
+                self._answer("goes-on", None)
+            case _:
+                return False
+        return True
 
     async def reopen(self, index: int, incarnation: int) -> str:
         """Ask for a fresh endpoint of a channel.
@@ -138,11 +164,11 @@ class Conversation:
         await self._main.send(wire.DeviceState(state))
         await self._ask("armed", wire.Arm(rounds, runs))
 
-    async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
+    async def hand_over(self, guest: Guest, *, keeps_ram: bool) -> tuple[Handover, str]:
         """The guests do it among themselves; if ours has no answer, the destination's control may
         know."""
         try:
-            outcome = await guest.hand_over(HANDOVER_WAIT_NS)
+            outcome = await guest.hand_over(HANDOVER_WAIT_NS, keeps_ram=keeps_ram)
         except NotHandedOver:
             raise
         except (MigrationError, OSError) as exc:
@@ -157,11 +183,78 @@ class Conversation:
         if not self._verdict.done():
             self._verdict.set_result(verdict)
 
-    async def _ask(self, key: object, message: wire.Message) -> Any:
+    # -- postcopy --------------------------------------------------------------------------------
+
+    async def begin_postcopy(self, rounds: int) -> str:
+        """No round follows these; return where the fault service listens.
+
+        :raise TimeoutError: no answer."""
+        faults = await self._ask("postcopy", wire.BeginPostcopy(rounds))
+        return self._address.reach(str(faults))
+
+    async def say_stale(self, pieces: Iterable[wire.Stale]) -> None:
+        """Name pages that are old at the destination."""
+        for piece in pieces:
+            await self._main.send(piece)
+
+    async def discard_stale(self, byte_count: int) -> None:
+        """Have what was named freed.
+
+        :param byte_count: of RAM, at most.
+        :raise TimeoutError: no answer."""
+        wait_s = ANSWER_WAIT_S + byte_count / DISCARD_BYTES_PER_S_MIN
+        await self._ask("stale", wire.DiscardStale(), wait_s)
+
+    async def push_ended(self) -> None:
+        """Everything was pushed; the destination asks for what it lacks, then `on_complete`."""
+        await self._main.send(wire.Pushed())
+
+    async def reconnect(self) -> None:
+        """Reach a destination whose postcopy is paused.
+
+        :raise PeerRefused: nobody listens there.
+        :raise TimeoutError: it does not answer."""
+        async with asyncio.timeout(ANSWER_WAIT_S):
+            await self._main.connect()
+
+    async def resync(
+        self, question: wire.Resume, take: Callable[[wire.Received], None]
+    ) -> tuple[Agreement, str]:
+        """Learn what the destination has, and its new ways; the second is the fault service's.
+
+        :raise PeerRefused: it is not the right one, or not paused.
+        :raise WireError: it does not speak our language.
+        :raise TimeoutError: it does not answer."""
+        await self._main.send(question)
+        while True:
+            async with asyncio.timeout(ANSWER_WAIT_S):
+                answer = await self._main.receive()
+            match answer:
+                case wire.Received():
+                    take(answer)
+                case wire.Refused(reason) | wire.Failed(reason):
+                    raise PeerRefused(f"the destination refused: {wire.cut(reason)}")
+                case wire.Resumed(version, session, endpoints, faults, codecs):
+                    if (version, session) != (wire.VERSION, question.session):
+                        raise WireError(f"the destination speaks version {version}")
+                    if len(endpoints) != question.channels:
+                        raise WireError(f"{question.channels} channels wanted, not so many offered")
+                    reached = [self._address.reach(endpoint) for endpoint in endpoints]
+                    return Agreement(reached, codecs), self._address.reach(faults)
+                case _:
+                    raise WireError(f"the destination answered with {type(answer).__name__}")
+
+    async def go_on(self) -> None:
+        """Every channel is open again.
+
+        :raise TimeoutError: no answer."""
+        await self._ask("goes-on", wire.GoOn())
+
+    async def _ask(self, key: object, message: wire.Message, wait_s: float = ANSWER_WAIT_S) -> Any:
         self._answers[key] = answer = asyncio.get_running_loop().create_future()
         try:
             await self._main.send(message)
-            return await asyncio.wait_for(answer, ANSWER_WAIT_S)
+            return await asyncio.wait_for(answer, wait_s)
         finally:
             if self._answers.get(key) is answer:
                 del self._answers[key]
@@ -170,6 +263,9 @@ class Conversation:
         waiting = self._answers.get(key)
         if waiting is not None and not waiting.done():
             waiting.set_result(value)
+
+    def stop_waiting(self) -> None:
+        """Nothing: every wait here has its end."""
 
     async def break_off(self, last_word: wire.Abort | None) -> None:
         """Say a last word if anybody is there to hear it, and close."""

@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Sequence
+from typing import Protocol
 
 from engine import wire
 from engine.compress.codecs import CODEC_IDS
 from engine.control.compression import lacking_codecs
+from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
-from engine.errors import PeerRefused
+from engine.errors import MigrationError, PeerRefused, WireError
 from engine.memory.blocks import PAGE_SIZE
 
 log = logging.getLogger("ramferry.destination")
+
+
+class Door(Protocol):
+    """Where sources come in."""
+
+    @property
+    def serves_others(self) -> bool:
+        """After a source that was refused another may come."""
+        ...
+
+    async def accept(self) -> wire.FirstWord: ...
+    async def send(self, message: wire.Message) -> None: ...
+
+
+async def next_fitting(host: Host, door: Door, *, is_stream: bool) -> wire.Hello:
+    """Wait for a source that fits here; others are told what differs, and may come again.
+
+    :raise MigrationError: it does not fit, and no other can come."""
+    while True:
+        hello = await door.accept()
+        try:
+            if not isinstance(hello, wire.Hello):
+                raise WireError("a postcopy that is resumed where none is paused")
+            check_fits(host, hello, is_stream=is_stream)
+        except (PeerRefused, WireError) as exc:
+            await refuse(door, exc)
+            continue
+        return hello
+
+
+async def refuse(door: Door, exc: MigrationError) -> None:
+    """Tell the source why it is not let in.
+
+    :raise MigrationError: `exc`, if no other can come."""
+    log.warning("refused a source: %s", exc)
+    with contextlib.suppress(ConnectionLost):
+        await door.send(wire.Refused(wire.cut(str(exc))))
+    if not door.serves_others:
+        raise exc
 
 
 def check_fits(host: Host, hello: wire.Hello, *, is_stream: bool) -> None:
@@ -33,10 +76,31 @@ def check_fits(host: Host, hello: wire.Hello, *, is_stream: bool) -> None:
     if hello.channels > 1 and is_stream:
         raise PeerRefused(f"{hello.channels} channels on one stream")
     _check_uuid(host.uuid, wire.cut(hello.uuid))
-    wire.check_blocks(hello.blocks)
-    if len(hello.blocks) != len(guest.blocks):
-        raise PeerRefused(f"{len(hello.blocks)} RAM blocks and local are {len(guest.blocks)}")
-    for shape, block in zip(hello.blocks, guest.blocks, strict=True):
+    _check_blocks(host, hello.blocks)
+
+
+def check_resumes(host: Host, session: bytes, question: wire.Resume) -> None:
+    """Is this the source of the postcopy that is paused here?
+
+    :raise PeerRefused: no, and why.
+    :raise WireError: RAM blocks that no guest has."""
+    if question.version != wire.VERSION:
+        raise PeerRefused(f"version {question.version} expected {wire.VERSION}")
+    if question.session != session:
+        raise PeerRefused("another postcopy is paused here")
+    if not 1 <= question.channels <= wire.CHANNELS_MAX:
+        raise PeerRefused(f"{question.channels} channels; 1 to 255 are allowed")
+    if lacking := lacking_codecs(question.codecs, CODEC_IDS.values()):
+        raise PeerRefused(f"cannot decode {lacking}; this build knows {', '.join(CODEC_IDS)}")
+    _check_blocks(host, question.blocks)
+
+
+def _check_blocks(host: Host, shapes: Sequence[wire.BlockShape]) -> None:
+    blocks = host.guest.blocks
+    wire.check_blocks(shapes)
+    if len(shapes) != len(blocks):
+        raise PeerRefused(f"{len(shapes)} RAM blocks and local are {len(blocks)}")
+    for shape, block in zip(shapes, blocks, strict=True):
         if shape.name != block.name:
             raise PeerRefused(f'Unknown ramblock "{shape.name}", cannot accept migration')
         if shape.size != block.size:

@@ -37,9 +37,11 @@ class ConnectionLost(MigrationError):
     """The main channel is gone; the other side may or may not be."""
 
 
-def _set_options(connection: socket.socket) -> None:
-    if connection.family == socket.AF_UNIX:
-        return  # the kernel tells of every end
+def notice_death(connection: socket.socket) -> None:
+    """Have the kernel look after the peer's host; of another end it tells by itself, as it does of
+    every end on sockets that are not TCP's."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
     for option, value in (
         (socket.TCP_NODELAY, 1),
         (socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S),
@@ -76,7 +78,7 @@ class FrameStream(asyncio.Protocol):
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_BYTES)
         with contextlib.suppress(OSError):  # gone already: the next read tells
-            _set_options(transport.get_extra_info("socket"))
+            notice_death(transport.get_extra_info("socket"))
         self._writable.set()
         if self._on_made is not None:
             self._on_made(self)

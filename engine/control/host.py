@@ -26,6 +26,15 @@ class Host(Protocol):
     def senders(self) -> Pool[wire.SenderReport]: ...
     @property
     def receivers(self) -> Pool[wire.ReceiverReport]: ...
+    @property
+    def pages(self) -> Pool[wire.PagesReport]: ...
+    @property
+    def faults(self) -> Pool[wire.FaultsReport]: ...
+
+    @property
+    def inherits_unknown(self) -> bool:
+        """The process before this one was killed, and nobody has said who has the right to run."""
+        ...
 
     @property
     def uuid(self) -> str: ...
@@ -34,8 +43,14 @@ class Host(Protocol):
     @property
     def notifiers(self) -> Notifiers: ...
 
-    def promise(self, side: Side) -> None:
-        """From here on the right to run may move: on record, should we be killed."""
+    def promise(self, side: Side, session: bytes = b"") -> None:
+        """From here on the right to run may move: on record, should we be killed.
+
+        :param session: in postcopy, which can be resumed then."""
+        ...
+
+    def postcopy_begins(self, side: Side, session: bytes) -> None:
+        """The guest runs at the destination and lacks pages: on record, should we be killed."""
         ...
 
     def settle(self, side: Side) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -24,6 +24,8 @@ log = logging.getLogger("ramferry.control")
 
 JOURNAL_BYTES_MAX: Final = 4 * 1024 * 1024
 COMPACT_RECORDS: Final = 1000
+
+Session = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")]  #: in hex, or empty
 
 
 class Record(msgspec.Struct, frozen=True, tag_field="record", rename="kebab"):
@@ -51,9 +53,20 @@ class Moved(Record, frozen=True, tag="moved"):
 
 
 class Promised(Record, frozen=True, tag="promised"):
-    """From here on the other side may have the right to run (source), or this one (destination)."""
+    """From here on the other side may have the right to run (source), or this one (destination).
+
+    :ivar session: of a postcopy: if it has moved, the destination lacks pages; else empty."""
 
     side: Side
+    session: Session = ""
+
+
+class Postcopy(Record, frozen=True, tag="postcopy"):
+    """The right to run has moved, and the destination lacks pages, until `completed` or `failed`;
+    with the session the migration can be resumed."""
+
+    side: Side
+    session: Session
 
 
 class Settled(Record, frozen=True, tag="settled"):
@@ -63,21 +76,42 @@ class Settled(Record, frozen=True, tag="settled"):
     side: Side
 
 
+class Stood(Record, frozen=True, tag="stood"):
+    """Its user has stopped the guest, or let it run again."""
+
+    by_user: bool
+
+
 class Closed(Record, frozen=True, tag="closed"):
     """It ended in order, and its guest with it."""
 
 
-_DECODER: Final = msgspec.json.Decoder(Began | Moved | Promised | Settled | Closed)
+_DECODER: Final = msgspec.json.Decoder(
+    Began | Moved | Promised | Postcopy | Settled | Stood | Closed
+)
 
 
 @dataclass(slots=True)
 class Found:
-    """What the last control process left: how far each side had come, and its guest."""
+    """What the last control process left: how far each side had come, and its guest.
+
+    :ivar source_session: of a postcopy from here that had not ended; of a promise, if it is one.
+    :ivar destination_session: of one to here."""
 
     began: Began
     source: Status = Status.NONE
     destination: Status = Status.NONE
     promised: Side | None = None
+    is_stopped: bool = False  #: by its user
+    source_session: bytes | None = None
+    destination_session: bytes | None = None
+
+    def set_session(self, side: Side, session: bytes | None) -> None:
+        """Of that side's postcopy; None: there is none any more."""
+        if side is Side.SOURCE:
+            self.source_session = session
+        else:
+            self.destination_session = session
 
     @property
     def is_at_destination(self) -> bool:
@@ -97,6 +131,8 @@ class Found:
             doing = f"as source it was in '{self.source.value}'"
         elif self.destination not in (Status.NONE, Status.FAILED, Status.COMPLETED):
             doing = f"as destination it was in '{self.destination.value}'"
+        elif self.source_session is not None or self.destination_session is not None:
+            doing = "nobody had resumed its postcopy"
         return f"the control process before this one (pid {self.began.pid}) was killed; {doing}"
 
 
@@ -161,12 +197,27 @@ class Journal:
                 raise UsageError(f"'{self._path}' line {number} is no record: {exc}") from exc
         return found
 
-    def begin(self, record: Began, promised: Side | None = None) -> None:
+    def begin(
+        self,
+        record: Began,
+        promised: Side | None = None,
+        postcopy: tuple[Side, bytes] | None = None,
+        *,
+        is_stopped: bool = False,
+    ) -> None:
         """From now on the records are this process's; what was found is forgotten.
 
         :param promised: a promise of the process before this one that nobody has settled yet.
+        :param postcopy: side and session of one that goes on.
+        :param is_stopped: the guest stands, as its user wants it.
         :raise UsageError: the journal cannot be written."""
-        self._records = [record] if promised is None else [record, Promised(promised)]
+        self._records = [record]
+        if postcopy is not None:
+            self._records.append(Postcopy(postcopy[0], postcopy[1].hex()))
+        if promised is not None:
+            self._records.append(Promised(promised))
+        if is_stopped:
+            self._records.append(Stood(by_user=True))
         try:
             self._rewrite()
         except OSError as exc:
@@ -194,21 +245,29 @@ class Journal:
         if change.moment is Moment.BEFORE:
             self._write(Moved(change.side, change.status))
 
-    def promised(self, side: Side) -> None:
+    def promised(self, side: Side, session: bytes = b"") -> None:
         """The right to run may move from now on.
 
+        :param session: in postcopy: so that it can be resumed, should we be killed before we know.
         :raise NotHandedOver: it cannot be put on record, so it must not move."""
-        if not self._write(Promised(side)):
+        if not self._write(Promised(side, session.hex())):
             raise NotHandedOver("the journal cannot be written, so the guest is not handed over")
 
+    def postcopy(self, side: Side, session: bytes) -> None:
+        """It is known that the right to run has moved, and the destination lacks pages."""
+        self._write(Postcopy(side, session.hex()))
+
     def settled(self, side: Side) -> None:
-        """It is known who has the right to run."""
+        """It is known who has the right to run, and no postcopy goes on."""
         self._write(Settled(side))
+
+    def stood(self, *, by_user: bool) -> None:
+        """The guest's user has stopped it, or let it run."""
+        self._write(Stood(by_user))
 
     def _write(self, record: Record) -> bool:
         """Append; False, and a line in the log, where that cannot be done."""
-        if isinstance(record, Moved):
-            self._records = [r for r in self._records if not _is_superseded(r, record)]
+        self._records = [r for r in self._records if not _is_superseded(r, record)]
         self._records.append(record)
         try:
             _write_whole(self._fd, _line(record))
@@ -260,12 +319,26 @@ def _line(record: Record) -> bytes:
     return msgspec.json.encode(record) + b"\n"
 
 
-def _is_superseded(old: Record, new: Moved) -> bool:
+def _is_superseded(old: Record, new: Record) -> bool:
     """A new migration forgets the one before it, on the same side."""
+    if not isinstance(new, Moved):
+        return isinstance(old, Stood) and isinstance(new, Stood)
     if isinstance(old, Moved):
         return old.side is new.side
-    is_settled = isinstance(old, Promised | Settled) and old.side is new.side
-    return is_settled and new.status is Status.SETUP
+    is_of_side = isinstance(old, Promised | Postcopy | Settled) and old.side is new.side
+    return is_of_side and new.status is Status.SETUP
+
+
+def _move(found: Found, side: Side, status: Status) -> None:
+    """A side has entered a status."""
+    if side is Side.SOURCE:
+        found.source = status
+    else:
+        found.destination = status
+    if status in (Status.SETUP, Status.COMPLETED):
+        found.promised = None
+    if status in (Status.SETUP, Status.COMPLETED, Status.FAILED):
+        found.set_session(side, None)
 
 
 def _after(found: Found | None, record: Record) -> Found | None:
@@ -275,16 +348,19 @@ def _after(found: Found | None, record: Record) -> Found | None:
         case Closed():
             return None
         case Moved(side, status) if found is not None:
-            if side is Side.SOURCE:
-                found.source = status
-            else:
-                found.destination = status
-            if status in (Status.SETUP, Status.COMPLETED):
-                found.promised = None
-        case Promised(side) if found is not None:
+            _move(found, side, status)
+        case Stood(by_user) if found is not None:
+            found.is_stopped = by_user
+        case Promised(side, session) if found is not None:
             found.promised = side
+            if session:
+                found.set_session(side, bytes.fromhex(session))
+        case Postcopy(side, session) if found is not None:
+            found.promised = None
+            found.set_session(side, bytes.fromhex(session))
         case Settled(side) if found is not None:
             found.promised = None
+            found.set_session(side, None)
             if side is Side.SOURCE and found.source is Status.COMPLETED:
                 found.source = Status.NONE  # nobody had confirmed, and its user has let it run here
     return found

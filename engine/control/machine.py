@@ -32,6 +32,12 @@ class Phase(enum.Enum):
     FINISHING = "finishing"  #: the last round, guest stopped
     ARMING = "arming"  #: device state is sent, the destination promises
     HANDING_OVER = "handing-over"  #: the token is on its way; nothing else decides now
+    PREPARING = "preparing-postcopy"  #: the destination learns what is stale, the guest runs
+    PUSHING = "pushing"  #: postcopy: the guest runs there, what is missing follows
+    SUSPENDING = "suspending"  #: postcopy: channels and workers are given back
+    PAUSED = "paused"  #: postcopy: waits for `migrate resume=true`
+    RECONNECTING = "reconnecting"
+    RECOVERING = "recovering"  #: the destination says what it has, channels are made anew
     FAILING = "failing"
     CANCELLING = "cancelling"
     ENDED = "ended"
@@ -123,6 +129,41 @@ class Abandoned:
     """All was given back; the guest is as it was before, unless the outcome is unknown."""
 
 
+@dataclass(frozen=True, slots=True)
+class StartPostcopy:
+    """`migrate-start-postcopy`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostcopyPrepared:
+    """Faults would be served at the destination; what is stale there has been freed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationComplete:
+    """Postcopy: the destination has every page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """Postcopy: nothing of the broken connections is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """`migrate resume=true`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnected:
+    """The destination's control process is reached again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resynced:
+    """What the destination lacks is dirty, every channel is open again."""
+
+
 Event = (
     Start
     | Connected
@@ -136,6 +177,13 @@ Event = (
     | Failure
     | Cancel
     | Abandoned
+    | StartPostcopy
+    | PostcopyPrepared
+    | DestinationComplete
+    | Suspended
+    | Recover
+    | Reconnected
+    | Resynced
 )
 
 # -- effects -------------------------------------------------------------------------------------
@@ -155,6 +203,16 @@ class Effect(enum.Enum):
     ABANDON = "abandon"  #: Abandoned; the guest runs again if we had stopped it
     ABANDON_STOPPED = "abandon-stopped"  #: Abandoned; the guest stays stopped
     FINISH = "finish"  #: nothing; gives back what the migration had
+    END_ROUND = "end-round"  #: nothing: RoundAcknowledged comes sooner
+    PREPARE_POSTCOPY = "prepare-postcopy"  #: PostcopyPrepared
+    RESUME_AND_PREPARE = "resume-and-prepare"  #: PostcopyPrepared
+    ARM_POSTCOPY = "arm-postcopy"  #: DestinationArmed
+    HARVEST_AND_ARM_POSTCOPY = "harvest-and-arm-postcopy"  #: DestinationArmed; the guest stands
+    PUSH = "push"  #: DestinationComplete
+    SUSPEND = "suspend"  #: Suspended
+    RECONNECT = "reconnect"  #: Reconnected
+    RESYNC = "resync"  #: Resynced
+    LEAVE = "leave"  #: Abandoned; the guest is at the destination, without all its pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +231,9 @@ class Outgoing:
 
     :ivar heal_limit: how many channels may be made anew before the migration fails.
     :ivar pauses_before_switchover: the capability `pause-before-switchover`.
-    :ivar error: why it failed or was cancelled, one line.
+    :ivar error: why it failed, was cancelled, or is paused, one line.
+    :ivar wants_postcopy: the user has asked for it.
+    :ivar is_postcopy: the destination is prepared for it; the next switchover goes there.
     """
 
     heal_limit: int = 8
@@ -182,7 +242,10 @@ class Outgoing:
     status: Status = Status.NONE
     heals: int = 0
     error: str | None = None
+    wants_postcopy: bool = False
+    is_postcopy: bool = False
     _cancel_wanted: bool = False
+    _lost_late: list[int] = field(default_factory=list)  #: channels, at a time when none is healed
     _story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_STEPS_MAX))
 
     def handle(self, event: Event) -> tuple[Effect | Heal, ...]:
@@ -209,24 +272,36 @@ class Outgoing:
         return Phase.CONNECTING, Status.SETUP, (Effect.CONNECT,)
 
     def _first_round(self, _: Connected) -> Step:
+        if self.wants_postcopy:
+            return Phase.PREPARING, Status.ACTIVE, (Effect.PREPARE_POSTCOPY,)
         return Phase.SENDING, Status.ACTIVE, (Effect.SEND_ROUND,)
 
     def _harvest(self, _: RoundAcknowledged) -> Step:
+        if self.wants_postcopy:
+            return Phase.PREPARING, Status.ACTIVE, (Effect.PREPARE_POSTCOPY,)
         return Phase.HARVESTING, Status.ACTIVE, (Effect.HARVEST,)
 
     def _next_round_or_pause(self, event: Harvested) -> Step:
         if event.fits:
             return Phase.PAUSING, Status.ACTIVE, (Effect.PAUSE_AND_HARVEST,)
+        if self.wants_postcopy:
+            return Phase.PREPARING, Status.ACTIVE, (Effect.PREPARE_POSTCOPY,)
         return Phase.SENDING, Status.ACTIVE, (Effect.SEND_ROUND,)
 
     def _last_round_or_resume(self, event: PausedAndHarvested) -> Step:
-        if not event.fits:
+        if not (event.fits or self.is_postcopy):
+            if self.wants_postcopy:
+                return Phase.PREPARING, Status.ACTIVE, (Effect.RESUME_AND_PREPARE,)
             return Phase.SENDING, Status.ACTIVE, (Effect.RESUME_AND_SEND_ROUND,)
         if self.pauses_before_switchover:
             return Phase.WAITING, Status.PRE_SWITCHOVER, ()
+        if self.is_postcopy:
+            return Phase.ARMING, Status.DEVICE, (Effect.ARM_POSTCOPY,)
         return Phase.FINISHING, Status.DEVICE, (Effect.SEND_ROUND,)
 
     def _go_on(self, _: Continue) -> Step:
+        if self.is_postcopy:
+            return Phase.ARMING, Status.DEVICE, (Effect.HARVEST_AND_ARM_POSTCOPY,)
         return Phase.FINISHING, Status.DEVICE, (Effect.HARVEST_AND_SEND_ROUND,)
 
     def _arm(self, _: RoundAcknowledged) -> Step:
@@ -236,9 +311,11 @@ class Outgoing:
         return Phase.HANDING_OVER, Status.DEVICE, (Effect.HAND_OVER,)
 
     def _conclude(self, event: HandedOver) -> Step:
-        if event.outcome is Handover.TAKEN:
+        if event.outcome is Handover.TAKEN and not self.is_postcopy:
             self.error = None  # what else was lost meanwhile decides nothing
             return Phase.ENDED, Status.COMPLETED, (Effect.FINISH,)
+        if self.is_postcopy and event.outcome is not Handover.REFUSED:
+            return self._push(event)
         if event.outcome is Handover.UNKNOWN:
             unknown = (
                 "the destination did not say whether the guest runs there: "
@@ -284,6 +361,64 @@ class Outgoing:
     def _ignore(self, _: Event) -> Step:
         return self.phase, self.status, ()
 
+    # -- postcopy --------------------------------------------------------------------------------
+
+    def _want_postcopy(self, _: StartPostcopy) -> Step:
+        self.wants_postcopy = True
+        now = (Effect.END_ROUND,) if self.phase is Phase.SENDING else ()
+        return self.phase, self.status, now
+
+    def _pause_for_postcopy(self, _: PostcopyPrepared) -> Step:
+        self.is_postcopy = True
+        return Phase.PAUSING, Status.ACTIVE, (Effect.PAUSE_AND_HARVEST,)
+
+    def _lose_late(self, event: ChannelLost) -> Step:
+        if self.is_postcopy:
+            self._lost_late.append(event.index)
+        return self.phase, self.status, ()
+
+    def _push_again(self, _: Resynced) -> Step:
+        self.error = None
+        return self._push(_)
+
+    def _push(self, _: HandedOver | Resynced) -> Step:
+        """Also where nobody has said who runs the guest: if the destination does, it needs this."""
+        lost, self._lost_late = self._lost_late, []
+        heals = tuple(Heal(index) for index in lost)
+        return Phase.PUSHING, Status.POSTCOPY_ACTIVE, (Effect.PUSH, *heals)
+
+    def _heal_or_suspend(self, event: ChannelLost) -> Step:
+        self.heals += 1
+        if self.heals > self.heal_limit:
+            return self._suspend(Failure(event.reason))
+        return self.phase, self.status, (Heal(event.index),)
+
+    def _suspend(self, event: Failure) -> Step:
+        self.error = event.reason
+        return Phase.SUSPENDING, Status.POSTCOPY_PAUSED, (Effect.SUSPEND,)
+
+    def _lose_again(self, event: ChannelLost) -> Step:
+        return self._suspend(Failure(event.reason))
+
+    def _wait_for_recovery(self, _: Suspended) -> Step:
+        return Phase.PAUSED, Status.POSTCOPY_PAUSED, ()
+
+    def _reconnect(self, _: Recover) -> Step:
+        self.heals = 0
+        return Phase.RECONNECTING, Status.POSTCOPY_RECOVER_SETUP, (Effect.RECONNECT,)
+
+    def _resync(self, _: Reconnected) -> Step:
+        return Phase.RECOVERING, Status.POSTCOPY_RECOVER, (Effect.RESYNC,)
+
+    def _complete(self, _: DestinationComplete) -> Step:
+        self.error = None
+        return Phase.ENDED, Status.COMPLETED, (Effect.FINISH,)
+
+    def _leave(self, _: Cancel) -> Step:
+        """Only when the process ends: the destination waits for ever for what it lacks."""
+        self.error = "the source ended before the destination had every page"
+        return Phase.FAILING, self.status, (Effect.LEAVE,)
+
 
 _Handler = Callable[..., Step]
 
@@ -294,11 +429,16 @@ def _same(
     return {(phase, event): handler for phase in phases}
 
 
-_LIVE = (Phase.SENDING, Phase.HARVESTING, Phase.PAUSING, Phase.WAITING, Phase.FINISHING)
+_LIVE = (Phase.SENDING, Phase.HARVESTING, Phase.PAUSING, Phase.WAITING, Phase.FINISHING,
+         Phase.PREPARING)  # fmt: skip
 _STOPPABLE = (Phase.CONNECTING, *_LIVE, Phase.ARMING)
 _LEAVING = (Phase.FAILING, Phase.CANCELLING)
-#: What may still arrive while a migration is being given up; it decides nothing any more.
-_LATE = (Connected, RoundAcknowledged, Harvested, PausedAndHarvested, DestinationArmed)
+_SUSPENDED = (Phase.SUSPENDING, Phase.PAUSED)
+_RECOVERING = (Phase.RECONNECTING, Phase.RECOVERING)
+#: What may still arrive while a migration is being given up or suspended; it decides nothing any
+#: more.
+_LATE = (Connected, RoundAcknowledged, Harvested, PausedAndHarvested, DestinationArmed,
+         PostcopyPrepared, DestinationComplete, Reconnected, Resynced)  # fmt: skip
 
 # The whole machine on one screen. A pair that is absent is illegal.
 TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
@@ -306,21 +446,37 @@ TRANSITIONS: Final[Mapping[tuple[Phase, type], _Handler]] = {
     (Phase.CONNECTING, Connected): Outgoing._first_round,
     (Phase.SENDING, RoundAcknowledged): Outgoing._harvest,
     (Phase.HARVESTING, Harvested): Outgoing._next_round_or_pause,
+    (Phase.PREPARING, PostcopyPrepared): Outgoing._pause_for_postcopy,
     (Phase.PAUSING, PausedAndHarvested): Outgoing._last_round_or_resume,
     (Phase.WAITING, Continue): Outgoing._go_on,
     (Phase.FINISHING, RoundAcknowledged): Outgoing._arm,
     (Phase.ARMING, DestinationArmed): Outgoing._hand_over,
     (Phase.HANDING_OVER, HandedOver): Outgoing._conclude,
+    (Phase.PUSHING, DestinationComplete): Outgoing._complete,
+    (Phase.SUSPENDING, Suspended): Outgoing._wait_for_recovery,
+    (Phase.PAUSED, Recover): Outgoing._reconnect,
+    (Phase.RECONNECTING, Reconnected): Outgoing._resync,
+    (Phase.RECOVERING, Resynced): Outgoing._push_again,
     (Phase.FAILING, Abandoned): Outgoing._failed,
     (Phase.CANCELLING, Abandoned): Outgoing._cancelled,
     **_same((Phase.CONNECTING, *_LIVE), ChannelLost, Outgoing._heal_or_fail),
-    **_same((Phase.ARMING, Phase.HANDING_OVER, *_LEAVING, Phase.ENDED), ChannelLost,
+    **_same((Phase.ARMING, Phase.HANDING_OVER), ChannelLost, Outgoing._lose_late),
+    **_same((*_LEAVING, *_SUSPENDED, Phase.RECONNECTING, Phase.ENDED), ChannelLost,
     Outgoing._ignore),
+    (Phase.PUSHING, ChannelLost): Outgoing._heal_or_suspend,
+    (Phase.RECOVERING, ChannelLost): Outgoing._lose_again,
     **_same(_STOPPABLE, Failure, Outgoing._fail),
     (Phase.HANDING_OVER, Failure): Outgoing._fail_later,
-    **_same((*_LEAVING, Phase.ENDED), Failure, Outgoing._ignore),
+    **_same((Phase.PUSHING, *_RECOVERING), Failure, Outgoing._suspend),
+    **_same((*_LEAVING, *_SUSPENDED, Phase.ENDED), Failure, Outgoing._ignore),
     **_same(_STOPPABLE, Cancel, Outgoing._cancel),
     (Phase.HANDING_OVER, Cancel): Outgoing._cancel_later,
+    **_same((Phase.PUSHING, *_SUSPENDED, *_RECOVERING), Cancel, Outgoing._leave),
     **_same((Phase.IDLE, *_LEAVING, Phase.ENDED), Cancel, Outgoing._ignore),
-    **{(phase, late): Outgoing._ignore for phase in _LEAVING for late in _LATE},
+    **_same((*_STOPPABLE, Phase.HANDING_OVER), StartPostcopy, Outgoing._want_postcopy),
+    **_same((*_LEAVING, Phase.PUSHING, *_SUSPENDED, *_RECOVERING, Phase.ENDED), StartPostcopy,
+    Outgoing._ignore),
+    **{(phase, late): Outgoing._ignore for phase in (*_LEAVING, Phase.SUSPENDING)
+       for late in _LATE},
+    (Phase.FAILING, Suspended): Outgoing._ignore,
 }  # fmt: skip

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from engine import unixsocket, wire
 from engine.control.framestream import ConnectionLost, FrameStream
@@ -25,6 +25,8 @@ __all__ = ["ConnectionLost", "DestinationEnd", "SourceEnd"]
 #: They hold at most 16 x (4 + HELLO_BYTES_MAX + 256 KiB of one read) = 5.3 MiB.
 STRANGERS_MAX: Final = 16
 HELLO_WAIT_S: Final = 10.0
+F = TypeVar("F", bound=wire.FirstWord)
+
 BUSY: Final = "this destination is busy with another source"
 
 
@@ -119,12 +121,13 @@ def _listener(address: Address) -> socket.socket:
     return listen_tcp(address.port, (family, where))
 
 
-class DestinationEnd:
+class DestinationEnd(Generic[F]):
     """The destination's end; owns the listener, its file and every connection."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, first: type[F]) -> None:
         """Bind; peers are served from the first `accept` on.
 
+        :param first: what a right peer says first.
         :raise OSError: cannot listen there.
         :raise UsageError: something else is at the unix path."""
         self._path = address.path
@@ -141,18 +144,19 @@ class DestinationEnd:
         self._decoder: wire.Decoder[wire.ToDestination] = wire.Decoder(
             wire.ToDestination, wire.MAIN_BYTES_MAX, "main channel"
         )
-        self._hello_decoder: wire.Decoder[wire.Hello] = wire.Decoder(
-            wire.Hello, wire.HELLO_BYTES_MAX, "main channel"
+        self._hello_decoder: wire.Decoder[F] = wire.Decoder(
+            first, wire.HELLO_BYTES_MAX, "main channel"
         )
         self._strangers: dict[FrameStream, asyncio.Task[None]] = {}  #: oldest first
         self._peer: FrameStream | None = None
-        self._hello: wire.Hello | None = None  #: the peer's, until `accept` returns it
+        self._hello: F | None = None  #: the peer's, until `accept` returns it
         self._greeted = asyncio.Event()
 
     # -- strangers -------------------------------------------------------------------------------
 
-    async def accept(self) -> wire.Hello:
-        """Wait for a peer that says a right Hello; the peer of an earlier `accept` is given up.
+    async def accept(self) -> F:
+        """Wait for a peer that says a right first word; the peer of an earlier `accept` is given
+        up.
 
         Cancelling this loses nothing: the next call returns what has come."""
         if self._peer is not None and self._hello is None:

@@ -226,7 +226,7 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("xbzrle-cache-size", Kind.SIZE, 64 * MIB, PAGE_BYTES, 2**63, unit="bytes", hmp_unit="bytes",
               range_text="a power of two no less than the target page size", acts=True, effective=NEXT_BATCH,
               help="size of the XBZRLE caches of all channels together"),
-    Parameter("max-postcopy-bandwidth", Kind.SIZE, 0, unit="bytes/second",
+    Parameter("max-postcopy-bandwidth", Kind.SIZE, 0, unit="bytes/second", acts=True,
               help="limit of the background pages of postcopy; 0: unlimited"),
     Parameter("max-cpu-throttle", Kind.UINT8, 99, 1, 99, unit="%", acts=True, effective=NEXT_ROUND,
               range_text=_integer_range("cpu_throttle_initial", 99), help="largest throttle of auto-converge"),
@@ -266,7 +266,7 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("x-elide-unchanged", Kind.ENUM, "auto", values=("off", "on", "auto"), is_ours=True, acts=True,
               effective=NEXT_BATCH, help="send no page again that is as it was sent, by its hash; auto: where that pays"),
     Parameter("x-on-stall", Kind.ENUM, "nothing", is_ours=True, acts=True, effective=NEXT_ROUND,
-              values=("nothing", "throttle", "switchover", "cancel"),
+              values=("nothing", "throttle", "switchover", "cancel", "postcopy"),
               help="what to do, besides X_MIGRATION_STALLED, when the rounds do not shrink any more"),
 )  # fmt: skip
 

@@ -196,3 +196,13 @@ def sender_pool() -> Pool[wire.SenderReport]:
 def receiver_pool() -> Pool[wire.ReceiverReport]:
     """Workers of the destination."""
     return Pool("receiver", wire.ReceiverReport)
+
+
+def page_service_pool() -> Pool[wire.PagesReport]:
+    """Of the source, in postcopy."""
+    return Pool("pages", wire.PagesReport)
+
+
+def fault_service_pool() -> Pool[wire.FaultsReport]:
+    """Of the destination, in postcopy."""
+    return Pool("faults", wire.FaultsReport)

@@ -32,9 +32,17 @@ from engine.control.notifiers import Notifiers, Side
 from engine.control.objects import Objects
 from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import Parameters, ParameterStore, parse_switch, parse_value
-from engine.control.pool import Pool, receiver_pool, sender_pool
+from engine.control.pool import (
+    Pool,
+    fault_service_pool,
+    page_service_pool,
+    receiver_pool,
+    sender_pool,
+)
+from engine.control.postcopy.operator import PostcopyControl
+from engine.control.restart import Paused
 from engine.control.route import Route
-from engine.control.status import ENDED, RunState, Status
+from engine.control.status import ENDED, POSTCOPY, RunState, Status
 from engine.control.streams.opening import Sources, no_names
 from engine.control.streams.source import StreamRoute
 from engine.control.uri import Address, Target
@@ -68,6 +76,7 @@ class ControlProcess:
         uuid: str = "",
         journal: Journal | None = None,
         is_unknown: bool = False,
+        paused: Paused | None = None,
         inherited: Iterable[int] = (),
     ) -> None:
         """
@@ -75,11 +84,12 @@ class ControlProcess:
         :param journal: begun; stays the caller's.
         :param is_unknown: the process before this one was killed while the right to run was on
             its way, and nobody has said who has it.
+        :param paused: a postcopy of the process before this one that can be resumed.
         :param inherited: numbers of the descriptors that the process was started with."""
         self.guest, self.uuid = guest, uuid
         self._inherited = set(inherited)
         self.notifiers = Notifiers()
-        self._journal, self.inherits_unknown = journal, is_unknown
+        self._journal, self.inherits_unknown, self.paused = journal, is_unknown, paused
         self.leaves_guest = False  #: at the end a guest that was taken over goes on
         if journal is not None:
             self.notifiers.add(journal.moved)
@@ -101,11 +111,15 @@ class ControlProcess:
             lambda: self.guest, lambda: self.is_migrating and self.capability("dirty-limit")
         )
         self.incoming: IncomingMigration | None = None
+        self.postcopy = PostcopyControl(self)
         self.exit_on_error = True
         self.runs_on_arrival = True  #: QEMU's autostart: `stop` before the arrival clears it
         self.senders: Pool[wire.SenderReport] = sender_pool()
         self.receivers: Pool[wire.ReceiverReport] = receiver_pool()
+        self.pages: Pool[wire.PagesReport] = page_service_pool()
+        self.faults: Pool[wire.FaultsReport] = fault_service_pool()
         self.send_event: Emit = _unheard
+        self.told_count = 0  #: events so far, also those that nobody hears
         self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._judgement: Judgement | None = None
         self._judging = asyncio.Lock()
@@ -117,6 +131,9 @@ class ControlProcess:
     def _initial_state(self, incoming: bool) -> RunState:
         if incoming:
             return RunState.INMIGRATE
+        is_source = self.paused is not None and self.paused.side is Side.SOURCE
+        if is_source and not self.inherits_unknown:
+            return RunState.POSTMIGRATE
         return RunState.RUNNING if self.guest.is_running else RunState.PAUSED
 
     # -- what a migration borrows ----------------------------------------------------------------
@@ -125,9 +142,14 @@ class ControlProcess:
     def parameters(self) -> Parameters:
         return self.store.values
 
-    def promise(self, side: Side) -> None:
+    def promise(self, side: Side, session: bytes = b"") -> None:
         if self._journal is not None:
-            self._journal.promised(side)
+            self._journal.promised(side, session)
+
+    def postcopy_begins(self, side: Side, session: bytes) -> None:
+        self.inherits_unknown = False
+        if self._journal is not None:
+            self._journal.postcopy(side, session)
 
     def settle(self, side: Side) -> None:
         if self._journal is not None:
@@ -138,15 +160,22 @@ class ControlProcess:
 
     def emit(self, event: str, data: dict[str, object] | None = None) -> None:
         """MIGRATION events go out only with the capability `events`, as in QEMU."""
+        self.told_count += 1
         if "MIGRATION" not in event or self.capability("events"):
             self.send_event(event, data)
 
     def set_run_state(self, state: RunState) -> None:
         ran, self.run_state = self.run_state is RunState.RUNNING, state
+        if state in (RunState.RUNNING, RunState.PAUSED):
+            self._stood(by_user=state is RunState.PAUSED)
         if ran and state is not RunState.RUNNING:
             self.emit("STOP", None)
         elif not ran and state is RunState.RUNNING:
             self.emit("RESUME", None)
+
+    def _stood(self, *, by_user: bool) -> None:
+        if self._journal is not None:
+            self._journal.stood(by_user=by_user)
 
     def _settings_changed(self) -> None:
         if self.outgoing is not None:
@@ -156,8 +185,10 @@ class ControlProcess:
     def _warm(self) -> None:
         """Start the interpreters before they are waited for; if that cannot be, they start then."""
         pool = self.receivers if self.waits_for_incoming else self.senders
+        service = self.faults if self.waits_for_incoming else self.pages
         try:
             pool.warm(min(channels_of(self), WARM_WORKERS_MAX))
+            service.warm(int(self.capability("postcopy-ram")))
         except (MigrationError, OSError) as exc:
             log.warning("workers are not started ahead: %s", exc)
 
@@ -193,6 +224,7 @@ class ControlProcess:
         if self.is_migrating:
             raise UsageError("There's a migration process in progress")
         self.capabilities.set(changes)
+        self._warm()
 
     @property
     def is_outcome_unknown(self) -> bool:
@@ -235,6 +267,8 @@ class ControlProcess:
                 await self.guest.pause(for_migration=False)
                 if self.run_state is RunState.RUNNING:
                     self.set_run_state(RunState.PAUSED)
+                else:
+                    self._stood(by_user=True)
 
     async def cont(self) -> None:
         """QMP `cont`; before the guest has arrived: it will run when it arrives.
@@ -277,7 +311,8 @@ class ControlProcess:
             await self.outgoing.ended.wait()  # it still gives back what the next one would use
         self._check_transport(address)
         if resume:
-            raise UsageError("Cannot resume if there is no paused migration")
+            await self.postcopy.resume(address)
+            return
         if self.outgoing is not None and self.outgoing.status not in ENDED:
             raise UsageError("There's a migration process in progress")
         if self.is_outcome_unknown:
@@ -328,8 +363,7 @@ class ControlProcess:
             incoming.start()
         except OSError as exc:
             raise UsageError(incoming.error or str(exc)) from exc
-        self.incoming = incoming
-        self._follower = asyncio.get_running_loop().create_task(self._follow(incoming))
+        self.follow(incoming)
 
     def check_incoming(self) -> None:
         """:raise UsageError: `migrate-incoming` has no place here, or not any more."""
@@ -337,6 +371,11 @@ class ControlProcess:
             raise UsageError("'-incoming' was not specified on the command line")
         if self.incoming is not None:
             raise UsageError("The incoming migration has already been started")
+
+    def follow(self, incoming: IncomingMigration) -> None:
+        """It is ours from now on."""
+        self.incoming = incoming
+        self._follower = asyncio.get_running_loop().create_task(self._follow(incoming))
 
     async def _follow(self, incoming: IncomingMigration) -> None:
         """The end of an incoming migration: the guest is ours, or the process has no use."""
@@ -358,36 +397,16 @@ class ControlProcess:
         if self.outgoing is not None and status is Status.PRE_SWITCHOVER:
             self.outgoing.handle(machine.Continue())
 
-    def start_postcopy(self) -> None:
-        """QMP `migrate-start-postcopy`.
-
-        :raise UsageError: the capability is off, or no migration has begun."""
-        if not self.capability("postcopy-ram"):
-            raise UsageError(
-                "Enable postcopy with migrate_set_capability before the start of migration"
-            )
-        if self.outgoing is None:
-            raise UsageError("Postcopy must be started after migration has been started")
-
-    def pause_postcopy(self) -> None:
-        """QMP `migrate-pause`.
-
-        :raise UsageError: neither side is in postcopy."""
-        raise UsageError(
-            "migrate-pause is currently only supported during postcopy-active or "
-            "postcopy-recover state"
-        )
-
-    def recover_postcopy(self) -> None:
-        """QMP `migrate-recover`.
-
-        :raise UsageError: no postcopy is paused here."""
-        raise UsageError("Migrate recover can only be run when postcopy is paused.")
-
     async def cancel(self) -> None:
-        """QMP `migrate_cancel`: no-op where nothing runs."""
-        if self.outgoing is not None:
-            self.outgoing.handle(machine.Cancel())
+        """QMP `migrate_cancel`: no-op where nothing runs.
+
+        :raise UsageError: the guest runs at the destination, and lacks pages."""
+        if self.outgoing is None:
+            return
+        if self.outgoing.status in POSTCOPY:
+            raise UsageError("Postcopy migration in progress, cannot cancel.")
+        self.outgoing.handle(machine.Cancel())
+        self.outgoing.stop_waiting()
 
     @property
     def can_be_yanked(self) -> bool:
@@ -399,6 +418,7 @@ class ControlProcess:
         where it would after that. One that still waits for its source goes on waiting."""
         if self.outgoing is not None and self.is_migrating:
             self.outgoing.handle(machine.Failure("'yank' has cut the migration's connections"))
+            self.outgoing.stop_waiting()
         if self.incoming is not None:
             self.incoming.yank()
 
@@ -421,9 +441,7 @@ class ControlProcess:
 
         A migration that is on its way is cancelled first, so that the destination knows."""
         if self.outgoing is not None:
-            if self.outgoing.status not in ENDED:
-                self.outgoing.handle(machine.Cancel())
-            await self.outgoing.ended.wait()
+            await self.outgoing.close()
         if self.incoming is not None:
             await self.incoming.close()
             await self._follower
@@ -434,7 +452,8 @@ class ControlProcess:
             self._warmer.cancel()
         self._watcher.cancel()
         await asyncio.gather(self._watcher, return_exceptions=True)
-        await asyncio.gather(self.senders.close(), self.receivers.close())
+        pools = (self.senders, self.receivers, self.pages, self.faults)
+        await asyncio.gather(*(pool.close() for pool in pools))
         if self.leaves_guest and isinstance(self.guest, WorkloadGuest):
             await self.guest.leave()
         await self.guest.quit()

@@ -89,10 +89,16 @@ class Route(Protocol):
         :raise TimeoutError: no answer."""
         ...
 
-    async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
+    async def hand_over(self, guest: Guest, *, keeps_ram: bool) -> tuple[Handover, str]:
         """Pass the right to run; return what became of it, and the reason where it was not taken.
 
+        :param keeps_ram: pages of the guest will still be read here (postcopy).
         :raise NotHandedOver: it never left the guest."""
+        ...
+
+    def stop_waiting(self) -> None:
+        """Whoever waits for it wants an end: wait no more for somebody who may never be done.
+        Idempotent."""
         ...
 
     async def break_off(self, last_word: wire.Abort | None) -> None:

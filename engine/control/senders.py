@@ -14,13 +14,13 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from engine import wire
 from engine.control.compression import codecs_of, compression_info, delta_statistics, lacking_codecs
+from engine.control.lane import HarvestTotals, Lane, RoundTotals
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
 from engine.control.statistics import ChannelSample, MigrationNumbers
 from engine.control.watch import WATCH_S, Watch
@@ -35,48 +35,6 @@ log = logging.getLogger("ramferry.source")
 
 #: A round that does not get on for so long ends the migration (most deaths are noticed sooner).
 STALL_NS: Final = 30_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class RoundTotals:
-    """A round as both ends counted it; the same on both sides."""
-
-    packets: int
-    pages: int
-    zero_pages: int
-    payload_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class HarvestTotals:
-    """What all lanes said.
-
-    :ivar dirty_pages: still to be sent, those of lost lanes included.
-    :ivar found_pages: written since the harvest before (see `wire.Harvested`).
-    """
-
-    dirty_pages: int
-    found_pages: int
-
-
-@dataclass(slots=True)
-class Lane:
-    """One sender, its channel, and what is expected of it. `worker` is owned by the group."""
-
-    index: int
-    endpoint: str
-    progress: Progress
-    worker: Worker[wire.SenderReport] | None = None
-    incarnation: int = 1
-    is_open: bool = False  #: this incarnation; what was lost with others is dirty again
-    harvest_due: int = 0  #: number of the harvest that it has not answered
-    unanswered: int = 0  #: harvests that this worker was ordered and has not answered
-    harvested: wire.Harvested | None = None  #: what it said after the last harvest
-    harvest_incarnation: int = 0  #: open when the harvest was ordered, or 0
-    round_due: int = 0  #: number of the round that is not acknowledged
-    sent: wire.RoundSent | None = None
-    received: wire.RoundReceived | None = None
-    has_ended: bool = False  #: of a stream: its sender touches it no more
 
 
 class SenderGroup:
@@ -111,6 +69,7 @@ class SenderGroup:
         self._detect_zero = True
         self._compress = wire.Compress("none")
         self._hashes_fd = -1
+        self._demands_fd = -1  #: the page service's statistics, in postcopy
         self.lanes: list[Lane] = []
         with ExitStack() as stack:  # hundreds of descriptors: when one cannot be had, none is kept
             self.dirty = PageBitmaps.create("dirty", blocks)
@@ -155,12 +114,15 @@ class SenderGroup:
             sample.incarnation = lane.incarnation
             sample.pages = lane.progress[Count.PAGES]
             sample.zero_pages = lane.progress[Count.ZERO_PAGES]
-        numbers.pages, numbers.zero_pages = self.total(Count.PAGES), self.total(Count.ZERO_PAGES)
-        numbers.wire_bytes = self.total(Count.WIRE_BYTES)
-        numbers.payload_bytes = self.total(Count.PAYLOAD_BYTES)
+        carried = numbers.carried
+        numbers.pages = carried.pages + self.total(Count.PAGES)
+        numbers.zero_pages = carried.zero_pages + self.total(Count.ZERO_PAGES)
+        numbers.wire_bytes = carried.wire_bytes + self.total(Count.WIRE_BYTES)
+        numbers.payload_bytes = carried.payload_bytes + self.total(Count.PAYLOAD_BYTES)
         channels = [lane.progress for lane in self.lanes]
         numbers.compression = compression_info(channels)
-        numbers.xbzrle.now = delta_statistics(channels)
+        if not numbers.postcopy.began_ns:
+            numbers.xbzrle.now = delta_statistics(channels)
         numbers.remaining_bytes = self.dirty.count() * PAGE_SIZE
 
     # -- start and end ---------------------------------------------------------------------------
@@ -215,6 +177,8 @@ class SenderGroup:
             fds,
         )
         self._order(lane, self._compress)
+        if self._demands_fd >= 0:
+            self._order(lane, wire.FollowDemands(), [self._demands_fd])
         if lane.unanswered:
             self._forget_harvests(lane)
         if lane.harvest_due:
@@ -368,6 +332,20 @@ class SenderGroup:
             sum(end.zero_pages for end in ends),
             sum(end.payload_bytes for end in ends),
         ), sent_ns
+
+    def end_round(self) -> None:
+        """Have the round end soon; what was not taken stays dirty."""
+        for lane in self.lanes:
+            self._order(lane, wire.EndRound())
+
+    def follow(self, demands_fd: int) -> None:
+        """From now on all lanes send first what is near the newest demand, and nothing that the
+        destination would need an older page for.
+
+        :param demands_fd: the page service's statistics, lent."""
+        self._demands_fd = demands_fd
+        for lane in self.lanes:
+            self._order(lane, wire.FollowDemands(), [demands_fd])
 
     async def end_channels(self) -> None:
         """Of a stream, after the last round: take it back from its sender.

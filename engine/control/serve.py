@@ -19,8 +19,9 @@ from engine.control.notifiers import Side
 from engine.control.process import ControlProcess, Emit
 from engine.control.qmp.commands import build_registry
 from engine.control.qmp.server import QmpServer
-from engine.control.restart import plan
-from engine.control.uri import Target, parse_listen_address, parse_uri
+from engine.control.restart import paused_of, plan
+from engine.control.status import RunState
+from engine.control.uri import parse_listen_address, parse_uri
 from engine.guest.base import Guest
 from engine.guest.rundir import default_rundir
 from engine.guest.spec import GuestSpec, WorkloadSpec, open_guest, parse_guest_spec
@@ -92,9 +93,8 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
     monitors = [parse_listen_address(text) for text in options.qmp]
     human_monitors = [parse_listen_address(text) for text in options.hmp]
     is_incoming = options.incoming is not None
-    address: Target | None = None
-    if options.incoming not in (None, "defer"):
-        address = parse_uri(str(options.incoming))
+    is_deferred = options.incoming in (None, "defer")
+    address = None if is_deferred else parse_uri(str(options.incoming))
     async with AsyncExitStack() as stack:
         journal = Journal(options.state_dir) if options.state_dir else None
         if journal is not None:
@@ -102,7 +102,12 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
         start = await plan(journal.found if journal else None, spec, incoming=is_incoming)
         if start.text:
             log.warning("%s", start.text)
-        guest = await open_guest(start.spec, incoming=start.incoming, run=start.runs)
+        guest = await open_guest(
+            start.spec, incoming=start.incoming, run=start.runs, given_up=start.given_up
+        )
+        paused, advice = paused_of(start, guest)
+        if advice:
+            log.warning("%s", advice)
         is_adopted = isinstance(start.spec, WorkloadSpec) and start.spec.socket is not None
         is_unknown = start.is_unknown or (
             isinstance(guest, WorkloadGuest) and guest.is_outcome_unknown
@@ -113,6 +118,7 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
             uuid=options.uuid,
             journal=journal,
             is_unknown=is_unknown,
+            paused=paused,
             inherited=inherited,
         )
         process.leaves_guest = is_adopted  # a mistake in what follows is not the guest's end
@@ -121,18 +127,21 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
             stack.callback(lambda: journal.close(in_order=not process.leaves_guest))
         stack.push_async_callback(process.close)
         if journal is not None:
-            promised = Side.SOURCE if is_unknown else None
-            journal.begin(_record(guest, spec, incoming=start.incoming), promised)
+            _begin(journal, process, _record(guest, spec, incoming=start.incoming))
+        if start.is_whole:
+            await guest.close_missing()
         for setting in options.settings:
             process.set(setting)
         registry = build_registry(process)
         human_monitor = hmp.register(registry, process)
+        if paused is not None:
+            process.postcopy.take_up(paused)
         server, human_server = QmpServer(registry), hmp.HmpServer(human_monitor)
         process.send_event = _to_all(server.emit, human_monitor.held.notify)
         stack.push_async_callback(server.close)
+        stack.push_async_callback(human_server.close)
         for monitor in monitors:
             await server.listen(monitor)
-        stack.push_async_callback(human_server.close)
         for monitor in human_monitors:
             await human_server.listen(monitor)
         if address is not None and start.incoming:
@@ -149,6 +158,15 @@ def _allow_descriptors() -> None:
     wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _begin(journal: Journal, process: ControlProcess, record: Began) -> None:
+    """Put on record what this process begins with."""
+    promised = Side.SOURCE if process.inherits_unknown else None
+    paused = process.paused
+    postcopy = (paused.side, paused.session) if paused is not None else None
+    is_stopped = process.run_state is RunState.PAUSED
+    journal.begin(record, promised, postcopy, is_stopped=is_stopped)
 
 
 def _record(guest: Guest, spec: GuestSpec, *, incoming: bool) -> Began:

@@ -23,6 +23,7 @@ class OnStall(enum.Enum):
     NOTHING = "nothing"
     THROTTLE = "throttle"  #: as with the capability `auto-converge`, from now on
     SWITCHOVER = "switchover"  #: stop the guest now, whatever `downtime-limit` says
+    POSTCOPY = "postcopy"  #: as `migrate-start-postcopy`
     CANCEL = "cancel"
 
 

@@ -42,6 +42,37 @@ class ChannelSample:
 
 
 @dataclass(slots=True)
+class Carried:
+    """What workers that were given back had counted."""
+
+    pages: int = 0
+    zero_pages: int = 0
+    wire_bytes: int = 0
+    main_bytes: int = 0
+    payload_bytes: int = 0
+
+
+@dataclass(slots=True)
+class PostcopyNumbers:
+    """From the moment on at which the destination's guest runs without all its pages."""
+
+    began_ns: int = 0  #: 0: it has not begun
+    multifd_bytes: int = 0  #: sent before that
+    multifd_pages: int = 0
+    requests: int = 0
+    fault_bytes: int = 0  #: over the fault channel
+    demand_pages: int = 0
+    prefetch_pages: int = 0
+    rest_pages: int = 0  #: asked for when the background was done
+
+    def begin(self, now_ns: int, numbers: MigrationNumbers) -> None:
+        """Once, whatever pauses follow."""
+        if not self.began_ns:
+            self.began_ns, self.multifd_bytes = now_ns, numbers.wire_bytes
+            self.multifd_pages = numbers.pages + numbers.zero_pages
+
+
+@dataclass(slots=True)
 class XbzrleNumbers:
     """`xbzrle-cache`: counts up to now, and rates between the last two syncs of a second."""
 
@@ -91,10 +122,19 @@ class MigrationNumbers:
     tracker_reason: str = ""
     placement: str = ""
     heals: int = 0
+    carried: Carried = field(default_factory=Carried)
+    postcopy: PostcopyNumbers = field(default_factory=PostcopyNumbers)
     _sampled_ns: int = 0
     _sampled_pages: int = 0
     _dirty_since_ns: int = 0
     _dirty_pages: int = 0
+
+    def carry(self) -> None:
+        """The workers are given back; those that come count from 0."""
+        self.carried = Carried(
+            self.pages, self.zero_pages, self.wire_bytes, self.main_bytes, self.payload_bytes
+        )
+        self.channels, self.rate_bytes_per_s, self.pages_per_s = [], 0.0, 0
 
     def pause_undone(self, stood_ns: int) -> None:
         """The guest was stopped, too much was left to send, and it runs again."""

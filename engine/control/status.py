@@ -45,7 +45,12 @@ class RunState(enum.Enum):
 _INCOMING: Final[Mapping[Status, frozenset[Status]]] = {
     Status.NONE: frozenset({Status.SETUP}),
     Status.SETUP: frozenset({Status.ACTIVE, Status.FAILED}),
-    Status.ACTIVE: frozenset({Status.COMPLETED, Status.FAILED}),
+    Status.ACTIVE: frozenset({Status.POSTCOPY_ACTIVE, Status.COMPLETED, Status.FAILED}),
+    Status.POSTCOPY_ACTIVE: frozenset({Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}),
+    Status.POSTCOPY_PAUSED: frozenset({Status.POSTCOPY_RECOVER, Status.FAILED}),
+    Status.POSTCOPY_RECOVER: frozenset(
+        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED}
+    ),
 }
 
 
@@ -54,6 +59,17 @@ def check_incoming(before: Status, after: Status) -> None:
     if after not in _INCOMING.get(before, frozenset()):
         raise StateError(before.value, after.value, ())
 
+
+#: The guest runs at the destination, and part of its RAM is still at the source.
+POSTCOPY: Final = frozenset(
+    {
+        Status.POSTCOPY_DEVICE,
+        Status.POSTCOPY_ACTIVE,
+        Status.POSTCOPY_PAUSED,
+        Status.POSTCOPY_RECOVER_SETUP,
+        Status.POSTCOPY_RECOVER,
+    }
+)
 
 #: A migration in one of these ended and left nothing behind; a new one may start.
 ENDED = frozenset({Status.NONE, Status.COMPLETED, Status.FAILED, Status.CANCELLED})

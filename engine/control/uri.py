@@ -16,6 +16,8 @@ from engine.errors import UsageError, WireError, shown
 
 UNIX_PATH_BYTES_MAX: Final = 90  #: sun_path holds 108; `.channel-254` and a NUL must fit behind
 
+FAULT_CHANNEL: Final = 255  #: number of postcopy's fault channel, behind every multifd channel's
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -37,7 +39,8 @@ class Address:
         return f"[{self.host}]" if ":" in self.host else self.host
 
     def channel_endpoint(self, index: int, port_base: int) -> str:
-        """Where the receiver of channel `index` listens; a base of 0 takes any free port."""
+        """Where the receiver of channel `index` listens, or the fault service (FAULT_CHANNEL); a
+        base of 0 takes any free port."""
         if self.path:
             return f"ipc://{self.path}.channel-{index}"
         port = str(port_base + 1 + index) if port_base else "*"
@@ -66,7 +69,7 @@ class Address:
         The handover's is the guest's, who may answer there for longer than we live."""
         if self.path:
             unixsocket.remove_dead(self.path)
-            for index in range(channels):
+            for index in (*range(channels), FAULT_CHANNEL):
                 unixsocket.remove_dead(f"{self.path}.channel-{index}")
 
     def socket_address(self) -> dict[str, object]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 from engine.control.incoming import IncomingMigration
 from engine.control.outgoing import OutgoingMigration
 from engine.control.statistics import MigrationNumbers
-from engine.control.status import ENDED, Status
+from engine.control.status import ENDED, POSTCOPY, Status
 from engine.memory.blocks import PAGE_SIZE
 
 NS_PER_MS: Final = 1_000_000
-#: Totals may be so old: counting the dirty pages of 16 GiB takes 50 us, and clients poll.
-TOTALS_AGE_NS: Final = 5 * NS_PER_MS
+
+_LISTENING: Final = (Status.SETUP, Status.ACTIVE, Status.POSTCOPY_PAUSED)
+_WITH_REASON: Final = (Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED)
 
 #: Statuses in which a source shows `ram` and its times.
 _WITH_NUMBERS: Final = frozenset(
@@ -23,6 +25,7 @@ _WITH_NUMBERS: Final = frozenset(
         Status.PRE_SWITCHOVER,
         Status.DEVICE,
         Status.COMPLETED,
+        *POSTCOPY,
     }
 )
 
@@ -44,17 +47,30 @@ def incoming_info(incoming: IncomingMigration) -> dict[str, Any]:
     info: dict[str, Any] = {"status": incoming.status.value}
     if incoming.error is not None:
         info["error-desc"] = incoming.error
-    if incoming.address is not None and incoming.status in (Status.SETUP, Status.ACTIVE):
+    if incoming.address is not None and incoming.status in _LISTENING:
         info["socket-address"] = [incoming.address.socket_address()]
+    if incoming.postcopy is not None:
+        info |= _incoming_postcopy(incoming.postcopy.info(), incoming)
+    return info
+
+
+def _incoming_postcopy(found: dict[str, Any], incoming: IncomingMigration) -> dict[str, Any]:
+    """What faults cost. QEMU shows its members when all is over, with `postcopy-blocktime`."""
+    info: dict[str, Any] = {"x-postcopy": found}
+    if incoming.status is Status.COMPLETED and incoming.shows_blocktime:
+        info |= {
+            f"postcopy-{name}": found[name]
+            for name in ("blocktime", "vcpu-blocktime", "latency", "latency-dist", "vcpu-latency")
+        }
     return info
 
 
 def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
     """A source shows its numbers while it has some that mean something."""
-    outgoing.refresh(age_ns=TOTALS_AGE_NS)
+    outgoing.refresh()
     status, numbers = outgoing.status, outgoing.numbers
     info: dict[str, Any] = {"status": status.value}
-    if outgoing.machine.error is not None and status in (Status.FAILED, Status.CANCELLED):
+    if outgoing.machine.error is not None and status in _WITH_REASON:
         info["error-desc"] = outgoing.machine.error
     if status not in ENDED:
         info["x-phase"] = outgoing.machine.phase.value
@@ -64,7 +80,7 @@ def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
         return info
     info["total-time"] = numbers.total_ns // NS_PER_MS
     info["setup-time"] = numbers.setup_ns // NS_PER_MS
-    if status is Status.COMPLETED and numbers.downtime_ns is not None:
+    if status in (Status.COMPLETED, *POSTCOPY) and numbers.downtime_ns is not None:
         info["downtime"] = -(-numbers.downtime_ns // NS_PER_MS)
     else:
         info["expected-downtime"] = numbers.expected_downtime_ns // NS_PER_MS
@@ -75,13 +91,32 @@ def outgoing_info(outgoing: OutgoingMigration) -> dict[str, Any]:
     info["ram"] = _ram(numbers, status)
     if numbers.xbzrle_cache_bytes:
         info["xbzrle-cache"] = _xbzrle(numbers)
+    if numbers.postcopy.began_ns:
+        info["x-postcopy"] = _outgoing_postcopy(numbers)
     return info | _extensions(numbers)
+
+
+def _outgoing_postcopy(numbers: MigrationNumbers) -> dict[str, Any]:
+    """Pages by cause; the background's are those on the multifd channels."""
+    postcopy = numbers.postcopy
+    return {
+        "requests": postcopy.requests,
+        "demand-pages": postcopy.demand_pages,
+        "prefetch-pages": postcopy.prefetch_pages,
+        "rest-pages": postcopy.rest_pages,
+        "background-pages": numbers.pages + numbers.zero_pages - postcopy.multifd_pages,
+        "fault-channel-bytes": postcopy.fault_bytes,
+        "time": ((numbers.ended_ns or time.monotonic_ns()) - postcopy.began_ns) // NS_PER_MS,
+    }
 
 
 def _ram(numbers: MigrationNumbers, status: Status) -> dict[str, Any]:
     """MigrationStats, every member always present."""
-    is_over = status is Status.COMPLETED
-    transferred = numbers.wire_bytes + numbers.main_bytes
+    is_over, postcopy = status is Status.COMPLETED, numbers.postcopy
+    transferred = numbers.wire_bytes + numbers.main_bytes + postcopy.fault_bytes
+    postcopy_bytes = postcopy.fault_bytes
+    if postcopy.began_ns:
+        postcopy_bytes += numbers.wire_bytes - postcopy.multifd_bytes
     send_ns = max(1, numbers.total_ns - numbers.setup_ns)
     rate = transferred * 1e9 / send_ns if is_over else numbers.rate_bytes_per_s
     return {
@@ -94,13 +129,13 @@ def _ram(numbers: MigrationNumbers, status: Status) -> dict[str, Any]:
         "dirty-pages-rate": 0 if is_over else numbers.dirty_pages_per_s,
         "mbps": rate * 8 / 1e6,
         "dirty-sync-count": numbers.rounds,
-        "postcopy-requests": 0,
+        "postcopy-requests": postcopy.requests,
         "page-size": PAGE_SIZE,
         "multifd-bytes": numbers.wire_bytes,
         "pages-per-second": numbers.pages_per_s,
         "precopy-bytes": 0,
         "downtime-bytes": numbers.main_bytes,
-        "postcopy-bytes": 0,
+        "postcopy-bytes": postcopy_bytes,
         "dirty-sync-missed-zero-copy": 0,
     }
 

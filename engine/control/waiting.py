@@ -1,9 +1,9 @@
-"""Waiting in the event loop for a descriptor that is nobody's transport."""
+"""Waiting in the event loop: for a descriptor that is nobody's transport, for one of several."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 
@@ -26,3 +26,14 @@ async def _until(begin: Callable[[Callable[[], None]], Any], end: Callable[[], A
         await woken.wait()
     finally:
         end()
+
+
+async def first_of(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Wait until one of them is over; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -158,5 +158,5 @@ async def _watch(
 async def _writes_per_s(control: Control) -> float:
     began, writes = time.monotonic(), (await control.query_guest())["writes"]
     await asyncio.sleep(SAMPLE_S)
-    now, later = time.monotonic(), (await control.query_guest())["writes"]
+    later, now = (await control.query_guest())["writes"], time.monotonic()
     return float((later - writes) / (now - began))

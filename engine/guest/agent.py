@@ -4,20 +4,21 @@ It serves one control process at a time, over a socket pair and later, when that
 a socket in its run directory. What it does when control is gone depends on who may run:
 
     incoming, not taken over   voids the session and ends
-    owner                      goes on as before the migration, and listens to be adopted
+    owner                      goes on as before the migration, and listens to be adopted; where
+                               pages are missing, it keeps the userfaultfd, and its vCPUs wait
     handing over               finishes the exchange by itself, then one of the other three
     outcome unknown            stays stopped, and listens to be adopted
-    handed over                ends
+    handed over                ends; in postcopy it keeps its RAM, and listens to be adopted
 
 SIGTERM ends it in any state; SIGINT is for control. A token that comes in makes it the owner and
-starts the vCPUs in one step of its event loop, so no death of control falls in between.
+starts the vCPUs in one step of its event loop, which never touches RAM: a page may be missing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import dataclasses
 import signal
 import socket
 import sys
@@ -26,22 +27,15 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
-from engine.errors import (
-    ChannelError,
-    GuestError,
-    MemoryRefused,
-    MigrationError,
-    NotHandedOver,
-    WireError,
-)
+from engine.errors import ChannelError, GuestError, MigrationError, NotHandedOver, WireError
 from engine.guest import dirtying, messages
-from engine.guest.adoption import Adoption
+from engine.guest.adoption import Adoption, say_where, state_of
 from engine.guest.base import Handover, Role, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.guest.messages import Reply
 from engine.guest.rundir import remove_file
+from engine.guest.threads import Threads
 from engine.guest.vcpus import Ended, Machine
-from engine.memory.tracking import TrackerName
 from engine.wire import cut
 
 REQUESTS_MAX: Final = 64  #: unanswered at once; a control process that wants more is broken
@@ -60,11 +54,12 @@ class Agent:
         self._machine: Machine | None = None
         self._standing = Standing(by_user=True)
         self._run_when_taken = False
+        self._keeps_ram = False  #: handed over in postcopy: RAM is read until it is released
         self._destination = DestinationEnd(self._taken)
         self._source: SourceEnd | None = None
         self._one_at_a_time = asyncio.Lock()
         self._requests: set[asyncio.Task[None]] = set()
-        self._threads: set[asyncio.Future[Any]] = set()
+        self._threads = Threads()
         self._alone: asyncio.Task[None] | None = None
         self._end = asyncio.Event()
         self._decoder = messages.request_decoder()
@@ -85,10 +80,10 @@ class Agent:
         tasks = [*self._requests, *([self._alone] if self._alone else [])]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._threads, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._threads.wait()
         await self._destination.end()
-        if self._source is not None:
-            self._source.close()
+        self._forget_source()
         if self._adoption is not None:
             self._adoption.close()
         self._hang_up()
@@ -101,13 +96,6 @@ class Agent:
         if self._machine is None:
             raise GuestError("the guest was not started yet")
         return self._machine
-
-    async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run what takes long; if we are cancelled, `_give_back` waits for it."""
-        future = asyncio.get_running_loop().run_in_executor(None, work)
-        self._threads.add(future)
-        future.add_done_callback(self._threads.discard)
-        return await asyncio.shield(future)
 
     # -- control ---------------------------------------------------------------------------------
 
@@ -183,6 +171,7 @@ class Agent:
     def _lose_control(self) -> None:
         """Control is gone. An owner first finishes what was begun; an incoming guest ends."""
         self._hang_up()
+        self._threads.give_up_judging()  # nobody hears it, and it may wait for a page for ever
         if self.role in (Role.NEW, Role.INCOMING):
             self._destination.disarm()
             self._end.set()
@@ -192,14 +181,15 @@ class Agent:
     async def _go_on_alone(self) -> None:
         await asyncio.gather(*self._requests, return_exceptions=True)
         machine = self._need_machine()
-        if self.role is Role.GONE:
+        if self.role is Role.GONE and not self._keeps_ram:
             self._end.set()
             return
-        if self.role is Role.OWNER:
+        if self.role is not Role.HANDING_OVER:
             machine.go_free()
+            self._forget_source()
+        if self.role is Role.OWNER:
             self._standing.by_engine = False
             self._apply()
-            self._forget_source()
         self._listen_alone(machine)
 
     def _forget_source(self) -> None:
@@ -209,18 +199,12 @@ class Agent:
 
     def _listen_alone(self, machine: Machine) -> None:
         """Wait to be adopted; say where on stderr."""
-        state = "runs on" if machine.is_running else "stays stopped"
-        if self._is_unknown:
-            state += ", for nobody has said whether it runs at the destination"
-        text = f"ramferry guest[{os.getpid()}]: its control process is gone; it {state}"
+        state = state_of(self.role, machine, is_unknown=self._is_unknown)
         try:
             self._adoption = Adoption(self._rundir, self._serve)
-            text += f"; adopt it with --guest workload:socket={self._adoption.path}"
+            say_where(state, self._adoption.path)
         except OSError as exc:
-            text += f"; nobody can adopt it: {exc.strerror}"
-        text += f"; end it with: kill {os.getpid()}\n"
-        with contextlib.suppress(OSError):  # stderr may have gone with control
-            os.write(sys.stderr.fileno(), text.encode())
+            say_where(state, None, str(exc.strerror))
 
     # -- requests: each returns the answer and the descriptors beside it -------------------------
 
@@ -231,7 +215,7 @@ class Agent:
         self._backing_page_size = request.backing_page_size
         self._machine = Machine(fds.pop(), request.size, request.options)
         if request.fill:
-            await self._in_thread(self._machine.fill)
+            await self._threads.run(self._machine.fill)
         self.role = Role.INCOMING if request.incoming else Role.OWNER
         self._standing.by_user = not request.run
         self._apply()
@@ -247,13 +231,29 @@ class Agent:
             self._standing.by_user,
             self._is_unknown,
             self._created_path,
+            machine.is_missing_open,
+            self.role is Role.GONE,
         )
         return Reply(attached, [machine.ram_fd])
 
     async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
+            before = dataclasses.replace(self._standing)
             self._standing.change(stands=True, for_migration=request.for_migration)
-            return Reply(self._at(request.id, self._need_machine().pause()))
+            try:
+                at_ns = await self._stand(self._need_machine())
+            except GuestError:
+                self._standing = before
+                raise
+            return Reply(self._at(request.id, at_ns))
+
+    async def _stand(self, machine: Machine) -> int:
+        """Stop the vCPUs; return when all stood.
+
+        :raise GuestError: one waits for a missing page; they run on."""
+        if machine.is_missing_open:
+            return await self._threads.run(machine.pause)
+        return machine.pause()
 
     async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
@@ -301,34 +301,12 @@ class Agent:
     async def _writes(self, request: messages.Writes, _fds: list[int]) -> Reply:
         return Reply(messages.Count(request.id, self._need_machine().writes()))
 
-    async def _start_tracking(self, request: messages.StartTracking, _fds: list[int]) -> Reply:
-        async with self._one_at_a_time:
-            try:
-                wanted = TrackerName(request.wanted) if request.wanted else None
-            except ValueError as exc:
-                raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
-            tracker = self._need_machine().start_tracking(wanted)
-            answer = messages.Tracked(
-                request.id, tracker.name.value, tracker.address, tracker.reason
-            )
-            return Reply(answer, [tracker.fd] if tracker.fd >= 0 else [])
-
-    async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
-        async with self._one_at_a_time:
-            self._need_machine().stop_tracking()
-            return Reply(messages.Done(request.id))
-
-    async def _clear_soft_dirty(self, request: messages.ClearSoftDirty, _fds: list[int]) -> Reply:
-        async with self._one_at_a_time:
-            self._need_machine().clear_soft_dirty()
-            return Reply(messages.Done(request.id))
-
     async def _dirtying(self, request: messages.Dirtying, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
             machine = self._need_machine()
             if isinstance(request, dirtying.LONG):
-                return Reply(await self._in_thread(lambda: dirtying.answer(machine, request)))
-            return Reply(dirtying.answer(machine, request))
+                return await self._threads.run(lambda: dirtying.answer(machine, request))
+            return dirtying.answer(machine, request)
 
     async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
@@ -345,10 +323,10 @@ class Agent:
         """The guest stands meanwhile."""
         async with self._one_at_a_time:
             machine = self._need_machine()
-            machine.pause()
+            await self._stand(machine)
             try:
                 vcpu_writes = machine.writes()
-                judgement = await self._in_thread(machine.judge)
+                judgement = await self._threads.judge(machine)
             finally:
                 if not self._end.is_set():
                     self._apply()
@@ -360,6 +338,20 @@ class Agent:
             vcpu_writes,
         )
         return Reply(judged, spent=[judgement.counters_fd])
+
+    # -- missing pages; neither waits for others, who may wait for a page ------------------------
+
+    async def _open_missing(self, request: messages.OpenMissing, _fds: list[int]) -> Reply:
+        machine = self._need_machine()
+        if self.role is not Role.INCOMING and not machine.is_missing_open:
+            raise GuestError("only a guest that waits for a migration can miss pages")
+        lent = [machine.open_missing()]
+        vcpus = machine.options.vcpus
+        return Reply(messages.MissingOpened(request.id, machine.address, vcpus), lent)
+
+    async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
+        self._need_machine().close_missing()
+        return Reply(messages.Done(request.id))
 
     # -- handover --------------------------------------------------------------------------------
 
@@ -409,6 +401,7 @@ class Agent:
             if (source := self._source) is None:
                 raise NotHandedOver(f"the guest ({self.role.value}) is not connected to hand over")
             self._give_up()
+            self._keeps_ram = request.keeps_ram
             source.is_busy = True
         outcome = await source.hand_over(request.wait_ns)
         if outcome is Handover.TAKEN:
@@ -422,17 +415,25 @@ class Agent:
             raise NotHandedOver(f"the guest ({self.role.value}) cannot be handed over")
         if not self._standing.by_engine:
             raise NotHandedOver("the guest is not held; pause it before it is handed over")
+        if self._machine is not None and self._machine.is_missing_open:
+            raise NotHandedOver("pages of the guest have not come yet; it cannot be handed on")
         self.role = Role.HANDING_OVER
+
+    async def _release_ram(self, request: messages.ReleaseRam, _fds: list[int]) -> Reply:
+        self._keeps_ram = False
+        return Reply(messages.Done(request.id))
 
     async def _give_away(self, request: messages.GiveAway, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
             self._give_up()
+            self._keeps_ram = False
             self._forget_source()
             return Reply(messages.Done(request.id))
 
     async def _settle(self, request: messages.Settle, _fds: list[int]) -> Reply:
-        if self._source is None and self.role is Role.HANDING_OVER:
+        if self._is_unknown:
             self.role = Role.GONE if request.taken else Role.OWNER
+            self._forget_source()
         return Reply(messages.Done(request.id))
 
     async def _take_over(self, request: messages.TakeOver, _fds: list[int]) -> Reply:
@@ -460,19 +461,19 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
     messages.Resume: Agent._resume_asked,
     messages.Throttle: Agent._throttle,
     messages.Writes: Agent._writes,
-    messages.StartTracking: Agent._start_tracking,
-    messages.StopTracking: Agent._stop_tracking,
-    messages.ClearSoftDirty: Agent._clear_soft_dirty,
     **dict.fromkeys(dirtying.REQUESTS, Agent._dirtying),
     messages.SaveState: Agent._save,
     messages.LoadState: Agent._load,
     messages.Judge: Agent._judge,
+    messages.OpenMissing: Agent._open_missing,
+    messages.CloseMissing: Agent._close_missing,
     messages.ListenHandover: Agent._listen,
     messages.Arm: Agent._arm,
     messages.Disarm: Agent._disarm,
     messages.ConnectHandover: Agent._connect,
     messages.CheckHandover: Agent._check_handover,
     messages.HandOver: Agent._hand_over,
+    messages.ReleaseRam: Agent._release_ram,
     messages.GiveAway: Agent._give_away,
     messages.Settle: Agent._settle,
     messages.TakeOver: Agent._take_over,
@@ -481,14 +482,14 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
 }
 
 
-def main() -> None:
+def main(kind: type[Agent] = Agent) -> None:
     """Process entry."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
 
     async def run() -> None:
-        await Agent(control).run()
+        await kind(control).run()
 
     asyncio.run(run())
 

@@ -71,7 +71,7 @@ class AgentGuest:
     async def clear_soft_dirty(self) -> None:
         """Call every page clean from now on; only when SOFT_DIRTY tracks.
 
-        :raise MigrationError: another tracker is in use."""
+        :raise MemoryRefused: another tracker is in use."""
         await self._do(messages.ClearSoftDirty(self._link.next_id()))
 
     # -- handover --------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ class AgentGuest:
     async def check_handover(self) -> None:
         await self._do(messages.CheckHandover(self._link.next_id()), 2 * ANSWER_WAIT_S)
 
-    async def hand_over(self, wait_ns: int) -> Handover:
-        request = messages.HandOver(self._link.next_id(), wait_ns)
+    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
+        request = messages.HandOver(self._link.next_id(), wait_ns, keeps_ram)
         wait_s = wait_ns / 1e9 + ANSWER_WAIT_S
         outcome, _ = await self._link.ask(request, messages.HandedOver, wait_s=wait_s)
         return Handover(outcome.outcome)

@@ -19,6 +19,7 @@ __all__ = [
     "DirtyMeter",
     "Guest",
     "Handover",
+    "Missing",
     "Role",
     "Standing",
     "TrackedBlock",
@@ -77,6 +78,20 @@ class VcpuDirtied:
 
     pages: int
     slept_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A guest's userfaultfds for missing pages, lent by it until `close_missing`.
+
+    :ivar uffds: of each block.
+    :ivar addresses: where each block begins in the guest.
+    :ivar vcpus: threads that must wait for "all wait", as known now (a state that is loaded brings
+        its source's number); 0: unknown."""
+
+    uffds: tuple[int, ...]
+    addresses: tuple[int, ...]
+    vcpus: int
 
 
 @runtime_checkable
@@ -138,7 +153,10 @@ class Guest(Protocol):
         """Stop every vCPU; return the monotonic time (ns) when all stood. Idempotent.
 
         `for_migration`: the stop is the engine's, which only `resume(for_migration=True)` undoes,
-        or the death of the control process. See `Standing`."""
+        or the death of the control process. See `Standing`.
+
+        :raise GuestError: a vCPU waits for a missing page; nothing was changed, the guest runs on.
+        """
         ...
 
     async def resume(self, *, for_migration: bool) -> None:
@@ -161,7 +179,8 @@ class Guest(Protocol):
     async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
         """Begin to track (every page counts as clean from now); None: the best that works here.
 
-        :raise MemoryRefused: the wanted tracker does not work here (says which do)."""
+        :raise MemoryRefused: the wanted tracker does not work here (says which do), or pages of the
+            guest are missing."""
         ...
 
     async def stop_tracking(self) -> None:
@@ -208,13 +227,36 @@ class Guest(Protocol):
         :raise ChannelError: it is not."""
         ...
 
-    async def hand_over(self, wait_ns: int) -> Handover:
+    async def open_missing(self) -> Missing:
+        """Destination, in *incoming*: from now on who touches a page that is not there waits for
+        the engine. Nobody may touch RAM through another mapping, which would make zero pages.
+
+        Idempotent: a second call lends the same userfaultfds, also to the control process that
+        has adopted the guest. They are the guest's, and closed by `close_missing`.
+
+        :raise MemoryRefused: no userfaultfd here, or this kind of guest has none to lend.
+        :raise GuestError: it does not wait for a migration."""
+        ...
+
+    async def close_missing(self) -> None:
+        """Destination: every page is there, or the guest is given up, and may not run again: what
+        is missing reads as zero from now on. Idempotent."""
+        ...
+
+    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
         """Source: pass the token. TAKEN: this guest will not run again. See `Handover`.
 
         Takes at most `wait_ns`, retries included. The engine must hold the guest.
 
+        :param keeps_ram: postcopy: RAM stays readable after TAKEN, until `release_ram`; a guest's
+            process outlives its control process until then, and can be adopted by the next.
         :raise NotHandedOver: the token never left; the guest still has it.
         :raise GuestError: no answer; whoever has the token, this guest does not run."""
+        ...
+
+    async def release_ram(self) -> None:
+        """Source, after postcopy: nobody needs the RAM any more; a guest that was handed over ends
+        with its control process again. Idempotent."""
         ...
 
     async def give_away(self) -> None:
@@ -225,9 +267,9 @@ class Guest(Protocol):
         ...
 
     async def settle(self, *, taken: bool) -> None:
-        """Source of a stream, after `give_away`: the destination's control said what became of the
-        right to run. Taken: this guest will not run again; else it is its own, and held as before.
-        """
+        """Source, after `give_away` or an UNKNOWN handover: the destination's control said what
+        became of the right to run, for ever. Taken: this guest will not run again; else it is its
+        own, and held as before. Nothing in any other state."""
         ...
 
     async def take_over(

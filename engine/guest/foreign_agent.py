@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +17,7 @@ from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOver
 from engine.guest import messages
-from engine.guest.agent import Agent
+from engine.guest.agent import Agent, main
 from engine.guest.base import Role
 from engine.guest.foreign import REASON, ForeignMachine
 from engine.guest.messages import Reply
@@ -61,7 +60,7 @@ class ForeignAgent(Agent):
     ) -> Reply:
         if self.role is not Role.NEW or self._foreign is not None:
             raise GuestError("the agent is attached already")
-        machine: ForeignMachine = await self._in_thread(open_machine)
+        machine: ForeignMachine = await self._threads.run(open_machine)
         self._foreign = machine
         self._watch(machine.pid)
         self.role = Role.INCOMING if request.incoming else Role.OWNER
@@ -138,7 +137,7 @@ class ForeignAgent(Agent):
     async def _confirm_taken(self) -> None:
         """The guest is ours, whether it runs or not; but somebody should know."""
         try:
-            await self._in_thread(self._need_foreign().confirm)
+            await self._threads.run(self._need_foreign().confirm)
         except MigrationError as exc:
             text = f"ramferry agent[{os.getpid()}]: the guest is here and stands: {exc}\n"
             with contextlib.suppress(OSError):
@@ -148,13 +147,13 @@ class ForeignAgent(Agent):
         foreign = self._need_foreign()
         async with self._one_at_a_time:
             if not self._standing.by_engine:  # its operator has monitors of his own
-                self._standing.by_user = not await self._in_thread(foreign.looks_running)
+                self._standing.by_user = not await self._threads.run(foreign.looks_running)
             self._standing.change(stands=True, for_migration=request.for_migration)
-            return Reply(self._at(request.id, await self._in_thread(foreign.pause)))
+            return Reply(self._at(request.id, await self._threads.run(foreign.pause)))
 
     async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
         reply = await super()._resume_asked(request, _fds)
-        await self._in_thread(self._need_foreign().confirm)
+        await self._threads.run(self._need_foreign().confirm)
         return reply
 
     async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
@@ -173,7 +172,7 @@ class ForeignAgent(Agent):
         except ValueError as exc:
             raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
         async with self._one_at_a_time:
-            tracker = await self._in_thread(lambda: foreign.start_tracking(wanted))
+            tracker = await self._threads.run(lambda: foreign.start_tracking(wanted))
         addresses = [each.address for each in foreign.blocks]
         reason = f"{REASON} {foreign.pid}; a thread of it stood for {tracker.stopped_ns // 1000} us"
         tracked = messages.TrackedBlocks(request.id, TrackerName.UFFD.value, addresses, reason)
@@ -181,25 +180,25 @@ class ForeignAgent(Agent):
 
     async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
-            await self._in_thread(self._need_foreign().stop_tracking)
+            await self._threads.run(self._need_foreign().stop_tracking)
         return Reply(messages.Done(request.id))
 
     async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
             if self.role is not Role.OWNER or not self._standing.by_engine:
                 raise GuestError("only a guest that the engine holds is saved")
-            fd, size = await self._in_thread(self._need_foreign().save)
+            fd, size = await self._threads.run(self._need_foreign().save)
         return Reply(messages.LongState(request.id, size), spent=[fd])
 
     async def _load_long(self, request: messages.LoadLongState, fds: list[int]) -> Reply:
         if self.role is not Role.INCOMING or len(fds) != 1:
             raise GuestError("only a guest that waits for a migration takes a state")
         async with self._one_at_a_time:
-            await self._in_thread(lambda: self._need_foreign().load(fds[0], request.size))
+            await self._threads.run(lambda: self._need_foreign().load(fds[0], request.size))
         return Reply(messages.Done(request.id))
 
     async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
-        if await self._in_thread(self._need_foreign().looks_running):
+        if await self._threads.run(self._need_foreign().looks_running):
             raise NotHandedOver("somebody else continued the guest behind the last round")
         return await super()._hand_over(request, _fds)
 
@@ -233,23 +232,13 @@ FOREIGN_HANDLERS: Final[
             messages.ReadDirtied,
             messages.LoadState,
             messages.Judge,
+            messages.OpenMissing,
+            messages.CloseMissing,
         ),
         ForeignAgent._refuse,
     ),
 }
 
 
-def main() -> None:
-    """Process entry."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = socket.socket(fileno=int(sys.argv[1]))
-    control.set_inheritable(False)
-
-    async def run() -> None:
-        await ForeignAgent(control).run()
-
-    asyncio.run(run())
-
-
 if __name__ == "__main__":
-    main()
+    main(ForeignAgent)

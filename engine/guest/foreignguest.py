@@ -9,10 +9,10 @@ import signal
 from collections.abc import Callable
 from typing import Final
 
-from engine.errors import GuestError, MigrationError
+from engine.errors import GuestError, MemoryRefused, MigrationError
 from engine.guest import messages
 from engine.guest.agentguest import AgentGuest
-from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
+from engine.guest.base import Handover, Missing, TrackedBlock, TrackerName, Tracking
 from engine.guest.link import AgentLink, start_agent
 from engine.guest.qmpclient import QmpClient
 from engine.memory.blocks import RamBlock
@@ -67,7 +67,21 @@ class ForeignGuest(AgentGuest):
         await super().resume(for_migration=for_migration)
         self._is_held = self._is_held and not for_migration
 
-    async def hand_over(self, wait_ns: int) -> Handover:
+    async def open_missing(self) -> Missing:
+        """Not built yet."""
+        raise MemoryRefused(
+            f"{self._kind} (pid {self.pid}) cannot run before all of its memory is there, for "
+            "postcopy of such a guest is not built yet; postcopy needs a workload guest"
+        )
+
+    async def close_missing(self) -> None:
+        """Nothing was opened."""
+
+    async def release_ram(self) -> None:
+        """RAM is the process's, and stays as long as it lives."""
+
+    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
+        """As every guest does; its RAM stays, `keeps_ram` or not."""
         self._is_held = False  # from here on only an answer tells whose it is
         outcome = await super().hand_over(wait_ns)
         self._is_held = outcome is Handover.REFUSED

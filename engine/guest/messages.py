@@ -1,7 +1,8 @@
 """What a control process and its guest's agent say to each other, one message in one datagram.
 
 Requests carry an id above 0, and get exactly one answer with the same id; `Taken` comes by itself.
-Descriptors travel beside `Start`, `Attached`, `Tracked` and `Judged`, as their docstrings say.
+Descriptors travel beside `Start`, `Attached`, `Tracked`, `Judged` and `MissingOpened`, as their
+docstrings say.
 """
 
 from __future__ import annotations
@@ -110,22 +111,22 @@ class Writes(Request, frozen=True):
     """Answer: Count."""
 
 
-class StartTracking(Request, frozen=True):
+class Dirtying(Request, frozen=True):
+    """Root of what is asked about the pages that the vCPUs dirty."""
+
+
+class StartTracking(Dirtying, frozen=True):
     """Answer: Tracked. An empty name lets the agent choose."""
 
     wanted: Text
 
 
-class StopTracking(Request, frozen=True):
+class StopTracking(Dirtying, frozen=True):
     """Answer: Done."""
 
 
-class ClearSoftDirty(Request, frozen=True):
+class ClearSoftDirty(Dirtying, frozen=True):
     """Answer: Done."""
-
-
-class Dirtying(Request, frozen=True):
-    """Root of what is asked about the pages that the vCPUs dirty, beside a migration."""
 
 
 class StartCounting(Dirtying, frozen=True):
@@ -173,6 +174,14 @@ class Judge(Request, frozen=True):
     """Answer: Judged."""
 
 
+class OpenMissing(Request, frozen=True):
+    """From now on who touches a missing page waits. Answer: MissingOpened."""
+
+
+class CloseMissing(Request, frozen=True):
+    """What is missing reads as zero from now on. Answer: Done."""
+
+
 class ListenHandover(Request, frozen=True):
     """Answer: Listening."""
 
@@ -202,9 +211,14 @@ class CheckHandover(Request, frozen=True):
 
 
 class HandOver(Request, frozen=True):
-    """Answer: HandedOver."""
+    """Answer: HandedOver. `keeps_ram`: the agent then outlives control until ReleaseRam."""
 
     wait_ns: int
+    keeps_ram: bool = False
+
+
+class ReleaseRam(Request, frozen=True):
+    """Who was handed over ends with its control process. Answer: Done."""
 
 
 class GiveAway(Request, frozen=True):
@@ -212,7 +226,7 @@ class GiveAway(Request, frozen=True):
 
 
 class Settle(Request, frozen=True):
-    """What became of a right that was given away. Answer: Done."""
+    """What became of a right that was given up, and nobody knew. Answer: Done."""
 
     taken: bool
 
@@ -271,8 +285,11 @@ class Dirtied(Answer, frozen=True):
 
 
 class Attached(Answer, frozen=True):
-    """Who the agent is; beside it the RAM's descriptor. `unknown`: nobody has said whether the
-    guest runs at the destination of its last migration."""
+    """Who the agent is; beside it the RAM's descriptor.
+
+    :ivar unknown: nobody has said whether the guest runs at the destination of its last migration.
+    :ivar missing: its userfaultfd is open.
+    :ivar gone: it runs at the destination, and keeps its RAM for what was not sent."""
 
     size: int
     backing_page_size: int
@@ -280,6 +297,8 @@ class Attached(Answer, frozen=True):
     stopped: bool
     unknown: bool
     created_path: str
+    missing: bool = False
+    gone: bool = False
 
 
 class ForeignStarted(Answer, frozen=True):
@@ -329,6 +348,13 @@ class Judged(Answer, frozen=True):
     vcpu_writes: int
 
 
+class MissingOpened(Answer, frozen=True):
+    """Beside it the userfaultfd. `address`: of RAM; `vcpus`: as many as there are now."""
+
+    address: int
+    vcpus: int
+
+
 class Listening(Answer, frozen=True):
     """The endpoint to tell the peer."""
 
@@ -369,12 +395,15 @@ AnyRequest = (
     | LoadState
     | LoadLongState
     | Judge
+    | OpenMissing
+    | CloseMissing
     | ListenHandover
     | Arm
     | Disarm
     | ConnectHandover
     | CheckHandover
     | HandOver
+    | ReleaseRam
     | GiveAway
     | Settle
     | TakeOver
@@ -394,6 +423,7 @@ AnyAnswer = (
     | State
     | LongState
     | Judged
+    | MissingOpened
     | Listening
     | HandedOver
     | Taken

@@ -10,7 +10,7 @@ from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, NotHandedOver
 from engine.guest.backing import OwnedRam
-from engine.guest.base import Handover, Standing, TrackedBlock, TrackerName, Tracking
+from engine.guest.base import Handover, Missing, Standing, TrackedBlock, TrackerName, Tracking
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.memory.blocks import RamBlock
 
@@ -20,13 +20,23 @@ STATE: Final = b"ramferry ram guest 1"
 class RamGuest:
     """Memory that somebody else may write while it "runs"; owns the memory."""
 
-    def __init__(self, ram: OwnedRam, *, incoming: bool, run: bool = True) -> None:
-        """Take the memory over."""
+    def __init__(
+        self,
+        ram: OwnedRam,
+        *,
+        incoming: bool,
+        run: bool = True,
+        given_up: Handover | None = None,
+    ) -> None:
+        """Take the memory over.
+
+        :param given_up: what the process before this one knew of the right to run: TAKEN, it was
+            handed over; UNKNOWN, it may be."""
         self._ram = ram
         self._is_incoming = incoming
         self._standing = Standing(by_user=not run)
-        self._is_gone = False
-        self._is_given_away = False  #: with a stream: nobody can be asked
+        self._is_gone = given_up is Handover.TAKEN
+        self._is_given_away = given_up is Handover.UNKNOWN  #: nobody can be asked
         self._is_open = True
         self._tracking: Tracking | None = None
         self._destination = DestinationEnd(self._own)
@@ -159,7 +169,18 @@ class RamGuest:
             raise NotHandedOver("the guest is not connected to hand over")
         await self._source.check()
 
-    async def hand_over(self, wait_ns: int) -> Handover:
+    async def open_missing(self) -> Missing:
+        """Never: who touches the memory has it mapped, and this process does not know them."""
+        raise MemoryRefused(
+            "a ram guest has no userfaultfd to lend, for nobody knows who uses its memory; "
+            "postcopy needs a guest that does, such as workload"
+        )
+
+    async def close_missing(self) -> None:
+        """Nothing was opened."""
+
+    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
+        """As every guest does; its RAM stays as long as this process, `keeps_ram` or not."""
         if self._source is None:
             raise NotHandedOver("the guest is not connected to hand over")
         self._check_may_leave()
@@ -176,13 +197,20 @@ class RamGuest:
         if not self._destination.is_settled:
             raise NotHandedOver(ARRIVED_JUST_NOW)
 
+    async def release_ram(self) -> None:
+        """RAM goes with this process."""
+
     async def give_away(self) -> None:
         self._check_may_leave()
         self._is_given_away = True
 
     async def settle(self, *, taken: bool) -> None:
-        if self._is_given_away:
+        is_busy = self._source is not None and self._source.is_busy
+        if self._is_given_up and not is_busy:
             self._is_given_away, self._is_gone = False, taken
+            if self._source is not None:
+                self._source.close()
+                self._source = None
 
     async def take_over(
         self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from engine.errors import UsageError, shown
 from engine.guest import messages
 from engine.guest.backing import HUGE_1G, HUGE_2M, check_available, make_ram
-from engine.guest.base import Guest, TrackerName
+from engine.guest.base import Guest, Handover, TrackerName
 from engine.guest.foreignguest import attach_process, attach_qemu
 from engine.guest.ram import RamGuest
 from engine.guest.rundir import check_rundir, default_rundir
@@ -255,11 +255,14 @@ def _check_together(kind: str, values: dict[str, Any]) -> None:
 # -- specification to guest ----------------------------------------------------------------------
 
 
-async def open_guest(spec: GuestSpec, *, incoming: bool, run: bool = True) -> Guest:
+async def open_guest(
+    spec: GuestSpec, *, incoming: bool, run: bool = True, given_up: Handover | None = None
+) -> Guest:
     """Make the guest: running, or paused when not `run`, or waiting for a migration.
 
     RAM of an incoming guest is not filled. The caller ends the guest with `quit`.
 
+    :param given_up: of a guest that is only memory: it was handed over (TAKEN), or nobody knows.
     :raise UsageError: not possible like that; nothing is left.
     :raise MemoryRefused: the system has no such memory; nothing is left.
     :raise GuestError: the guest's process failed to start; nothing is left."""
@@ -269,9 +272,8 @@ async def open_guest(spec: GuestSpec, *, incoming: bool, run: bool = True) -> Gu
         return await attach_qemu(spec.qmp, incoming=incoming)
     if isinstance(spec, ProcessSpec):
         return await attach_process(spec.pid, spec.path, incoming=incoming)
-    return RamGuest(
-        make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize), incoming=incoming, run=run
-    )
+    ram = make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize)
+    return RamGuest(ram, incoming=incoming, run=run, given_up=given_up)
 
 
 async def open_workload(spec: WorkloadSpec, *, incoming: bool, run: bool = True) -> WorkloadGuest:

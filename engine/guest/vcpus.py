@@ -1,7 +1,8 @@
 """The workload guest inside its process: RAM, vCPUs, their tracker and their judge. No event loop.
 
 One `Machine` owns the RAM's descriptor and mapping, the vCPU threads and the tracker; `close` gives
-all back. Its methods are called from one thread, but for `fill` and `judge`, which run in another.
+all back. Its methods are called from one thread, but for `fill`, `judge` and, while pages are
+missing, `pause`, which run in another: nothing else may wait for a page.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
@@ -23,9 +24,11 @@ from engine.guest import messages
 from engine.guest.judgement import WRONG, Judgement
 from engine.guest.tracker import OpenTracker, count_written, open_tracker
 from engine.memory.blocks import PAGE_SIZE
+from engine.memory.missing import open_missing
 from engine.memory.tracking import TrackerName
 
 PIECE_PAGES: Final = 8192  #: 32 MiB: filling and judging can be ended this often
+PAUSE_WAIT_NS: Final = 3_000_000_000  #: less than control waits for its answer
 STATE_VERSION: Final = 1
 
 
@@ -52,6 +55,7 @@ class Machine:
         self.ram_fd, self.size, self.page_count = ram_fd, size, size // PAGE_SIZE
         self.options = options
         self.is_running = False
+        self.missing_fd = -1  #: userfaultfd while a page that is not there waits for the engine
         self._ended = threading.Event()
         self._tracker: OpenTracker | None = None
         self._counter: OpenTracker | None = None  #: for a measurement; never beside `_tracker`
@@ -85,8 +89,17 @@ class Machine:
     # -- running ---------------------------------------------------------------------------------
 
     def pause(self) -> int:
-        """Stop every vCPU; return the monotonic time when all stood."""
-        _native.workload_pause(self._vcpus)
+        """Stop every vCPU; return the monotonic time when all stood.
+
+        :raise GuestError: one has waited for a page for too long; the guest runs on."""
+        try:
+            _native.workload_pause(self._vcpus, PAUSE_WAIT_NS)
+        except TimeoutError as exc:
+            waits = "waits for a missing page" if self.is_missing_open else "does not stand"
+            raise GuestError(
+                f"the guest was not stopped and runs on: after {PAUSE_WAIT_NS / 1e9:g} s a vCPU "
+                f"still {waits}"
+            ) from exc
         self.is_running = False
         return time.monotonic_ns()
 
@@ -136,7 +149,8 @@ class Machine:
     # -- tracking --------------------------------------------------------------------------------
 
     def start_tracking(self, wanted: TrackerName | None) -> OpenTracker:
-        """:raise MemoryRefused: the wanted tracker does not work here."""
+        """:raise MemoryRefused: the wanted tracker does not work here, or pages are missing."""
+        self._check_whole()
         self.stop_tracking()
         self.stop_counting()
         self._tracker = open_tracker(wanted, self._ram, self.page_count)
@@ -164,6 +178,7 @@ class Machine:
         :raise MemoryRefused: a migration tracks the guest, or nothing cheap enough works here."""
         if self._tracker is not None:
             raise MemoryRefused("the guest's writes are tracked for a migration")
+        self._check_whole()
         self.stop_counting()
         counter = open_tracker(None, self._ram, self.page_count)
         if counter.name is TrackerName.HASH:
@@ -224,6 +239,44 @@ class Machine:
         self.count_dirty(False)
         self.limit_dirty(None, 0)
 
+    # -- missing pages ---------------------------------------------------------------------------
+
+    @property
+    def is_missing_open(self) -> bool:
+        return self.missing_fd >= 0
+
+    def _check_whole(self) -> None:
+        """A mapping has one userfaultfd, and no tracker sees what is placed behind the guest."""
+        if self.is_missing_open:
+            raise MemoryRefused(
+                "what the guest writes cannot be told while pages of it are missing; wait for the "
+                "end of its postcopy migration"
+            )
+
+    def open_missing(self) -> int:
+        """From now on who touches a missing page waits; return the userfaultfd, which stays ours.
+        Ends tracking and counting. Idempotent.
+
+        :raise MemoryRefused: no userfaultfd here, or not for this memory."""
+        if not self.is_missing_open:
+            self.stop_tracking()
+            self.stop_counting()
+            self.missing_fd = open_missing([self._ram])
+        return self.missing_fd
+
+    def close_missing(self) -> None:
+        """Missing pages read as zero; who waits for one goes on, whoever else has the userfaultfd.
+        Idempotent."""
+        if self.is_missing_open:
+            _native.uffd_unregister(self.missing_fd, self.address, self.size)
+            os.close(self.missing_fd)
+            self.missing_fd = -1
+
+    @property
+    def address(self) -> int:
+        """Of RAM in this process."""
+        return _native.mapping_address(self._ram)
+
     # -- contents --------------------------------------------------------------------------------
 
     def fill(self) -> None:
@@ -247,11 +300,13 @@ class Machine:
             options = self.options
             _native.workload_fill(self._ram, first, pages, options.contents, options.seed)
 
-    def judge(self) -> Judgement:
-        """Judge every page; only while paused. Holes are not touched.
+    def judge(self, is_given_up: Callable[[], bool] = lambda: False) -> Judgement:
+        """Judge every page; only while paused. Holes are not touched, unless they are missing
+        pages: then each is waited for.
 
+        :param is_given_up: nobody wants the judgement any more.
         :return: without the vCPUs' writes; the caller owns its descriptor.
-        :raise Ended: the guest was told to end."""
+        :raise Ended: the guest was told to end, or the judgement was given up."""
         with contextlib.ExitStack() as undo:
             counters_fd = os.memfd_create("ramferry-counters", os.MFD_CLOEXEC)
             undo.callback(os.close, counters_fd)
@@ -263,10 +318,10 @@ class Machine:
                 whole.cast("Q") as counters,
             ):
                 for first, pages, is_data in self._pieces():
-                    if self._ended.is_set():
-                        raise Ended
                     with counters[first : first + pages] as part:
                         judgement = self._judge_piece(judgement, first, is_data, part)
+                    if self._ended.is_set() or is_given_up():
+                        raise Ended
             undo.pop_all()
         return judgement
 
@@ -291,22 +346,28 @@ class Machine:
 
     def _pieces(self) -> Iterator[tuple[int, int, bool]]:
         """All of RAM in pieces: first page, pages, and whether they are data (else a hole)."""
-        offset, is_data = 0, False
+        offset, has_holes = 0, not self.is_missing_open
+        is_data = not has_holes
         while offset < self.size:
-            try:
-                whence = os.SEEK_HOLE if is_data else os.SEEK_DATA
-                end = os.lseek(self.ram_fd, offset, whence)
-            except OSError:  # ENXIO: no data any more
-                end = self.size
+            end = self._end_of_piece(offset, is_data) if has_holes else self.size
             for first in range(offset // PAGE_SIZE, end // PAGE_SIZE, PIECE_PAGES):
                 yield first, min(PIECE_PAGES, end // PAGE_SIZE - first), is_data
             offset, is_data = end, not is_data
 
+    def _end_of_piece(self, offset: int, is_data: bool) -> int:
+        try:
+            return os.lseek(self.ram_fd, offset, os.SEEK_HOLE if is_data else os.SEEK_DATA)
+        except OSError:  # ENXIO: no data any more
+            return self.size
+
     # -- the end ---------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Have `fill` and `judge` stop soon."""
+        """Have vCPUs, `fill` and `judge` stop soon, also where they wait for a missing page: the
+        RAM is not worth anything afterwards."""
         self._ended.set()
+        _native.workload_end(self._vcpus)
+        self.close_missing()
 
     def close(self) -> None:
         """Stop the vCPUs and give RAM back; nothing may run in another thread any more."""

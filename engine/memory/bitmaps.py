@@ -86,6 +86,11 @@ class PageBitmaps:
             for view, other, block in zip(self._views, target._views, self.blocks, strict=True)
         )
 
+    def fill(self) -> None:
+        """Set the bit of every page."""
+        for view, block in zip(self._views, self.blocks, strict=True):
+            _native.bitmap_set_range(view, 0, block.page_count)
+
     def set_data(self) -> int:
         """Set the bit of every page that is not a hole; return the bits newly set."""
         return sum(

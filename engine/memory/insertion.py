@@ -31,7 +31,8 @@ def unit_pages(block: RamBlock) -> int:
 
 
 class Inserter:
-    """Inserts pages into all blocks of a guest; borrows the guest's userfaultfds and the bitmap."""
+    """Inserts pages into all blocks of a guest, in a `Placer`'s place; borrows the guest's
+    userfaultfds and the bitmap."""
 
     def __init__(
         self,
@@ -48,7 +49,22 @@ class Inserter:
             for block, uffd, address in zip(blocks, uffds, addresses, strict=True)
         ]
 
-    def insert(self, index: int, payload: Buffer, runs: Buffer, run_count: int) -> int:
+    def check(
+        self, index: int, data_runs: bytes, encoded: int, gathered: int, zero_runs: bytes
+    ) -> None:
+        """Check all runs of a packet before any of its pages is placed.
+
+        :raise WireError: a run is not within the block, out of order, cuts a huge page, or has a
+            page that another has; nothing was done."""
+        block = self._blocks[index]
+        try:
+            _native.packet_runs_check(
+                data_runs, encoded, gathered, zero_runs, block.page_count, unit_pages(block)
+            )
+        except ValueError as exc:
+            raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
+
+    def place(self, index: int, payload: Buffer, runs: Buffer, run_count: int) -> int:
         """Place the runs' pages where nothing is yet; return how many those were.
 
         :raise WireError: a run lies outside the block or cuts a huge page; nothing was placed.
@@ -66,10 +82,15 @@ class Inserter:
             raise placing_failed(exc) from exc
         return fresh
 
-    def insert_zero(self, index: int, runs: Buffer, run_count: int) -> int:
+    def apply_deltas(self, index: int, deltas: Buffer, runs: Buffer, run_count: int) -> None:
+        """:raise WireError: always: the guest may have changed the pages since."""
+        raise WireError(f"deltas for RAM block '{self._blocks[index].name}', whose guest may run")
+
+    def clear(self, index: int, runs: Buffer, run_count: int) -> int:
         """The runs' pages are zero; return how many of them were not received yet.
 
-        :raise WireError: a run lies outside the block or cuts a huge page; nothing was done."""
+        :raise WireError: a run lies outside the block or cuts a huge page; nothing was done.
+        :raise GuestError: the guest is gone."""
         block = self._blocks[index]
         try:
             return _native.insert_zero(
@@ -80,6 +101,9 @@ class Inserter:
         except OSError as exc:
             raise placing_failed(exc) from exc
 
+    def close(self) -> None:
+        """Nothing is owned."""
+
 
 def placing_failed(exc: OSError) -> MemoryRefused | GuestError:
     """What an error of UFFDIO_COPY means."""
@@ -88,21 +112,24 @@ def placing_failed(exc: OSError) -> MemoryRefused | GuestError:
     return MemoryRefused(f"cannot place pages behind the guest: {exc.strerror}")
 
 
-def discard_missing(blocks: Sequence[RamBlock], received: PageBitmaps) -> int:
-    """Punch what is not received, whole huge pages, before the guest runs; return the pages.
+def discard(blocks: Sequence[RamBlock], received: PageBitmaps, stale: PageBitmaps) -> int:
+    """Free what is stale, whole huge pages, before the guest runs; return the pages.
+
+    Those are not received any more, nor stale. Killed at any instant, or failed, it can be done
+    again: what is still to be done is stale.
 
     :raise MemoryRefused: the memory cannot be punched, or its pages are too large."""
-    missing = 0
+    freed = 0
     for index, block in enumerate(blocks):
         try:
-            missing += _native.discard_missing(
-                block.fd, received[index], block.page_count, unit_pages(block)
+            freed += _native.discard_stale(
+                block.fd, received[index], stale[index], block.page_count, unit_pages(block)
             )
         except OSError as exc:
             raise MemoryRefused(
                 f"cannot discard pages of RAM block '{block.name}': {exc.strerror}"
             ) from exc
-    return missing
+    return freed
 
 
 def widen(blocks: Sequence[RamBlock], dirty: PageBitmaps) -> int:

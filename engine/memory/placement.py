@@ -71,7 +71,7 @@ class Placer:
             has; nothing was written."""
         block = self._blocks[index]
         try:
-            _native.packet_runs_check(data_runs, encoded, gathered, zero_runs, block.page_count)
+            _native.packet_runs_check(data_runs, encoded, gathered, zero_runs, block.page_count, 1)
         except ValueError as exc:
             raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
 

@@ -38,14 +38,17 @@ class Chooser:
     def follow(self, order: wire.Compress) -> None:
         """Another policy from the next batch on."""
         self._policy = policy_of(order, self._count)
+        self._budget.used_cpu(self._index, time.process_time_ns())  # others may measure before us
 
     def begin_round(self) -> None:
         """What was between two rounds is nobody's cost."""
-        self._before = self._clocks()
+        if self._chosen_by.is_curious:
+            self._before = self._clocks()
 
     def choose(self) -> Arm:
         """The next batch's; an order may bring another policy before it is queued."""
-        self._chosen_by = self._policy
+        if self._chosen_by is not self._policy:
+            self._chosen_by, self._before = self._policy, self._clocks()
         return self._policy.choose(time.monotonic_ns())
 
     def _clocks(self) -> Clocks:
@@ -57,11 +60,16 @@ class Chooser:
 
     def learn(self, arm: Arm, ram_bytes: int, payloads: Sequence[Payload]) -> None:
         """What became of the batch that was chosen for, in one packet or two, now queued."""
+        self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
+        if self._chosen_by.is_curious:
+            self._tell(arm, ram_bytes, payloads)
+
+    def _tell(self, arm: Arm, ram_bytes: int, payloads: Sequence[Payload]) -> None:
+        """Measure the batch for the policy, and try another arm if it wants to."""
         now, before = self._clocks(), self._before
         self._before = now
         stalled_ns, paced_ns = now.stalled - before.stalled, now.paced - before.paced
         limit = self._budget.rate_bytes_per_s / self._count / 1_000_000_000
-        self._progress.chosen(arm.codec.wire_id if arm.codec else wire.CodecId.RAW, arm.level)
         self._chosen_by.learn(
             Done(
                 arm,

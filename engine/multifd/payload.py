@@ -119,6 +119,14 @@ def copied_payload(
     )
 
 
+def whole_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec | None) -> Payload:
+    """Pages of runs that must not be cut: all encoded in one frame, or all as they are."""
+    if codec is None or not count:
+        return lent_payload(ram, taken, count)
+    copy = _native.gather(ram, taken, count)
+    return _encoded_copy(copy, bytes(taken[: count * wire.RUN.size]), count, codec)
+
+
 def _encoded_copy(copy: bytes, runs: bytes, count: int, codec: Codec) -> Payload:
     """All of `copy` in one frame, encoded if that helps."""
     pages, began_ns = len(copy) // PAGE_SIZE, time.thread_time_ns()

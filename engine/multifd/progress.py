@@ -24,7 +24,7 @@ class Count(enum.IntEnum):
     PAGES = 3  #: non-zero pages
     ZERO_PAGES = 4
     GATHERED_PAGES = 5  #: copied before sending, the others were lent
-    FRESH_PAGES = 6  #: placed by UFFDIO_COPY
+    FRESH_PAGES = 6  #: placed by UFFDIO_COPY; behind a guest that runs, also new zero pages
     STALLED_NS = 7  #: waiting for the channel to drain
     PACED_NS = 8  #: waiting for bandwidth
     STRANGERS = 9  #: messages dropped because they were not the peer's

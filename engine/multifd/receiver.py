@@ -15,13 +15,14 @@ import zmq
 
 from engine import unixsocket, wire
 from engine.compress.codecs import decoders
-from engine.errors import ChannelError, MemoryRefused, UsageError, WireError
+from engine.errors import ChannelError, GuestError, MemoryRefused, UsageError, WireError
 from engine.memory.bitmaps import PageBitmaps
+from engine.memory.insertion import Inserter
 from engine.memory.placement import Placer
 from engine.multifd.progress import Count, Progress
 from engine.multifd.streamreader import StreamReader, frames_of
 from engine.multifd.worker import set_channel_options
-from engine.worker import Complaints, Inbox, blocks_of, log, run_worker
+from engine.worker import Complaints, Inbox, blocks_of, give_way, log, run_worker
 
 STREAM: Final = b"stream"  #: in place of the routing id of a ZeroMQ connection
 
@@ -47,7 +48,7 @@ class Receiver:
         self._clear_round()
 
     def run(self) -> None:
-        """Serve until control closes the inbox (ParentGone) or memory is refused (reported)."""
+        """Serve until control closes the inbox (ParentGone) or placing fails (reported)."""
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
         try:
@@ -69,7 +70,7 @@ class Receiver:
                         self._stream = None
         except zmq.ZMQError as exc:
             raise ChannelError(self._order.index, "receiving") from exc
-        except MemoryRefused as exc:
+        except (MemoryRefused, GuestError) as exc:
             cause = exc.__cause__
             self._inbox.report(
                 wire.WorkerFailed(wire.cut(f"{exc} ({cause})" if cause else str(exc)))
@@ -83,17 +84,20 @@ class Receiver:
                     self._lent_fd = fds[0]
                 case wire.PrepareReceiver():
                     self._prepare(order, fds)
+                case wire.InsertPages():
+                    self._insert(order, fds)
 
     def _prepare(self, order: wire.PrepareReceiver, fds: Sequence[int]) -> None:
         shared = dict(zip(wire.RECEIVER_FDS, fds, strict=False))
         self._order = order
         self._incarnation = order.incarnation - 1
         self._blocks = blocks_of(order.blocks, fds[len(wire.RECEIVER_FDS) :])
-        self._placer = Placer(self._blocks, PageBitmaps(self._blocks, shared["placed"]))
+        placer = Placer(self._blocks, PageBitmaps(self._blocks, shared["placed"]))
+        self._placer: Placer | Inserter = placer
         self._progress = Progress(shared["progress"])
         if self._lent_fd >= 0:
             self._stream = StreamReader(self._lent_fd)
-            self._inbox.report(wire.Ready("stream", self._placer.method))
+            self._inbox.report(wire.Ready("stream", placer.method))
             return
         self._socket = self._context.socket(zmq.ROUTER)
         set_channel_options(self._socket)
@@ -107,7 +111,17 @@ class Receiver:
             raise MemoryRefused(f"cannot listen on {order.bind}: {exc.strerror}") from None
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
-        self._inbox.report(wire.Ready(endpoint.rstrip(b"\0").decode(), self._placer.method))
+        self._inbox.report(wire.Ready(endpoint.rstrip(b"\0").decode(), placer.method))
+
+    def _insert(self, order: wire.InsertPages, fds: Sequence[int]) -> None:
+        """From now on pages are placed behind a guest that runs."""
+        shared = dict(zip(wire.INSERTION_FDS, fds, strict=False))
+        received = PageBitmaps(self._blocks, shared["received"])
+        uffds = fds[len(wire.INSERTION_FDS) :]
+        inserter = Inserter(self._blocks, uffds, order.addresses, received)
+        self._placer.close()
+        self._placer = inserter
+        give_way()
 
     # -- packets ---------------------------------------------------------------------------------
 
@@ -245,7 +259,8 @@ class Receiver:
             start = end
         if packet.zero_runs:
             zero_runs = memoryview(packet.zero_runs)
-            self._placer.clear(index, zero_runs, len(zero_runs) // wire.RUN.size)
+            received = self._placer.clear(index, zero_runs, len(zero_runs) // wire.RUN.size)
+            fresh += received if isinstance(self._placer, Inserter) else 0
         self._progress.add(Count.FRESH_PAGES, fresh)
 
     # -- rounds ----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import select
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import zmq
@@ -22,6 +21,7 @@ from engine.compress.delta import memory_bytes
 from engine.errors import ChannelError, MigrationError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE
+from engine.memory.demands import NewestDemand
 from engine.memory.tracking import (
     ContentHash,
     GuestBitmap,
@@ -36,36 +36,23 @@ from engine.multifd.channel import Channel, SocketChannel, StreamChannel, Supers
 from engine.multifd.chooser import Chooser
 from engine.multifd.deltas import Deltas
 from engine.multifd.elision import Elision
-from engine.multifd.payload import Frame, Payload, copied_payload, encoded_payload, lent_payload
+from engine.multifd.payload import (
+    Frame,
+    Payload,
+    copied_payload,
+    encoded_payload,
+    lent_payload,
+    whole_payload,
+)
 from engine.multifd.progress import Budget, Count, Progress
-from engine.worker import Inbox, allow_private_memory, blocks_of, run_worker
+from engine.multifd.rounds import Batches, Round, Taken
+from engine.worker import Inbox, allow_private_memory, blocks_of, give_way, run_worker
 
 #: Under a limit a batch is at most what may go in so much time, so that the rate holds in any
 #: second.
 PACING_NS: Final = 5_000_000
 PACED_PAGES_MIN: Final = 16
 BURST_NS: Final = 20_000_000
-
-
-class RoundTotals:
-    """What ROUND_END will say."""
-
-    def __init__(self, round_number: int) -> None:
-        self.round_number = round_number
-        self.packets = self.pages = self.zero_pages = self.payload_bytes = 0
-        self.block_index = 0
-        self.cursor = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """One batch, as `take_batch` left it in the run tables."""
-
-    block_index: int
-    data_count: int
-    zero_count: int
-    pages: int
-    zero_pages: int
 
 
 class Sender:
@@ -76,9 +63,8 @@ class Sender:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._channel: Channel | None = None
         self._stream_fd = -1  #: in place of ZeroMQ, until its channel has it
-        self._round: RoundTotals | None = None
-        self._data_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
-        self._zero_runs = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
+        self._round: Round | None = None
+        self._demands: NewestDemand | None = None  #: in postcopy: the RAM stands
         self._watch(None)
 
     # -- orders ----------------------------------------------------------------------------------
@@ -130,8 +116,14 @@ class Sender:
                 case wire.Harvest():
                     self._harvest(order)
                 case wire.SendRound():
-                    self._round = RoundTotals(order.round_number)
+                    page_counts = [block.page_count for block in self._blocks]
+                    self._round = Round(order.round_number, page_counts, self._demands)
                     self._chooser.begin_round()
+                case wire.EndRound():
+                    if self._round is not None:
+                        self._round.is_over = True
+                case wire.FollowDemands():
+                    self._follow_demands(order, fds)
                 case wire.EndChannel():
                     self._end_channel()
 
@@ -146,7 +138,10 @@ class Sender:
         self._views = [memoryview(ram) for ram in self._ram]
         self._slices = [block.slice_of(order.index, order.count) for block in self._blocks]
         self._dirty = PageBitmaps(self._blocks, shared["dirty"])
-        self._in_flight = PageBitmaps(self._blocks, shared["in_flight"])
+        self._batches = Batches(
+            self._blocks, self._views, self._slices, self._dirty,
+            PageBitmaps(self._blocks, shared["in_flight"]), detect_zero=order.detect_zero,
+        )  # fmt: skip
         self._progress = Progress(shared["progress"])
         self._budget = Budget(shared["budget"])
         self._chooser = Chooser(order.index, order.count, self._progress, self._budget)
@@ -173,13 +168,27 @@ class Sender:
                 return ContentHash(*where, self._ram, candidates, hashes, order.hash_seed)
 
     def _compress(self, order: wire.Compress) -> None:
-        """From the next batch on; the cache comes on top of a worker's memory."""
-        wanted = self._deltas.useful_bytes(order.xbzrle_cache_bytes // self._order.count)
+        """From the next batch on."""
+        self._chooser.follow(order)
+        if self._demands is None:
+            self._remember(order.xbzrle_cache_bytes // self._order.count, order.elide)
+
+    def _remember(self, cache_bytes: int, elide: str) -> None:
+        """Of what was sent: so much, and hashes or not; it comes on top of a worker's memory."""
+        wanted = self._deltas.useful_bytes(cache_bytes)
         allow_private_memory(self._deltas.memory_bytes + memory_bytes(wanted))  # both, for a while
         self._deltas.resize(wanted)
         allow_private_memory(self._deltas.memory_bytes)
-        self._chooser.follow(order)
-        self._elision.set(order.elide)
+        self._elision.set(elide)
+
+    def _follow_demands(self, order: wire.FollowDemands, fds: Sequence[int]) -> None:
+        """From the next round on. The guest runs at the destination: nothing is written here any
+        more, and nothing said of the destination's pages."""
+        shared = dict(zip(wire.DEMANDS_FDS, fds, strict=False))
+        self._demands = NewestDemand(shared["statistics"])
+        self._harvester = StoppedGuest(self._blocks, self._order.index, self._order.count)
+        self._remember(0, "off")
+        give_way()
 
     def _harvest(self, order: wire.Harvest) -> None:
         """Collect what was written; between two pieces say how far it is, and look after control.
@@ -255,22 +264,19 @@ class Sender:
 
     # -- one batch -------------------------------------------------------------------------------
 
-    def _send_batch(self, totals: RoundTotals) -> None:
+    def _send_batch(self, round_: Round) -> None:
         """Send the next batch of the round, or its end."""
         try:
-            if totals.block_index == len(self._blocks):
-                self._end_round(totals)
+            where = round_.next()
+            if where is None:
+                self._end_round(round_)
                 return
-            i = totals.block_index
-            cursor, data_count, zero_count, pages, zero_pages = _native.take_batch(
-                self._ram[i], self._dirty[i], self._in_flight[i], self._slices[i], totals.cursor,
-                self._batch_pages_max(), self._order.detect_zero, self._data_runs, self._zero_runs,
-            )  # fmt: skip
-            totals.cursor = cursor
-            if cursor >= self._blocks[i].page_count:
-                totals.block_index, totals.cursor = i + 1, 0
-            if pages or zero_pages:
-                self._send_taken(totals, Taken(i, data_count, zero_count, pages, zero_pages))
+            take = self._batches.take if self._demands is None else self._batches.take_whole
+            cursor, taken = take(*where, self._batch_pages_max())
+            is_empty = not (taken.pages or taken.zero_pages)
+            round_.went_on(cursor, is_empty=is_empty)
+            if not is_empty:
+                self._send_taken(round_, taken)
         except Superseded:
             return
         except (ConnectionError, ChannelError) as exc:
@@ -283,22 +289,21 @@ class Sender:
         paced = rate * PACING_NS // (1_000_000_000 * PAGE_SIZE)
         return max(PACED_PAGES_MIN, min(wire.BATCH_PAGES_MAX, paced))
 
-    def _send_taken(self, totals: RoundTotals, taken: Taken) -> None:
-        """Send what `_data_runs` and `_zero_runs` hold, in one packet or two."""
+    def _send_taken(self, round_: Round, taken: Taken) -> None:
+        """Send what the run tables hold, in one packet or two."""
         began_cpu_ns, arm = time.thread_time_ns(), self._chooser.choose()
-        payloads = self._payloads(totals.round_number, taken, arm.codec)
-        zero_runs = bytes(self._zero_runs[: taken.zero_count * wire.RUN.size])
-        self._harvester.sent_zeros(taken.block_index, self._zero_runs, taken.zero_count)
-        self._deltas.sent_zeros(
-            taken.block_index, totals.round_number, self._zero_runs, taken.zero_count
-        )
-        self._elision.sent_otherwise(taken.block_index, self._zero_runs, taken.zero_count)
+        payloads = self._payloads(round_.number, taken, arm.codec)
+        i, zeros, count = taken.block_index, self._batches.zero_runs, taken.zero_count
+        zero_runs = bytes(zeros[: count * wire.RUN.size])
+        self._harvester.sent_zeros(i, zeros, count)
+        self._deltas.sent_zeros(i, round_.number, zeros, count)
+        self._elision.sent_otherwise(i, zeros, count)
         self._progress.add(Count.ENCODE_NS, time.thread_time_ns() - began_cpu_ns)
         if not zero_runs and not any(payload.pages for payload in payloads):
             self._wait_for_room()  # no packet, but a look at orders and connection all the same
         for payload in payloads:
             if payload.pages or zero_runs:
-                self._send_payload(totals, taken, payload, zero_runs)
+                self._send_payload(round_, taken, payload, zero_runs)
             zero_runs = b""
         if taken.pages:
             self._chooser.learn(arm, taken.pages * PAGE_SIZE, payloads)
@@ -306,7 +311,7 @@ class Sender:
     def _payloads(self, round_number: int, taken: Taken, codec: Codec | None) -> list[Payload]:
         """Of the taken data runs; the first may have no pages."""
         i, count = taken.block_index, taken.data_count
-        ram, runs = self._views[i], self._data_runs
+        ram, runs = self._views[i], self._batches.data_runs
         if self._harvester.needs_private_copy:
             copy = _native.gather(ram, runs, count)
             self._harvester.sent(i, copy, runs, count)
@@ -317,16 +322,18 @@ class Sender:
         if count and self._elision.is_due(round_number, i, wire.RUN.unpack_from(runs)[0]):
             return [copied_payload(*self._elision.gather(i, ram, runs, count), codec)]
         self._elision.sent_otherwise(i, runs, count)
+        if self._demands is not None and self._blocks[i].backing_page_size > PAGE_SIZE:
+            return [whole_payload(ram, runs, count, codec)]
         if codec is not None and count:
             return [encoded_payload(ram, runs, count, codec)]
         return [lent_payload(ram, runs, count)]
 
     def _send_payload(
-        self, totals: RoundTotals, taken: Taken, payload: Payload, zero_runs: bytes
+        self, round_: Round, taken: Taken, payload: Payload, zero_runs: bytes
     ) -> None:
         packet = self._packet(
             payload.kind,
-            round_number=totals.round_number,
+            round_number=round_.number,
             block_id=taken.block_index + 1,
             codec=payload.codec,
             pages=payload.pages,
@@ -339,10 +346,7 @@ class Sender:
             zero_runs=zero_runs,
         )
         self._send(packet, payload.frames)
-        totals.packets += 1
-        totals.pages += packet.pages
-        totals.zero_pages += packet.zero_pages
-        totals.payload_bytes += packet.payload_bytes
+        round_.sent(packet)
         self._count(packet, payload)
 
     def _count(self, packet: wire.Packet, payload: Payload) -> None:
@@ -357,21 +361,21 @@ class Sender:
             progress.add(Count.PLAIN_BYTES, payload.plain_bytes)
             progress.add(Count.ENCODED_BYTES, payload.encoded_bytes)
 
-    def _end_round(self, totals: RoundTotals) -> None:
+    def _end_round(self, round_: Round) -> None:
         assert self._channel is not None
         packet = self._packet(
             wire.PacketKind.ROUND_END,
-            round_number=totals.round_number,
-            pages=totals.pages,
-            zero_pages=totals.zero_pages,
-            payload_bytes=totals.payload_bytes,
+            round_number=round_.number,
+            pages=round_.pages,
+            zero_pages=round_.zero_pages,
+            payload_bytes=round_.payload_bytes,
         )
         self._send(packet, [])
         self._round = None
         self._inbox.report(
             wire.RoundSent(
-                self._channel.incarnation, totals.round_number, totals.packets, totals.pages,
-                totals.zero_pages, totals.payload_bytes,
+                self._channel.incarnation, round_.number, round_.packets, round_.pages,
+                round_.zero_pages, round_.payload_bytes,
             )
         )  # fmt: skip
 
@@ -416,10 +420,11 @@ class Sender:
             raise Superseded
 
     def _pace(self, channel: Channel, wire_bytes: int) -> None:
-        """Wait until the shared budget lets `wire_bytes` go; another rate begins the wait anew."""
+        """Wait until the shared budget lets `wire_bytes` go; another rate begins the wait anew, the
+        round's end ends it."""
         now_ns, generation = time.monotonic_ns(), self._budget.generation
         until_ns = self._budget.take(wire_bytes, now_ns, BURST_NS)
-        while now_ns < until_ns:
+        while now_ns < until_ns and not (self._round and self._round.is_over):
             wait_ns = min(until_ns - now_ns, BURST_NS)
             if select.select([self._inbox], [], [], wait_ns / 1_000_000_000)[0]:
                 self._take_orders()

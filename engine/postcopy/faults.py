@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from engine import _native, wire
 from engine.errors import MigrationError, UsageError
 from engine.memory.bitmaps import PageBitmaps
-from engine.memory.insertion import discard_missing, placing_failed, unit_pages
+from engine.memory.insertion import discard, placing_failed, unit_pages
 from engine.postcopy.channel import Lobby
 from engine.postcopy.prefetch import Prefetcher
 from engine.postcopy.statistics import FaultCount, FaultStatistics
@@ -35,6 +35,7 @@ class FaultServer:
         self._lobby: Lobby | None = None
         self._channel: socket.socket | None = None
         self._incarnation = 0  #: newest that was opened
+        self._has_all = False  #: said so: whoever closes the channel now is right
         self._service: _native.FaultService | None = None
         self._prefetcher = Prefetcher(0)
 
@@ -66,6 +67,7 @@ class FaultServer:
         if happened & _native.FAULTS_LOST:
             self._lose_channel(_native.faults_reason(service))
         if happened & _native.FAULTS_COMPLETE:
+            self._has_all = True
             self._inbox.report(wire.AllReceived())
         if happened & _native.FAULTS_WOKEN:
             self._attend(0)
@@ -111,6 +113,7 @@ class FaultServer:
         rest = list(fds[len(wire.FAULTS_FDS) :])
         self._blocks = blocks_of(order.blocks, rest[count : 2 * count])
         self._received = PageBitmaps(self._blocks, shared["received"])
+        self._stale = PageBitmaps(self._blocks, shared["stale"])
         self._statistics = FaultStatistics(shared["statistics"])
         self._session, self._incarnation = order.session, order.incarnation - 1
         self._prefetcher = Prefetcher(order.prefetch_pages_max)
@@ -135,7 +138,7 @@ class FaultServer:
         """:raise UsageError: the guest has touched RAM already: punching would lose its writes."""
         if self._statistics[FaultCount.EVENTS]:
             raise UsageError("pages cannot be discarded once the guest runs")
-        self._inbox.report(wire.Discarded(discard_missing(self._blocks, self._received)))
+        self._inbox.report(wire.Discarded(discard(self._blocks, self._received, self._stale)))
 
     # -- the channel -----------------------------------------------------------------------------
 
@@ -161,7 +164,8 @@ class FaultServer:
         assert self._channel is not None
         self._channel.close()
         self._channel = None
-        log.warning("the fault channel is broken: %s", reason)
+        if not self._has_all:
+            log.warning("the fault channel is broken: %s", reason)
         self._inbox.report(wire.FaultChannelBroken(self._incarnation, wire.cut(reason)))
 
 

@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+from engine.memory.demands import NewestDemand
 from engine.memory.words import SharedWords
 
 LATENCIES: Final = 16  #: word of the first bucket
@@ -38,7 +39,7 @@ class FaultCount(enum.IntEnum):
 
 
 class PageCount(enum.IntEnum):
-    """Words of the source's page."""
+    """Words of the source's page; the next is `NewestDemand`'s."""
 
     REQUESTS = 0
     DEMAND_PAGES = 1
@@ -47,7 +48,6 @@ class PageCount(enum.IntEnum):
     ZERO_PAGES = 4  #: of those three
     SKIPPED_PAGES = 5
     BYTES_SENT = 6
-    LAST_DEMAND = 7  #: see `PageStatistics.last_demand`
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,8 @@ class FaultStatistics(SharedWords):
         return [ThreadWaits(tid - 1, waits, ns) for tid, waits, ns in triples if tid]
 
 
-class PageStatistics(SharedWords):
+class PageStatistics(NewestDemand):
     """The source's page."""
 
     def __getitem__(self, count: PageCount) -> int:
         return self.words[count]
-
-    @property
-    def last_demand(self) -> tuple[int, int] | None:
-        """(block index, page) of the newest demand: around it the background may go on."""
-        word = self.words[PageCount.LAST_DEMAND]
-        return ((word - 1) >> 32, (word - 1) & 0xFFFFFFFF) if word else None

@@ -11,7 +11,7 @@ import msgspec
 from engine.errors import WireError
 from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE, RamBlock
 
-VERSION: Final = 2
+VERSION: Final = 3
 SESSION_BYTES: Final = 16
 #: A QEMU's is 0.3 to 0.9 MiB, and the memory of its display (16 MiB) with it.
 STATE_BYTES_MAX: Final = 32 * 1024 * 1024

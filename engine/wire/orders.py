@@ -82,6 +82,32 @@ class SendRound(Message, frozen=True):
     round_number: int
 
 
+class EndRound(Message, frozen=True):
+    """Control -> sender: end the round here; what was not taken stays dirty, what was goes before
+    the end, without a wait for bandwidth. Without a round that goes on: nothing."""
+
+
+class FollowDemands(Message, frozen=True):
+    """Control -> sender, in postcopy, between two rounds: from now on send first what is near the
+    newest demand, and huge pages whole. Beside it: what `DEMANDS_FDS` names, the page service's
+    statistics. The RAM does not change any more; XBZRLE and elision end here."""
+
+
+DEMANDS_FDS: Final = ("statistics",)
+
+
+class InsertPages(Message, frozen=True):
+    """Control -> receiver, between two rounds: the guest may run from now on, so pages are only
+    inserted where none is. Beside it: what `INSERTION_FDS` names, then each block's userfaultfd.
+
+    :ivar addresses: where each block begins in the guest."""
+
+    addresses: list[int]
+
+
+INSERTION_FDS: Final = ("received",)
+
+
 class Ready(Message, frozen=True):
     """Worker -> control: prepared; a receiver says where it listens and how it places pages."""
 
@@ -131,7 +157,17 @@ class WorkerFailed(Message, frozen=True):
     reason: str
 
 
-SenderOrder = UseStream | PrepareSender | OpenChannel | Compress | Harvest | SendRound | EndChannel
-ReceiverOrder = UseStream | PrepareReceiver
+SenderOrder = (
+    UseStream
+    | PrepareSender
+    | OpenChannel
+    | Compress
+    | Harvest
+    | SendRound
+    | EndRound
+    | FollowDemands
+    | EndChannel
+)
+ReceiverOrder = UseStream | PrepareReceiver | InsertPages
 SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | WorkerFailed
 ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed

@@ -21,7 +21,7 @@ from engine.wire.orders import Ready, WorkerFailed
 # -- orders and reports ------------------------------------------------------------------------
 
 #: Beside `PrepareFaults`: these, then each block's userfaultfd (the guest's), then the RAM blocks.
-FAULTS_FDS: Final = ("received", "statistics")
+FAULTS_FDS: Final = ("received", "stale", "statistics")
 #: Beside `PreparePages`: these, then the RAM blocks.
 PAGES_FDS: Final = ("dirty", "statistics")
 
@@ -52,7 +52,8 @@ class ListenFaults(Message, frozen=True):
 
 
 class Discard(Message, frozen=True):
-    """Control -> fault service: punch what is not received. Only before the guest runs."""
+    """Control -> fault service: free the pages that `stale` names, whole units; they are not
+    received any more, and not stale. Only before the guest runs."""
 
 
 class FetchRest(Message, frozen=True):
@@ -90,9 +91,11 @@ class FaultChannelBroken(Message, frozen=True):
 
 
 class Discarded(Message, frozen=True):
-    """Fault service -> control: the answer to `Discard`."""
+    """Fault service -> control: the answer to `Discard`.
 
-    missing_pages: int
+    :ivar pages: that it freed."""
+
+    pages: int
 
 
 class AllReceived(Message, frozen=True):

@@ -92,6 +92,14 @@ int is_aligned(const Py_buffer *buffer, const char *what, size_t alignment)
     return 0;
 }
 
+int unit_fits(uint64_t unit_pages)
+{
+    if (unit_pages > 0 && unit_pages <= PAGE_COUNT_MAX)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "units of %llu pages", (unsigned long long)unit_pages);
+    return 0;
+}
+
 int page_count_fits(uint64_t page_count)
 {
     if (page_count <= PAGE_COUNT_MAX)

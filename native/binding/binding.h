@@ -33,6 +33,7 @@ int to_slice(PyObject *object, void *output); /* struct page_slice, a valid one 
 int is_aligned(const Py_buffer *buffer, const char *what, size_t alignment);
 int is_page_multiple(const char *what, uint64_t value);
 int page_count_fits(uint64_t page_count);
+int unit_fits(uint64_t unit_pages);
 int range_fits(uint64_t first_page, uint64_t page_count);
 
 /* Where a scan begins; behind the slice there is nothing to scan. */

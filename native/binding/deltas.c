@@ -184,29 +184,6 @@ static PyObject *native_delta_cache_set_zero(PyObject *module, PyObject *args)
     return none_or_error(0);
 }
 
-static PyObject *native_delta_cache_drop(PyObject *module, PyObject *args)
-{
-    struct held_cache *held;
-    const struct page_slice *block;
-    Py_buffer runs;
-    uint64_t block_index, run_count, total;
-
-    (void)module;
-    if (!PyArg_ParseTuple(args, "O&O&y*O&:delta_cache_drop", to_delta_cache, &held, to_u64,
-                          &block_index, &runs, to_u64, &run_count))
-        return NULL;
-    block = cached_block(held, block_index);
-    if (block && runs_fit(&runs, run_count, block->page_count, &total)) {
-        held->is_used = 1;
-        Py_BEGIN_ALLOW_THREADS
-        delta_cache_drop(held->cache, block_index, runs.buf, (size_t)run_count);
-        Py_END_ALLOW_THREADS
-        held->is_used = 0;
-    }
-    PyBuffer_Release(&runs);
-    return none_or_error(0);
-}
-
 /* What a delta batch writes to. */
 struct delta_output {
     Py_buffer full_pages, full_runs, deltas, delta_runs;
@@ -280,7 +257,6 @@ PyMethodDef DELTA_METHODS[] = {
     {"delta_cache_forget", native_delta_cache_forget, METH_VARARGS, NULL},
     {"delta_cache_get", native_delta_cache_get, METH_VARARGS, NULL},
     {"delta_cache_set_zero", native_delta_cache_set_zero, METH_VARARGS, NULL},
-    {"delta_cache_drop", native_delta_cache_drop, METH_VARARGS, NULL},
     {"delta_batch", native_delta_batch, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

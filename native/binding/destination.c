@@ -104,13 +104,13 @@ static PyObject *native_packet_runs_check(PyObject *module, PyObject *args)
     Py_buffer data, zero;
     struct packet_runs runs;
     struct page_range bad;
-    uint64_t encoded_count, gathered_count, page_count;
+    uint64_t encoded_count, gathered_count, page_count, unit_pages;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*O&O&y*O&:packet_runs_check", &data, to_u64, &encoded_count, to_u64,
-                          &gathered_count, &zero, to_u64, &page_count))
+    if (!PyArg_ParseTuple(args, "y*O&O&y*O&O&:packet_runs_check", &data, to_u64, &encoded_count,
+                          to_u64, &gathered_count, &zero, to_u64, &page_count, to_size, &unit_pages))
         return NULL;
-    if (page_count_fits(page_count) && run_count_fits(&data, "data_runs") &&
+    if (page_count_fits(page_count) && unit_fits(unit_pages) && run_count_fits(&data, "data_runs") &&
         run_count_fits(&zero, "zero_runs")) {
         size_t data_count = (size_t)data.len / RUN_BYTES;
 
@@ -128,12 +128,12 @@ static PyObject *native_packet_runs_check(PyObject *module, PyObject *args)
                 {(size_t)encoded_count, (size_t)gathered_count,
                  data_count - (size_t)(encoded_count + gathered_count), (size_t)zero.len / RUN_BYTES},
             };
-            if (packet_runs_check(&runs, page_count, &bad) < 0) /* some thousand instructions */
+            if (packet_runs_check(&runs, page_count, unit_pages, &bad) < 0) /* some thousand instructions */
                 PyErr_Format(PyExc_ValueError,
                              "the run of %llu pages from page %llu is empty, not within %llu, out of "
-                             "order or there twice",
+                             "order or there twice, or not whole units of %llu",
                              (unsigned long long)bad.page_count, (unsigned long long)bad.first_page,
-                             (unsigned long long)page_count);
+                             (unsigned long long)page_count, (unsigned long long)unit_pages);
         }
     }
     RELEASE(&zero, &data);

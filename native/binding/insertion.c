@@ -68,31 +68,24 @@ static PyObject *native_insert_zero(PyObject *module, PyObject *args)
     return count_or_error(rc);
 }
 
-static int unit_fits(uint64_t unit_pages)
+static PyObject *native_discard_stale(PyObject *module, PyObject *args)
 {
-    if (unit_pages > 0 && unit_pages <= PAGE_COUNT_MAX)
-        return 1;
-    PyErr_Format(PyExc_ValueError, "units of %llu pages", (unsigned long long)unit_pages);
-    return 0;
-}
-
-static PyObject *native_discard_missing(PyObject *module, PyObject *args)
-{
-    Py_buffer received;
+    Py_buffer received, stale;
     uint64_t page_count, unit_pages;
     int64_t rc = 0;
     int fd;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "O&w*O&O&:discard_missing", to_int, &fd, &received, to_size,
+    if (!PyArg_ParseTuple(args, "O&w*w*O&O&:discard_stale", to_int, &fd, &received, &stale, to_size,
                           &page_count, to_size, &unit_pages))
         return NULL;
-    if (bitmap_fits(&received, "received", page_count) && unit_fits(unit_pages)) {
+    if (bitmap_fits(&received, "received", page_count) &&
+        bitmap_fits(&stale, "stale", page_count) && unit_fits(unit_pages)) {
         Py_BEGIN_ALLOW_THREADS
-        rc = discard_missing(fd, received.buf, page_count, unit_pages);
+        rc = discard_stale(fd, received.buf, stale.buf, page_count, unit_pages);
         Py_END_ALLOW_THREADS
     }
-    PyBuffer_Release(&received);
+    RELEASE(&stale, &received);
     return count_or_error(rc);
 }
 
@@ -118,7 +111,7 @@ static PyObject *native_bitmap_widen(PyObject *module, PyObject *args)
 PyMethodDef INSERTION_METHODS[] = {
     {"insert", native_insert, METH_VARARGS, NULL},
     {"insert_zero", native_insert_zero, METH_VARARGS, NULL},
-    {"discard_missing", native_discard_missing, METH_VARARGS, NULL},
+    {"discard_stale", native_discard_stale, METH_VARARGS, NULL},
     {"bitmap_widen", native_bitmap_widen, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -228,15 +228,18 @@ static PyObject *native_workload_set_bitmap(PyObject *module, PyObject *args)
 static PyObject *native_workload_pause(PyObject *module, PyObject *args)
 {
     struct held_workload *held;
-    uint64_t took_ns;
+    uint64_t wait_ns, took_ns;
+    int rc;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "O&:workload_pause", to_workload, &held))
+    if (!PyArg_ParseTuple(args, "O&O&:workload_pause", to_workload, &held, to_u64, &wait_ns))
         return NULL;
+    if (wait_ns > UINT64_C(1) << 62)
+        return os_error(-EINVAL);
     Py_BEGIN_ALLOW_THREADS
-    workload_pause(held->workload, &took_ns);
+    rc = workload_pause(held->workload, wait_ns, &took_ns);
     Py_END_ALLOW_THREADS
-    return PyLong_FromUnsignedLongLong(took_ns);
+    return rc < 0 ? os_error(rc) : PyLong_FromUnsignedLongLong(took_ns);
 }
 
 static PyObject *native_workload_resume(PyObject *module, PyObject *args)
@@ -357,6 +360,17 @@ static PyObject *native_workload_load(PyObject *module, PyObject *args)
     return none_or_error(rc);
 }
 
+static PyObject *native_workload_end(PyObject *module, PyObject *args)
+{
+    struct held_workload *held;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&:workload_end", to_workload, &held))
+        return NULL;
+    workload_end(held->workload);
+    Py_RETURN_NONE;
+}
+
 static PyObject *native_workload_stop(PyObject *module, PyObject *args)
 {
     struct held_workload *held;
@@ -385,6 +399,7 @@ PyMethodDef WORKLOAD_METHODS[] = {
     {"workload_dirtied", native_workload_dirtied, METH_VARARGS, NULL},
     {"workload_save", native_workload_save, METH_VARARGS, NULL},
     {"workload_load", native_workload_load, METH_VARARGS, NULL},
+    {"workload_end", native_workload_end, METH_VARARGS, NULL},
     {"workload_stop", native_workload_stop, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

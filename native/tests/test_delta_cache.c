@@ -186,14 +186,9 @@ static void the_destination_always_has_what_was_sent(uint64_t *state)
             delta_cache_set_zero(cache, 0, step / 8, (const unsigned char *)run, 1);
             break;
         case 1:
-            memcpy(target + at, source + at, size);
-            bitmap_set_range(placed, first, run[1]);
-            delta_cache_drop(cache, 0, (const unsigned char *)run, 1);
-            break;
-        case 2:
             CHECK(delta_cache_resize(cache, UINT64_C(1) << (3 + random_below(state, 7))) == 0);
             break;
-        case 3:
+        case 2:
             if (random_below(state, 8) == 0)
                 delta_cache_forget(cache);
             break;

@@ -251,10 +251,61 @@ static void test_hostile_bytes_do_no_harm(uint64_t seed)
     world_close(&world);
 }
 
+/* Another thread changes other bits of the same words meanwhile. */
+struct neighbours {
+    bitmap_word *received;
+    atomic_bool ends;
+};
+
+static void *change_odd_pages(void *argument)
+{
+    struct neighbours *neighbours = argument;
+
+    while (!atomic_load(&neighbours->ends))
+        for (uint64_t page = 1; page < PAGES; page += 2) {
+            bitmap_set_range(neighbours->received, page, 1);
+            atomic_fetch_and(&neighbours->received[page / 64], ~(UINT64_C(1) << (page % 64)));
+        }
+    return NULL;
+}
+
+static void test_discarding_frees_what_is_stale_and_changes_no_other_bit(void)
+{
+    static bitmap_word received[WORDS], stale[WORDS];
+    struct neighbours neighbours = {received, false};
+    int fd = memfd_create("ram", MFD_CLOEXEC);
+    unsigned char byte;
+    pthread_t thread;
+
+    CHECK(ftruncate(fd, (off_t)(PAGES * PAGE_BYTES)) == 0);
+    CHECK(pthread_create(&thread, NULL, change_odd_pages, &neighbours) == 0);
+    for (int i = 0; i < 5; ++i) {
+        for (uint64_t page = 0; page < PAGES; ++page) {
+            CHECK(pwrite(fd, "x", 1, (off_t)(page * PAGE_BYTES)) == 1);
+            bitmap_set_range(received, page, page % 2 == 0);
+            bitmap_set_range(stale, page, page % 4 == 0);
+        }
+        CHECK(discard_stale(fd, received, stale, PAGES, 1) == (int64_t)PAGES / 4);
+        for (uint64_t page = 0; page < PAGES; ++page) {
+            CHECK(pread(fd, &byte, 1, (off_t)(page * PAGE_BYTES)) == 1);
+            CHECK(byte == (page % 4 == 0 ? 0 : 'x'));
+            CHECK(page % 2 != 0 || is_received(received, page, 1) == (page % 4 != 0));
+            CHECK(!is_received(stale, page, 1));
+        }
+    }
+    atomic_store(&neighbours.ends, true);
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(ftruncate(fd, 0) == 0);
+    bitmap_set_range(stale, PAGES - 1, 1);
+    CHECK(discard_stale(-1, received, stale, PAGES, 1) == -EBADF && is_received(stale, PAGES - 1, 1));
+    close(fd);
+}
+
 int main(void)
 {
     static struct world world;
 
+    test_discarding_frees_what_is_stale_and_changes_no_other_bit();
     if (!world_open(&world)) {
         fprintf(stderr, "no userfaultfd here\n");
         return SKIPPED;

@@ -19,7 +19,7 @@ import pytest
 from tests.support import eventually
 
 QEMU: Final = "qemu-system-x86_64"
-WAIT_S: Final = 30.0
+WAIT_S: Final = 60.0
 RAM_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -109,6 +109,21 @@ class Client:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def settled_status(client: Client) -> dict[str, Any]:
+    """`query-status` once the migration's end has reached the run state: QEMU tells `completed`
+    first, and goes from `finish-migrate` to `postmigrate` a moment later, with no event."""
+    seen: dict[str, Any] = {}
+
+    def has_settled() -> bool:
+        seen.update(client.execute("query-status")["return"])
+        if seen["status"] == "inmigrate":  # a destination that waits on, or one that has failed
+            return bool(client.execute("query-migrate")["return"].get("status") != "completed")
+        return bool(seen["status"] != "finish-migrate")
+
+    assert eventually(has_settled, WAIT_S), seen
+    return seen
 
 
 def _is_last(message: Any) -> bool:

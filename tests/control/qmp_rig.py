@@ -74,7 +74,7 @@ class Client:
         self.reader, self.writer = reader, writer
 
     async def line(self) -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return json.loads(await self.reader.readline())
 
     async def ask(self, *requests: Any) -> list[Any]:
@@ -117,7 +117,7 @@ def error(text: str, class_: str = "GenericError", **more: Any) -> dict[str, Any
 
 async def reached(fact: Callable[[], bool]) -> None:
     """Let the loop run until it is so."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not fact():
             await asyncio.sleep(0)
 

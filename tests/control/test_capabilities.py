@@ -94,7 +94,10 @@ def test_what_this_build_has_not_is_refused_in_one_line_of_ours(name: str) -> No
         ({"switchover-ack": True}, "Capability 'switchover-ack' requires capability 'return-path'"),
         ({"events": True, "zero-copy-send": True}, ZERO_COPY_TEXT),
         ({"postcopy-preempt": True}, "Postcopy preempt requires postcopy-ram"),
-        ({"events": True, "postcopy-ram": True}, "this build of ramferry has no postcopy yet"),
+        (
+            {"events": True, "x-colo": True},
+            "this build of ramferry has no fault tolerance (COLO) yet",
+        ),
     ],
 )
 def test_capabilities_in_conflict_change_nothing(changes: dict[str, bool], text: str) -> None:

@@ -75,7 +75,7 @@ def frame(data: bytes) -> bytes:
 
 
 async def soon(stream: FrameStream, bytes_max: int = BYTES_MAX) -> bytes:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await stream.receive(bytes_max)
 
 

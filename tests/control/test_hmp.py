@@ -15,7 +15,7 @@ from engine.control.qmp.registry import CommandRegistry
 from engine.control.status import ENDED, Status
 from engine.errors import UsageError
 
-WAIT_S: Final = 10.0
+WAIT_S: Final = 60.0
 
 
 class Registry(CommandRegistry):

@@ -260,10 +260,12 @@ def test_our_members_are_lines_of_their_own() -> None:
     info = {
         "status": "active", "x-heals": 1, "x-downtime-phases": {"pause": 1, "send": 2},
         "x-channels": [{"index": 0, "bytes": 1}, {"index": 1, "bytes": 2}],
+        "x-compression": {"tried-bytes": 3, "channels": [{"codec": "lz4", "batches": {"lz4": 4}}]},
     }  # fmt: skip
     assert list(views.extensions(info)) == [
         "x-heals: 1", "x-downtime-phases: pause=1 send=2",
         "x-channels[0]: index=0 bytes=1", "x-channels[1]: index=1 bytes=2",
+        "x-compression: tried-bytes=3", "x-compression.channels[0]: codec=lz4 batches=(lz4=4)",
     ]  # fmt: skip
 
 

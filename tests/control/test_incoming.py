@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from engine import wire
 from engine.control.host import Host
-from engine.control.incoming import IncomingMigration, Lane
-from engine.control.mainchannel import DestinationEnd
+from engine.control.incoming import IncomingMigration
 from engine.control.notifiers import Notifiers
-from engine.control.pool import Worker
 from engine.control.status import Status
 from engine.control.uri import Address
-from engine.errors import UsageError, WorkerLost
-from engine.multifd.progress import Progress
+from engine.errors import UsageError
 
 
 class SilentHost:
@@ -68,34 +63,3 @@ def test_a_file_at_the_path_fails_the_migration_in_one_line(tmp_path: Path) -> N
     assert incoming.error is not None
     assert incoming.error.count("\n") == 0
     assert path.read_text() == "precious"
-
-
-def test_a_second_wish_for_a_lane_waits_until_its_new_receiver_listens() -> None:
-    """The receiver was killed and replaced; before the new one listens the sender dies, too. What
-    is lost from then on is of the second wish's incarnation."""
-    said: list[wire.Message] = []
-
-    async def send(message: wire.Message) -> None:
-        said.append(message)
-
-    async def scenario() -> list[wire.Message]:
-        incoming = IncomingMigration(cast(Host, SilentHost()), Address(port=1))
-        main = cast(DestinationEnd, SimpleNamespace(send=send))
-        worker = cast(Worker[wire.ReceiverReport], SimpleNamespace(is_alive=True))
-        lane = Lane(0, Progress.create(), worker, incarnation=2)
-        incoming._lanes, incoming._main, incoming._is_welcomed = [lane], main, True
-        incoming._start_reopening(main, 0, 3)
-        await asyncio.sleep(0)
-        before = list(said)
-        incoming._take(lane, worker, wire.Opened(2))  # late, and over
-        incoming._take(lane, worker, wire.Ready("tcp://127.0.0.1:7", "memcpy"))
-        await asyncio.gather(*incoming._inner)
-        incoming._lose(lane, WorkerLost("receiver", 0, "the process died"))
-        await asyncio.gather(*incoming._inner)
-        lane.progress.close()
-        return before
-
-    assert asyncio.run(scenario()) == []
-    assert said[0] == wire.Reopened(0, 3, "tcp://127.0.0.1:7")
-    assert isinstance(said[1], wire.ChannelBroken)
-    assert said[1].incarnation == 3

@@ -30,6 +30,13 @@ EXAMPLES: dict[type, list[machine.Event]] = {
     machine.Failure: [machine.Failure("broken")],
     machine.Cancel: [machine.Cancel()],
     machine.Abandoned: [machine.Abandoned()],
+    machine.StartPostcopy: [machine.StartPostcopy()],
+    machine.PostcopyPrepared: [machine.PostcopyPrepared()],
+    machine.DestinationComplete: [machine.DestinationComplete()],
+    machine.Suspended: [machine.Suspended()],
+    machine.Recover: [machine.Recover()],
+    machine.Reconnected: [machine.Reconnected()],
+    machine.Resynced: [machine.Resynced()],
 }
 HAPPY: list[machine.Event] = [
     machine.Start(),
@@ -145,25 +152,165 @@ def test_lost_channels_heal_up_to_the_limit_and_then_fail() -> None:
     assert outgoing.error == "cut (made anew 2 times already)"
 
 
+# -- postcopy --------------------------------------------------------------------------------------
+
+#: From the wish for postcopy to a guest that runs at the destination.
+TO_POSTCOPY: list[machine.Event] = [
+    machine.Start(),
+    machine.Connected(),
+    machine.StartPostcopy(),
+    machine.RoundAcknowledged(),
+    machine.PostcopyPrepared(),
+    machine.PausedAndHarvested(10**9, False),
+    machine.DestinationArmed(),
+    machine.HandedOver(Handover.TAKEN),
+]
+
+
+def walked(events: list[machine.Event]) -> tuple[Outgoing, list[Status]]:
+    """A machine after these events, and the statuses that it showed."""
+    outgoing, statuses = Outgoing(), [Status.NONE]
+    for event in events:
+        outgoing.handle(event)
+        if outgoing.status is not statuses[-1]:
+            statuses.append(outgoing.status)
+    return outgoing, statuses
+
+
+def test_postcopy_goes_through_qemus_statuses() -> None:
+    _, statuses = walked([*TO_POSTCOPY, machine.DestinationComplete()])
+
+    assert statuses == [
+        Status.NONE, Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.POSTCOPY_ACTIVE,
+        Status.COMPLETED,
+    ]  # fmt: skip
+
+
+def test_postcopy_wished_for_in_mid_round_ends_the_round() -> None:
+    outgoing, _ = walked(TO_POSTCOPY[:2])
+
+    assert outgoing.handle(machine.StartPostcopy()) == (Effect.END_ROUND,)
+    assert outgoing.handle(machine.RoundAcknowledged()) == (Effect.PREPARE_POSTCOPY,)
+
+
+def test_postcopy_wished_for_during_setup_sends_no_round_before() -> None:
+    outgoing, _ = walked([machine.Start(), machine.StartPostcopy()])
+
+    assert outgoing.handle(machine.Connected()) == (Effect.PREPARE_POSTCOPY,)
+
+
+def test_a_migration_that_fits_completes_without_postcopy() -> None:
+    outgoing = at(Phase.HARVESTING)
+    outgoing.handle(machine.StartPostcopy())
+
+    assert outgoing.handle(machine.Harvested(0, True)) == (Effect.PAUSE_AND_HARVEST,)
+    assert outgoing.handle(machine.PausedAndHarvested(0, True)) == (Effect.SEND_ROUND,)
+
+
+def test_a_pause_that_was_too_long_goes_to_postcopy_if_that_is_wanted() -> None:
+    outgoing = at(Phase.PAUSING)
+    outgoing.handle(machine.StartPostcopy())
+
+    assert outgoing.handle(machine.PausedAndHarvested(10**9, False)) == (Effect.RESUME_AND_PREPARE,)
+
+
+def test_pause_before_switchover_holds_postcopy_too() -> None:
+    outgoing = Outgoing(pauses_before_switchover=True)
+    for event in TO_POSTCOPY[:6]:
+        outgoing.handle(event)
+
+    assert outgoing.status is Status.PRE_SWITCHOVER
+    assert outgoing.handle(machine.Continue()) == (Effect.HARVEST_AND_ARM_POSTCOPY,)
+
+
+@pytest.mark.parametrize("event", [machine.Failure("cut"), machine.Cancel()])
+@pytest.mark.parametrize("steps", range(3, 7))
+def test_before_the_token_is_sent_postcopy_gives_the_guest_back(
+    steps: int, event: machine.Event
+) -> None:
+    outgoing, _ = walked(TO_POSTCOPY[:steps])
+
+    assert outgoing.handle(event) == (Effect.ABANDON,)
+
+
+def test_postcopy_pauses_and_recovers_through_qemus_statuses() -> None:
+    outgoing, statuses = walked(
+        [
+            *TO_POSTCOPY,
+            machine.Failure("cut"), machine.Suspended(),
+            machine.Recover(), machine.Failure("nobody there"), machine.Suspended(),
+            machine.Recover(), machine.Reconnected(), machine.Failure("cut again"),
+            machine.Suspended(), machine.Recover(), machine.Reconnected(), machine.Resynced(),
+            machine.DestinationComplete(),
+        ]
+    )  # fmt: skip
+
+    paused, setup, recover = (
+        Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER_SETUP, Status.POSTCOPY_RECOVER,
+    )  # fmt: skip
+    assert statuses[4:] == [
+        Status.POSTCOPY_ACTIVE, paused, setup, paused, setup, recover, paused, setup, recover,
+        Status.POSTCOPY_ACTIVE, Status.COMPLETED,
+    ]  # fmt: skip
+    assert outgoing.error is None
+
+
+def test_a_channel_lost_while_nothing_heals_is_healed_when_pages_are_pushed() -> None:
+    outgoing, _ = walked(TO_POSTCOPY[:-1])
+
+    assert outgoing.handle(machine.ChannelLost(1, "cut")) == ()
+    assert outgoing.handle(TO_POSTCOPY[-1]) == (Effect.PUSH, Heal(1))
+
+
+def test_too_many_lost_channels_pause_postcopy() -> None:
+    outgoing, _ = walked(TO_POSTCOPY)
+    outgoing.heal_limit = 1
+
+    assert outgoing.handle(machine.ChannelLost(0, "cut")) == (Heal(0),)
+    assert outgoing.handle(machine.ChannelLost(0, "cut")) == (Effect.SUSPEND,)
+    assert outgoing.status is Status.POSTCOPY_PAUSED
+
+
+def test_where_nobody_knows_who_runs_pages_are_pushed_and_nothing_runs_here() -> None:
+    outgoing, _ = walked(TO_POSTCOPY[:-1])
+
+    assert outgoing.handle(machine.HandedOver(Handover.UNKNOWN)) == (Effect.PUSH,)
+
+
+def test_a_source_that_ends_in_postcopy_leaves_its_guest_stopped() -> None:
+    outgoing, _ = walked(TO_POSTCOPY)
+
+    assert outgoing.handle(machine.Cancel()) == (Effect.LEAVE,)
+    outgoing.handle(machine.Abandoned())
+    assert outgoing.status is Status.FAILED
+
+
+# -- walks -----------------------------------------------------------------------------------------
+
 any_event = st.one_of([st.sampled_from(many) for many in EXAMPLES.values()])
 
 
-@given(st.lists(any_event, max_size=60))
+#: Walks that get far: most events that come are the ones that were waited for.
+likely_event = st.one_of(any_event, st.sampled_from(TO_POSTCOPY + HAPPY))
+
+
+@given(st.lists(likely_event, max_size=80))
 def test_random_walks_resume_the_guest_exactly_when_it_is_ours(events: list[machine.Event]) -> None:
     """The guest's side of every walk: never both given away and resumed, never forgotten."""
     outgoing = Outgoing()
-    given_away = resumed = stopped_unknown = False
+    given_away = resumed = stopped_unknown = left = False
     for event in events:
         try:
             effects = outgoing.handle(event)
         except StateError:
             continue
-        taken = event == machine.HandedOver(Handover.TAKEN)
-        given_away |= taken and Effect.FINISH in effects
+        given_away |= Effect.FINISH in effects or Effect.PUSH in effects
         resumed |= Effect.ABANDON in effects
         stopped_unknown |= Effect.ABANDON_STOPPED in effects
+        left |= Effect.LEAVE in effects
         assert given_away + resumed + stopped_unknown <= 1
+        assert given_away or not left
         if outgoing.phase is Phase.ENDED:
             assert outgoing.status in ENDED
-            assert given_away is (outgoing.status is Status.COMPLETED)
-            assert (resumed or stopped_unknown) is (outgoing.status is not Status.COMPLETED)
+            assert (given_away and not left) is (outgoing.status is Status.COMPLETED)
+            assert (resumed or stopped_unknown or left) is (outgoing.status is not Status.COMPLETED)

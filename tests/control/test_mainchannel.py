@@ -38,11 +38,11 @@ def frame(message: wire.Message) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def listening(address: Address = TCP) -> AsyncIterator[DestinationEnd]:
+async def listening(address: Address = TCP) -> AsyncIterator[DestinationEnd[wire.Hello]]:
     """A destination that accepts."""
-    destination = DestinationEnd(address)
+    destination = DestinationEnd(address, wire.Hello)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             yield destination
     finally:
         destination.close()
@@ -50,7 +50,7 @@ async def listening(address: Address = TCP) -> AsyncIterator[DestinationEnd]:
 
 @contextlib.asynccontextmanager
 async def source_of(
-    destination: DestinationEnd, hello: wire.Hello = HELLO
+    destination: DestinationEnd[wire.Hello], hello: wire.Hello = HELLO
 ) -> AsyncIterator[SourceEnd]:
     """A source that has said Hello."""
     source = SourceEnd(destination.address)
@@ -84,7 +84,7 @@ class Stranger:
 
 
 @contextlib.asynccontextmanager
-async def stranger_at(destination: DestinationEnd) -> AsyncIterator[Stranger]:
+async def stranger_at(destination: DestinationEnd[wire.Hello]) -> AsyncIterator[Stranger]:
     address = destination.address
     if address.path:
         reader, writer = await asyncio.open_unix_connection(address.path)
@@ -319,15 +319,15 @@ def test_a_stranger_is_told_what_is_wrong_and_closed(data: bytes, says: str) -> 
 
 
 def test_a_stranger_that_says_nothing_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mainchannel, "HELLO_WAIT_S", 0.02)
-
     async def scenario() -> None:
         async with listening() as destination:
             accepting = asyncio.ensure_future(destination.accept())
-            async with stranger_at(destination) as silent, stranger_at(destination) as halting:
-                halting.writer.write(frame(HELLO)[:-1])
-                assert await silent.answers() == []
-                assert await halting.answers() == []
+            with monkeypatch.context() as patched:
+                patched.setattr(mainchannel, "HELLO_WAIT_S", 0.02)
+                async with stranger_at(destination) as silent, stranger_at(destination) as halting:
+                    halting.writer.write(frame(HELLO)[:-1])
+                    assert await silent.answers() == []
+                    assert await halting.answers() == []
             async with source_of(destination):
                 assert await accepting == HELLO
 
@@ -410,7 +410,7 @@ def test_a_file_at_the_path_survives_and_is_named_in_one_line(tmp_path: Path) ->
     path.write_text("precious")
 
     with pytest.raises(UsageError) as refused:
-        DestinationEnd(Address(path=str(path)))
+        DestinationEnd(Address(path=str(path)), wire.Hello)
 
     assert str(refused.value) == f"'{path}' exists and is not a socket; choose another path"
     assert path.read_text() == "precious"
@@ -421,7 +421,7 @@ def test_the_path_of_a_live_destination_is_not_stolen(tmp_path: Path) -> None:
         address = Address(path=str(tmp_path / "m"))
         async with listening(address) as destination:
             with pytest.raises(UsageError, match="another process listens at"):
-                DestinationEnd(address)
+                DestinationEnd(address, wire.Hello)
             accepting = asyncio.ensure_future(destination.accept())
             async with source_of(destination):
                 assert await accepting == HELLO
@@ -456,7 +456,7 @@ def test_a_port_in_use_is_told_in_the_words_of_the_system() -> None:
     async def scenario() -> OSError:
         async with listening() as destination:
             with pytest.raises(OSError, match="in use") as refused:
-                DestinationEnd(destination.address)
+                DestinationEnd(destination.address, wire.Hello)
             return refused.value
 
     assert asyncio.run(scenario()).strerror == "Address already in use"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from engine import wire
 from engine.control import machine
 from engine.control.conversation import Conversation
 from engine.control.host import Host
@@ -15,7 +18,8 @@ from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import ParameterStore
 from engine.control.status import Status, check_incoming
 from engine.control.uri import Address
-from engine.errors import MigrationError, StateError
+from engine.errors import MigrationError, StateError, WireError
+from engine.guest.base import Handover
 
 SETUP = Change(Side.SOURCE, Status.NONE, Status.SETUP, Moment.BEFORE)
 
@@ -64,6 +68,13 @@ def test_a_bug_in_a_callback_keeps_nobody_else_from_hearing() -> None:
 LEGAL = {
     (Status.NONE, Status.SETUP), (Status.SETUP, Status.ACTIVE), (Status.SETUP, Status.FAILED),
     (Status.ACTIVE, Status.COMPLETED), (Status.ACTIVE, Status.FAILED),
+    (Status.ACTIVE, Status.POSTCOPY_ACTIVE),
+    (Status.POSTCOPY_ACTIVE, Status.COMPLETED), (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED),
+    (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER),
+    (Status.POSTCOPY_RECOVER, Status.POSTCOPY_ACTIVE),
+    (Status.POSTCOPY_RECOVER, Status.POSTCOPY_PAUSED),
+    *((one, Status.FAILED) for one in (Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED,
+                                       Status.POSTCOPY_RECOVER)),
 }  # fmt: skip
 
 
@@ -83,6 +94,7 @@ class SilentHost:
     def __init__(self) -> None:
         self.notifiers = Notifiers()
         self.events: list[str] = []
+        self.guest: Any = None
         self.parameters = ParameterStore(lambda _: False).values
 
     def capability(self, _: str) -> bool:
@@ -107,7 +119,7 @@ def test_a_callback_that_cancels_is_heard_after_the_change_that_it_was_told_of()
 
         host.notifiers.add(cancel)
         outgoing.handle(machine.Start())
-        await asyncio.wait_for(outgoing.ended.wait(), 10)
+        await asyncio.wait_for(outgoing.ended.wait(), 60)
         assert heard == [
             (status, moment)
             for status in (Status.SETUP, Status.CANCELLING, Status.CANCELLED)
@@ -116,6 +128,57 @@ def test_a_callback_that_cancels_is_heard_after_the_change_that_it_was_told_of()
         return host.events
 
     assert asyncio.run(scenario()) == ["setup", "cancelling", "cancelled"]
+
+
+def test_who_is_told_of_the_end_knows_that_the_outcome_is_unknown() -> None:
+    async def scenario() -> list[tuple[Status, bool]]:
+        host = SilentHost()
+        outgoing = OutgoingMigration(cast(Host, host), Conversation(Address("127.0.0.1", 1)))
+        outgoing._give_back = _nothing  # type: ignore[method-assign,assignment]
+        outgoing._hand_over = _for_ever  # type: ignore[method-assign]
+        outgoing.machine.phase, outgoing.machine.status = machine.Phase.ARMING, Status.DEVICE
+        host.guest = SimpleNamespace(is_alive=False)
+        outgoing.handle(machine.DestinationArmed())
+        seen = [(outgoing.status, outgoing.is_outcome_unknown)]
+        host.notifiers.add(lambda _: seen.append((outgoing.status, outgoing.is_outcome_unknown)))
+        outgoing.handle(machine.HandedOver(Handover.UNKNOWN))
+        seen.append((outgoing.status, outgoing.is_outcome_unknown))
+        await asyncio.wait_for(outgoing.ended.wait(), 10)
+        return seen
+
+    seen = asyncio.run(scenario())
+    assert seen[0] == (Status.DEVICE, False)
+    assert {is_unknown for _, is_unknown in seen[1:]} == {True}
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_armed_is_an_answer_to_arm_alone(is_asked: bool) -> None:
+    async def scenario() -> bool:
+        conversation = Conversation(Address("127.0.0.1", 1))
+        heard = asyncio.Queue[wire.Message]()
+        sent = list[wire.Message]()
+        conversation._main = SimpleNamespace(receive=heard.get, send=_keep(sent))  # type: ignore[assignment]
+        listening = asyncio.ensure_future(conversation.listen(cast(Any, None)))
+        arming = None
+        if is_asked:
+            arming = asyncio.ensure_future(conversation.arm(cast(Any, None), b"", 1, True))
+            while not any(isinstance(one, wire.Arm) for one in sent):
+                await asyncio.sleep(0)
+        heard.put_nowait(wire.Armed())
+        if arming is not None:
+            await asyncio.wait_for(arming, 10)
+            listening.cancel()
+        failed = await asyncio.wait_for(asyncio.gather(listening, return_exceptions=True), 10)
+        return isinstance(failed[0], WireError)
+
+    assert asyncio.run(scenario()) is not is_asked
+
+
+def _keep(sent: list[wire.Message]) -> Callable[[wire.Message], Awaitable[None]]:
+    async def send(message: wire.Message) -> None:
+        sent.append(message)
+
+    return send
 
 
 async def _nothing(_: object) -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.process
 async def killed(worker: Worker[Any]) -> None:
     """kill -9, until control has noticed."""
     os.kill(worker.pid, signal.SIGKILL)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while worker.is_alive:
             await asyncio.sleep(0.005)
 

@@ -53,7 +53,7 @@ class RawClient:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
         self.socket.connect(str(path))
         self._lines = self.socket.makefile("rb")
         self.line()
@@ -147,7 +147,7 @@ def test_descriptors_wait_for_the_commands_that_came_before_them(tmp_path: Path)
             for request, fd in zip((b'{"execute":"take-late"}', COUNT), writings, strict=True):
                 socket.send_fds(one.socket, [request], [fd])
                 os.close(fd)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await keeper.gate.begun.acquire()
             for _ in range(100):  # what could come now, would
                 await asyncio.sleep(0)
@@ -193,7 +193,7 @@ def test_what_a_command_still_names_when_its_client_is_gone_is_closed_when_it_en
             socket.send_fds(one.socket, [b'{"execute":"take-late"}'], writings)
             for fd in writings:
                 os.close(fd)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await keeper.gate.begun.acquire()
             one.close()
             await reached(lambda: not server._sessions)
@@ -216,7 +216,7 @@ def test_a_client_that_never_pauses_leaves_the_others_their_turn() -> None:
             received = ours_count = 0
             while received < sent:
                 asyncio.get_running_loop().call_soon(turns.append, None)
-                received += len(await connection.receive())
+                received += len(await connection.receive(lambda data: data) or b"")
                 ours_count += 1
             return len(turns), ours_count
 
@@ -240,7 +240,7 @@ def test_a_listener_without_descriptors_pauses_and_goes_on(
                     await reached(lambda: len(caplog.messages) > 1)
                 finally:
                     resource.setrlimit(resource.RLIMIT_NOFILE, usual)
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     return await asyncio.get_running_loop().sock_recv(one, 100)
 
     assert asyncio.run(scenario()).startswith(b'{"QMP"')

@@ -21,7 +21,7 @@ from tests.support import open_descriptors
 STREAMS_COUNT: Final = 10_000
 STREAMS_PER_CLIENT: Final = 50
 SEED: Final = 20
-WAIT_S: Final = 20.0
+WAIT_S: Final = 60.0
 PROBE: Final = b'\xff\n{"execute":"echo","arguments":{"value":"probe"},"id":"probe"}'
 ANSWERED: Final = {"return": {"value": "probe"}, "id": "probe"}
 
@@ -148,7 +148,6 @@ def check_bounds(server: QmpServer) -> None:
         assert len(session._events) <= EVENTS_MAX
 
 
-@pytest.mark.timeout(110)
 def test_wrong_streams_are_answered_one_by_one_and_leave_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

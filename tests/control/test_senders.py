@@ -14,8 +14,9 @@ import pytest
 
 from engine import _native, wire
 from engine.control import senders
+from engine.control.lane import HarvestTotals, Lane
 from engine.control.pool import Pool
-from engine.control.senders import HarvestTotals, Lane, SenderGroup
+from engine.control.senders import SenderGroup
 from engine.errors import MigrationError, WireError, WorkerLost
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.tracking import TrackedBlock, TrackerName, Tracking

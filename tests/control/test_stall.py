@@ -65,10 +65,10 @@ def test_what_is_done_about_it(action: str) -> None:
 
     async def scenario() -> tuple[dict[str, Any], engine.Statistics | str]:
         source = engine.Control.start(
-            "workload:size=24M,rate=100M,pattern=random,contents=random",
-            settings=["max-bandwidth=40M", "downtime-limit=20", f"x-on-stall={action}"],
+            "workload:size=8M,rate=60M,pattern=random,contents=random",
+            settings=["max-bandwidth=10M", "downtime-limit=20", f"x-on-stall={action}"],
         )
-        destination = engine.Control.start("workload:size=24M", "tcp:127.0.0.1:0")
+        destination = engine.Control.start("workload:size=8M", "tcp:127.0.0.1:0")
         async with source, destination:
             with source.listen() as events:
                 migration = await source.migrate(destination)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import sys
 from typing import Any
 
 from engine.guest.base import TrackerName
 from engine.guest.spec import WorkloadSpec, open_workload, parse_guest_spec
 from engine.guest.workload import WorkloadGuest
+
+JUDGING: list[asyncio.Future[Any]] = []  #: begun, and never heard of
 
 
 async def nothing(_at_ns: int) -> None:
@@ -39,7 +42,16 @@ async def carry_out(guest: WorkloadGuest, order: dict[str, Any]) -> Any:
         case "give_away":
             return await guest.give_away()
         case "hand_over":
-            return (await guest.hand_over(order["wait_ns"])).value
+            keeps_ram = order.get("keeps_ram", False)
+            return (await guest.hand_over(order["wait_ns"], keeps_ram=keeps_ram)).value
+        case "load":
+            return await guest.load_state(bytes.fromhex(order["state"]))
+        case "open_missing":
+            return (await guest.open_missing()).vcpus
+        case "begin_judging":
+            JUDGING.append(asyncio.ensure_future(guest.judge()))
+            uffd = (await guest.open_missing()).uffds[0]
+            return len((await asyncio.to_thread(select.select, [uffd], [], [], 20))[0])
     raise ValueError(order)
 
 

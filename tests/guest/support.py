@@ -6,18 +6,22 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.guest.judgement import Judgement
 from engine.guest.spec import WorkloadSpec, open_workload, parse_guest_spec
+from engine.guest.token import MESSAGE, Kind, decode, encode
 from engine.guest.workload import WorkloadGuest
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
+SECOND_NS = 1_000_000_000
 SESSION = bytes(range(1, 17))
 T = TypeVar("T")
 
@@ -66,7 +70,7 @@ def copy_ram(source: WorkloadGuest, destination: WorkloadGuest) -> None:
         there[:] = here[:]
 
 
-def ended_within(pid: int, wait_s: float = 20.0) -> bool:
+def ended_within(pid: int, wait_s: float = 60.0) -> bool:
     """Wait for the end of any process."""
     try:
         pidfd = os.pidfd_open(pid)
@@ -118,7 +122,7 @@ class Stub:
     def line_of_guest(self) -> str:
         """What the guest says on stderr after its control process was killed."""
         assert self._process.stderr is not None
-        assert select.select([self._process.stderr], [], [], 20)[0], "the guest says nothing"
+        assert select.select([self._process.stderr], [], [], 60)[0], "the guest says nothing"
         return self._process.stderr.readline().decode()
 
     def close(self) -> None:
@@ -141,3 +145,53 @@ def stub(spec: str, *, incoming: bool = False, wait: bool = True) -> Iterator[St
             with contextlib.suppress(ProcessLookupError):
                 os.kill(control.guest_pid, 15)
             assert ended_within(control.guest_pid)
+
+
+def socket_of(control: Stub) -> str:
+    """Where the orphaned guest says that it can be adopted."""
+    line = control.line_of_guest()
+    found = re.search(r"adopt it with --guest workload:socket=(\S+); end it with: kill \d+$", line)
+    assert found, line
+    return found[1]
+
+
+@contextlib.asynccontextmanager
+async def adopted(path: str) -> AsyncIterator[WorkloadGuest]:
+    async with workload(f"socket={path}") as guest:
+        yield guest
+
+
+@contextlib.contextmanager
+def peer(answers: Mapping[Kind, Kind | None], asked: threading.Event) -> Iterator[str]:
+    """A destination that answers as told (None: never does); `asked` is set by the first TAKE."""
+    loop = asyncio.new_event_loop()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                kind, session = decode(await reader.readexactly(MESSAGE.size))
+                if kind is Kind.TAKE:
+                    asked.set()
+                answer = answers.get(kind)
+                if answer is not None:
+                    writer.write(encode(answer, session))
+        writer.close()
+
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield f"tcp:127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+
+        async def stop() -> None:
+            server.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import re
 import signal
 import stat
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from engine.errors import GuestError, UsageError
 from engine.guest.base import Handover
-from engine.guest.token import MESSAGE, Kind, decode, encode
-from engine.guest.workload import WorkloadGuest
-from tests.guest.support import SESSION, Stub, ended_within, judged, run, stub, workload
+from engine.guest.token import Kind
+from tests.guest.support import (
+    SECOND_NS,
+    SESSION,
+    adopted,
+    ended_within,
+    judged,
+    peer,
+    run,
+    socket_of,
+    stub,
+    workload,
+)
 from tests.guest.support import writes_reach as reach
 from tests.support import eventually
-
-SECOND_NS = 1_000_000_000
-
-
-def socket_of(control: Stub) -> str:
-    """Where the orphaned guest says that it can be adopted."""
-    line = control.line_of_guest()
-    found = re.search(r"adopt it with --guest workload:socket=(\S+); end it with: kill \d+$", line)
-    assert found, line
-    return found[1]
-
-
-@contextlib.asynccontextmanager
-async def adopted(path: str) -> AsyncIterator[WorkloadGuest]:
-    async with workload(f"socket={path}") as guest:
-        yield guest
-
-
-@contextlib.contextmanager
-def peer(answers: Mapping[Kind, Kind | None], asked: threading.Event) -> Iterator[str]:
-    """A destination that answers as told (None: never does); `asked` is set by the first TAKE."""
-    loop = asyncio.new_event_loop()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                kind, session = decode(await reader.readexactly(MESSAGE.size))
-                if kind is Kind.TAKE:
-                    asked.set()
-                answer = answers.get(kind)
-                if answer is not None:
-                    writer.write(encode(answer, session))
-        writer.close()
-
-    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield f"tcp:127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-
-        async def stop() -> None:
-            server.close()
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 def test_a_running_guest_goes_on_unthrottled_untracked_and_can_be_adopted(rundir: Path) -> None:
@@ -208,7 +162,7 @@ def test_a_guest_in_the_middle_of_a_handover_finishes_it_by_itself(
         control.do(do="connect", endpoint=endpoint, session=SESSION.hex())
         control.do(do="pause", for_migration=True)
         control.order(do="hand_over", wait_ns=wait_ns)
-        assert asked.wait(20)
+        assert asked.wait(60)
         control.kill()
 
         if expected == "ends":

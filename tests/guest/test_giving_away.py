@@ -11,8 +11,17 @@ import pytest
 
 from engine.errors import GuestError, NotHandedOver
 from engine.guest.spec import RamSpec, open_guest, parse_guest_spec
-from tests.guest.support import SESSION, Stub, copy_ram, run, stub, workload, writes_reach
-from tests.guest.test_control_killed import adopted, socket_of
+from tests.guest.support import (
+    SESSION,
+    Stub,
+    adopted,
+    copy_ram,
+    run,
+    socket_of,
+    stub,
+    workload,
+    writes_reach,
+)
 
 
 @contextlib.asynccontextmanager

@@ -194,7 +194,7 @@ def test_no_answer_before_the_deadline_is_unknown_and_bounded() -> None:
 
                 assert await here.hand_over(SECOND_NS // 5) is Handover.UNKNOWN
 
-                assert time.monotonic() - began < 5
+                assert time.monotonic() - began < 30
             assert there.token.taken == SESSION
 
     run(scenario())
@@ -268,9 +268,9 @@ def test_a_far_host_that_refuses_leaves_the_outcome_unknown_soon(
             here.close()
             began = time.monotonic()
 
-            assert await here.hand_over(20 * SECOND_NS) is Handover.UNKNOWN
+            assert await here.hand_over(50 * SECOND_NS) is Handover.UNKNOWN
 
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 25
 
     run(scenario())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import statistics
 import time
 from pathlib import Path
 
@@ -37,67 +36,57 @@ def pages_of(guest: WorkloadGuest) -> int:
 
 
 @pytest.mark.parametrize(
-    ("spec", "limit_ns"),
+    "spec",
     [
-        # A vCPU that never sleeps must get a CPU to see the order, and the tests share those: a few
-        # scheduler ticks. Alone on two CPUs it takes 0.2 ms.
-        pytest.param("rate=0", 20_000_000, id="full-speed"),
-        pytest.param("rate=1M", 1_000_000, id="rate"),
-        pytest.param("rate=4K,vcpus=3", 1_000_000, id="long-sleeps"),
-        pytest.param("rate=80M,vcpus=2", 1_000_000, id="short-sleeps"),
+        pytest.param("rate=0", id="full-speed"),
+        pytest.param("rate=1M", id="rate"),
+        pytest.param("rate=1,vcpus=3", id="sleeps-of-an-hour"),
+        pytest.param("rate=80M,vcpus=2", id="short-sleeps"),
     ],
 )
-def test_a_pause_takes_less_than_a_millisecond_and_no_write_follows_it(
-    spec: str, limit_ns: int
-) -> None:
+def test_a_pause_does_not_wait_for_the_next_write_and_no_write_follows_it(spec: str) -> None:
     async def scenario() -> None:
         async with workload(f"size=16M,{spec}") as guest:
-            medians_ns = [await median_pause_ns(guest) for _ in range(5)]
-            # Other tests share the CPUs; the quietest of five spans tells what the guest does.
-            assert min(medians_ns) < limit_ns
+            for _ in range(20):
+                began_ns = time.monotonic_ns()
+                stood_ns = await guest.pause(for_migration=False)
+                assert began_ns < stood_ns <= time.monotonic_ns()
+                async with judged(guest) as judgement:
+                    assert judgement.is_right
+                    assert await guest.writes() == judgement.vcpu_writes_sum
+                await guest.resume(for_migration=False)
 
     run(scenario())
 
 
-async def median_pause_ns(guest: WorkloadGuest) -> float:
-    """Ten pauses, each followed by a look at every page and count."""
-    took_ns = []
-    for _ in range(10):
-        began_ns = time.monotonic_ns()
-        stood_ns = await guest.pause(for_migration=False)
-        took_ns.append(stood_ns - began_ns)
-        assert began_ns < stood_ns <= time.monotonic_ns()
-        async with judged(guest) as judgement:
-            assert judgement.is_right
-            assert await guest.writes() == judgement.vcpu_writes_sum
-        await guest.resume(for_migration=False)
-    return statistics.median(took_ns)
-
-
 def test_a_throttled_guest_writes_less_pauses_at_once_and_recovers() -> None:
-    async def writes_of(guest: WorkloadGuest, span_s: float) -> int:
-        before = await guest.writes()
+    free = 40 * 2**20 / PAGE_SIZE  #: writes per second
+
+    async def writes_per_s(guest: WorkloadGuest, span_s: float) -> float:
+        began, before = time.monotonic(), await guest.writes() or 0
         await asyncio.sleep(span_s)
-        after = await guest.writes()
-        assert before is not None
-        assert after is not None
-        return after - before
+        return ((await guest.writes() or 0) - before) / (time.monotonic() - began)
+
+    async def is_free(guest: WorkloadGuest) -> None:
+        """A busy machine's guest is at full speed now and then."""
+        while await writes_per_s(guest, 0.5) < 0.6 * free:
+            pass
+
+    async def pause_s(guest: WorkloadGuest) -> float:
+        began = time.monotonic()
+        await guest.pause(for_migration=False)
+        took_s = time.monotonic() - began
+        await guest.resume(for_migration=False)
+        return took_s
 
     async def scenario() -> None:
         async with workload("size=16M,rate=40M,words=8") as guest:
-            free = await writes_of(guest, 0.5)
-            await guest.throttle(90)
-            throttled = await writes_of(guest, 0.5)
-            began_ns = time.monotonic_ns()
-            await guest.pause(for_migration=False)
-            assert time.monotonic_ns() - began_ns < 90_000_000  # one sleep of the throttle
-            await guest.resume(for_migration=False)
+            await is_free(guest)
+            await guest.throttle(99)
+            assert await writes_per_s(guest, 2.0) < 0.4 * free
+            assert min([await pause_s(guest) for _ in range(5)]) < 0.5  # half a throttle's sleep
             await guest.throttle(0)
-            recovered = await writes_of(guest, 0.5)
-
-            assert 0.6 * 5120 < free < 1.4 * 5120
-            assert throttled < 0.5 * free
-            assert recovered > 1.5 * throttled
+            await is_free(guest)
             for percent in (-1, 100):
                 with pytest.raises(GuestError, match="0 to 99"):
                     await guest.throttle(percent)

@@ -6,7 +6,9 @@ import contextlib
 import mmap
 import os
 import random
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from engine import _native
 from engine.errors import MemoryRefused, WireError
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import RamBlock
-from engine.memory.insertion import Inserter, discard_missing, unit_pages, widen
+from engine.memory.insertion import Inserter, discard, unit_pages, widen
 from engine.memory.missing import open_missing
 from tests.hugepages import huge_pages
 from tests.kernel import has_userfaultfd
@@ -79,11 +81,11 @@ def test_whatever_comes_first_stays(steps: list[tuple[bool, list[tuple[int, int]
             pages = pages_in(runs)
             if is_zero:  # never of pages that are there, as the source's RAM does not change
                 holes = sorted(set(pages) - there)
-                inserter.insert_zero(0, table_of([(page, 1) for page in holes]), len(holes))
+                inserter.clear(0, table_of([(page, 1) for page in holes]), len(holes))
                 received.update(holes)
                 continue
             payload = b"".join(bytes([number]) * PAGE for _ in pages)
-            fresh = inserter.insert(0, memoryview(payload), table_of(runs), len(runs))
+            fresh = inserter.place(0, memoryview(payload), table_of(runs), len(runs))
             new = set(pages) - received
             assert fresh == len(new)
             for page in new:
@@ -100,11 +102,11 @@ def test_a_page_that_was_placed_but_not_marked_is_marked_and_not_overwritten() -
     """Its receiver was killed in between, and the guest has written it since."""
     with guest(16) as made:
         inserter = made.inserter()
-        inserter.insert(0, memoryview(b"a" * PAGE), table_of([(3, 1)]), 1)
+        inserter.place(0, memoryview(b"a" * PAGE), table_of([(3, 1)]), 1)
         made.received.clear()
         made.ram[3 * PAGE : 3 * PAGE + 5] = b"guest"
 
-        fresh = inserter.insert(0, memoryview(b"a" * 3 * PAGE), table_of([(2, 3)]), 1)
+        fresh = inserter.place(0, memoryview(b"a" * 3 * PAGE), table_of([(2, 3)]), 1)
 
         assert fresh == 2
         assert made.ram[3 * PAGE : 3 * PAGE + 6] == b"guesta"
@@ -129,10 +131,10 @@ def test_who_waits_is_woken_whoever_placed_the_page(placed_by: str) -> None:
         assert len(os.read(made.uffd, 32)) == 32  # it waits
         if placed_by == "another mapping":  # which wakes nobody
             os.pwrite(made.block.fd, b"z" * PAGE, 5 * PAGE)
-        assert made.inserter().insert(0, memoryview(b"z" * PAGE), table_of([(5, 1)]), 1) == (
+        assert made.inserter().place(0, memoryview(b"z" * PAGE), table_of([(5, 1)]), 1) == (
             placed_by == "the guest's userfaultfd"
         )
-        toucher.join(20)
+        toucher.join(60)
         assert found == [ord("z")]
 
 
@@ -145,10 +147,10 @@ def test_bad_runs_place_nothing(runs: list[tuple[int, int]], payload_pages: int)
     with guest(16) as made:
         inserter, payload = made.inserter(), memoryview(b"x" * payload_pages * PAGE)
         with pytest.raises(WireError, match="pages for RAM block 'ram'"):
-            inserter.insert(0, payload, table_of([(0, 1), *runs]), 1 + len(runs))
+            inserter.place(0, payload, table_of([(0, 1), *runs]), 1 + len(runs))
         if runs != [(3, 2)]:
             with pytest.raises(WireError, match="zero pages for RAM block 'ram'"):
-                inserter.insert_zero(0, table_of(runs), len(runs))
+                inserter.clear(0, table_of(runs), len(runs))
         assert made.block.allocated_bytes() == made.received.count() == 0
 
 
@@ -164,7 +166,7 @@ def test_memory_that_is_full_is_an_error_and_what_was_placed_is_marked(tmp_path:
         try:
             with guest(64, fd=fd) as made:
                 with pytest.raises(MemoryRefused, match="cannot place pages behind the guest"):
-                    made.inserter().insert(0, memoryview(b"x" * 64 * PAGE), table_of([(0, 64)]), 1)
+                    made.inserter().place(0, memoryview(b"x" * 64 * PAGE), table_of([(0, 64)]), 1)
                 marked = pages_of(made.received[0])
                 assert marked <= set(range(32))
                 assert made.block.allocated_bytes() >= len(marked) * PAGE
@@ -179,29 +181,73 @@ def test_memory_that_is_full_is_an_error_and_what_was_placed_is_marked(tmp_path:
 
 @given(
     st.integers(1, 400),
+    st.lists(st.sets(st.integers(0, 399)), min_size=1, max_size=3),
     st.sets(st.integers(0, 399)),
     st.sampled_from([1, 2, 64, 100, 512]),
 )
-def test_discarding_leaves_whole_received_units_and_punches_all_else(
-    page_count: int, received: set[int], unit: int
+def test_discarding_frees_stale_units_whole_and_leaves_all_else(
+    page_count: int, steps: list[set[int]], unreceived: set[int], unit: int
 ) -> None:
-    received = {page for page in received if page < page_count}
-    bitmap = bitmap_of(received, page_count)
+    """Also when more becomes stale later."""
+    everything = set(range(page_count))
+    received = everything - unreceived
+    bitmap, gone = bitmap_of(received, page_count), set[int]()
     units = [range(s, min(s + unit, page_count)) for s in range(0, page_count, unit)]
-    kept = {page for pages in units if received.issuperset(pages) for page in pages}
     fd = os.memfd_create("ramferry-test", os.MFD_CLOEXEC)
     try:
         os.pwrite(fd, b"x" * page_count * PAGE, 0)
+        for step in steps:
+            stale = bitmap_of(step & everything, page_count)
+            now = {page for pages in units if step.intersection(pages) for page in pages}
 
-        missing = _native.discard_missing(fd, bitmap, page_count, unit)
+            assert _native.discard_stale(fd, bitmap, stale, page_count, unit) == len(now)
 
-        assert missing == page_count - len(kept)
-        assert pages_of(bitmap) == kept
-        content = os.pread(fd, page_count * PAGE, 0)
-        assert {p for p in range(page_count) if content[p * PAGE]} == kept
-        assert os.fstat(fd).st_blocks * 512 == len(kept) * PAGE
+            gone |= now
+            assert pages_of(stale) == set()
+            assert pages_of(bitmap) == received - gone
+            content = os.pread(fd, page_count * PAGE, 0)
+            assert {p for p in range(page_count) if content[p * PAGE]} == everything - gone
+            assert os.fstat(fd).st_blocks * 512 == len(everything - gone) * PAGE
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_discarding_that_was_killed_is_done_again_and_all_is_right(moment: int) -> None:
+    """At any instant a page is stale still, or gone and not received."""
+    page_count = 65536
+    content = random.Random(moment).randbytes(PAGE) * page_count
+    rest = list(range(0, page_count, 3))
+    with contextlib.ExitStack() as stack:
+        fd = os.memfd_create("ramferry-test", os.MFD_CLOEXEC)
+        stack.callback(os.close, fd)
+        os.pwrite(fd, content, 0)
+        block = RamBlock("ram", page_count * PAGE, fd)
+        received, stale = (PageBitmaps.create(name, [block]) for name in ("received", "stale"))
+        for bitmaps in (received, stale):
+            stack.callback(bitmaps.close)
+            bitmaps.fill()
+        for page in rest:  # two of three are stale
+            stale[0][page // 8] &= ~(1 << page % 8)
+        before = stale.count()
+        child = os.fork()
+        if not child:
+            discard([block], received, stale)
+            os.kill(os.getpid(), signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while stale.count() > before * (3 - moment) // 4 and time.monotonic() < deadline:
+            pass
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+        for page in sorted(set(range(page_count)) - pages_of(stale[0]) - set(rest)):
+            assert not received[0][page // 8] >> page % 8 & 1
+            assert os.pread(fd, 1, page * PAGE) == b"\0"
+        left = stale.count()
+        assert discard([block], received, stale) == left
+        assert pages_of(received[0]) == set(rest)
+        assert block.allocated_bytes() == len(rest) * PAGE
+        assert stale.count() == 0
 
 
 @given(
@@ -238,19 +284,20 @@ def test_huge_pages_are_placed_and_discarded_whole() -> None:
         with guest(1024, fd=fd, backing=HUGE) as made:
             content = random.Random(3).randbytes(HUGE)
             with pytest.raises(WireError, match="not whole units of 512"):
-                made.inserter().insert(0, memoryview(content), table_of([(256, 512)]), 1)
-            assert made.inserter().insert(0, memoryview(content), table_of([(512, 512)]), 1) == 512
+                made.inserter().place(0, memoryview(content), table_of([(256, 512)]), 1)
+            assert made.inserter().place(0, memoryview(content), table_of([(512, 512)]), 1) == 512
             assert made.ram[HUGE:] == content
-            assert (
-                made.inserter().insert(0, memoryview(bytes(HUGE)), table_of([(512, 512)]), 1) == 0
-            )
-            _native.bitmap_clear_slice(made.received[0], (576, 64, 9, 10))
-            dirty = PageBitmaps.create("dirty", [made.block])
-            _native.bitmap_set_range(dirty[0], 3, 1)
+            assert made.inserter().place(0, memoryview(bytes(HUGE)), table_of([(512, 512)]), 1) == 0
+            dirty, stale = (PageBitmaps.create(name, [made.block]) for name in ("dirty", "stale"))
+            for bitmaps in (dirty, stale):
+                _native.bitmap_set_range(bitmaps[0], 515, 1)
             assert widen([made.block], dirty) == 511
-            dirty.close()
-            assert discard_missing([made.block], made.received) == 512
-            assert made.received.count() == 512
+            made.received.fill()
+            assert discard([made.block], made.received, stale) == 512
+            assert pages_of(made.received[0]) == set(range(512))
+            assert made.block.allocated_bytes() == 0
+            for bitmaps in (dirty, stale):
+                bitmaps.close()
     finally:
         os.close(fd)
 
@@ -260,3 +307,11 @@ def test_a_second_userfaultfd_over_the_same_mapping_is_refused() -> None:
         pytest.skip("no userfaultfd here")
     with guest(16) as made, pytest.raises(MemoryRefused, match="cannot be registered for faults"):
         open_missing([made.ram])
+
+
+def test_filling_sets_the_bits_of_all_pages_and_none_beyond() -> None:
+    blocks = [RamBlock(name, count * PAGE, -1) for name, count in (("a", 70), ("b", 64), ("c", 1))]
+    bitmaps = PageBitmaps.create("received", blocks)
+    bitmaps.fill()
+    assert [pages_of(bitmap) for bitmap in bitmaps] == [set(range(n)) for n in (70, 64, 1)]
+    bitmaps.close()

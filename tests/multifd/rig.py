@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
-from engine import wire
+from engine import _native, wire
 from engine.control.pool import Worker
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
+from engine.memory.missing import open_missing
 from engine.multifd.progress import Budget, Progress
 
 SESSION = b"session-of-tests"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
-def memory(page_count: int, content: bytes = b"") -> RamBlock:
+def memory(page_count: int, content: bytes = b"", *, hugetlb: bool = False) -> RamBlock:
     """A memfd block; the caller closes its descriptor."""
-    fd = os.memfd_create("test-ram", os.MFD_CLOEXEC)
+    flags = os.MFD_HUGETLB | os.MFD_HUGE_2MB if hugetlb else 0
+    fd = os.memfd_create("test-ram", os.MFD_CLOEXEC | flags)
     os.ftruncate(fd, page_count * PAGE_SIZE)
+    block = RamBlock("ram", page_count * PAGE_SIZE, fd, 512 * PAGE_SIZE if hugetlb else PAGE_SIZE)
     if content:
-        os.pwrite(fd, content, 0)
-    return RamBlock("ram", page_count * PAGE_SIZE, fd)
+        with block.map() as ram:  # a hugetlbfs takes no pwrite
+            ram[: len(content)] = content
+    return block
 
 
 def shapes(block: RamBlock) -> list[wire.BlockShape]:
@@ -75,10 +80,28 @@ class ReceiverRig:
     """A receiver that waits for channel 0."""
 
     block: RamBlock
-    worker: Worker[wire.ReceiverReport]
-    heard: Heard
-    endpoint: str
     context: zmq.asyncio.Context
+    placed: PageBitmaps
+    progress: Progress
+    worker: Worker[wire.ReceiverReport] = field(init=False)
+    heard: Heard = field(init=False)
+    endpoint: str = ""
+
+    async def start(self, incarnation: int = 1) -> None:
+        """Prepare a receiver, whose first incarnation is this one; a former one was ended."""
+        self.worker, self.heard = Worker("receiver", wire.ReceiverReport), Heard()
+        self.heard.listen(self.worker)
+        self.worker.order(
+            wire.PrepareReceiver(0, SESSION, "tcp://127.0.0.1:*", incarnation, shapes(self.block)),
+            [self.placed.fd, self.progress.fd, self.block.fd],
+        )
+        self.endpoint = (await self.heard.next(wire.Ready)).endpoint
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something that the worker does to shared memory, and tells nobody."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.001)
 
     def ram(self) -> bytes:
         return os.pread(self.block.fd, self.block.size, 0)
@@ -95,27 +118,49 @@ class ReceiverRig:
 
 
 @asynccontextmanager
-async def receiver(page_count: int = 64) -> AsyncIterator[ReceiverRig]:
-    block = memory(page_count)
+async def receiver(page_count: int = 64, *, hugetlb: bool = False) -> AsyncIterator[ReceiverRig]:
+    block = memory(page_count, hugetlb=hugetlb)
     placed = PageBitmaps.create("placed", [block])
     progress = Progress.create()
-    worker: Worker[wire.ReceiverReport] = Worker("receiver", wire.ReceiverReport)
     context = zmq.asyncio.Context()
-    heard = Heard()
+    rig = ReceiverRig(block, context, placed, progress)
     try:
-        heard.listen(worker)
-        worker.order(
-            wire.PrepareReceiver(0, SESSION, "tcp://127.0.0.1:*", 1, shapes(block)),
-            [placed.fd, progress.fd, block.fd],
-        )
-        ready = await heard.next(wire.Ready)
-        yield ReceiverRig(block, worker, heard, ready.endpoint, context)
+        await rig.start()
+        yield rig
     finally:
-        await worker.end()
+        await rig.worker.end()
         context.destroy(linger=0)
         placed.close()
         progress.close()
         os.close(block.fd)
+
+
+@dataclass
+class Guest:
+    """The guest of a `ReceiverRig`: this process, which touches nothing that is missing."""
+
+    ram: mmap.mmap
+    uffd: int
+    received: PageBitmaps
+
+    def insert_from_now_on(self, rig: ReceiverRig) -> None:
+        """Order it of the rig's receiver."""
+        rig.worker.order(
+            wire.InsertPages([_native.mapping_address(self.ram)]), [self.received.fd, self.uffd]
+        )
+
+
+@contextmanager
+def guest(block: RamBlock) -> Iterator[Guest]:
+    """Its RAM is mapped and registered; nothing is received."""
+    received = PageBitmaps.create("received", [block])
+    with block.map() as ram:
+        uffd = open_missing([ram])
+        try:
+            yield Guest(ram, uffd, received)
+        finally:
+            os.close(uffd)
+            received.close()
 
 
 async def first_report(bind: str) -> wire.Message:
@@ -176,7 +221,11 @@ class SenderRig:
 
 @asynccontextmanager
 async def sender(
-    block: RamBlock, *, tracker: str = "none", tracker_fds: tuple[int, ...] = ()
+    block: RamBlock,
+    *,
+    tracker: str = "none",
+    tracker_fds: tuple[int, ...] = (),
+    unread_packets_max: int = 1000,
 ) -> AsyncIterator[SenderRig]:
     dirty, in_flight, delivered = (
         PageBitmaps.create(name, [block]) for name in ("dirty", "in-flight", "delivered")
@@ -187,6 +236,7 @@ async def sender(
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RCVHWM, unread_packets_max)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     worker: Worker[wire.SenderReport] = Worker("sender", wire.SenderReport)
     heard = Heard()

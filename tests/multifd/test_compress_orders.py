@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from engine import _native, wire
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count
-from tests.multifd.rig import SenderRig, memory, sender
+from tests.multifd.rig import DEADLINE_S, SenderRig, memory, sender
 from tests.multifd.test_deltas import Destination, content, round_of, write
 
 pytestmark = pytest.mark.process
@@ -114,9 +115,7 @@ def test_a_sender_that_finds_nothing_changed_still_takes_orders(how: dict[str, o
                 _native.bitmap_set_range(rig.dirty[0], 0, page_count)
                 rig.worker.order(wire.SendRound(number))
                 await packets_of_round(rig)
-            number = 2
-            for _ in range(50):  # until it was caught within a round
-                number += 1
+            for number in itertools.count(3):  # until it was caught within a round
                 _native.bitmap_set_range(rig.dirty[0], 0, page_count)
                 before = rig.progress[unchanged]
                 rig.worker.order(wire.SendRound(number))
@@ -134,7 +133,11 @@ def test_a_sender_that_finds_nothing_changed_still_takes_orders(how: dict[str, o
         os.close(block.fd)
         return left
 
-    assert asyncio.run(scenario()) > 0
+    async def bounded() -> int:
+        async with asyncio.timeout(DEADLINE_S):
+            return await scenario()
+
+    assert asyncio.run(bounded()) > 0
 
 
 def private_bytes(pid: int) -> int:

@@ -65,7 +65,7 @@ def packet_of(payload: Payload, pages: int, page_count: int) -> wire.Packet:
     ).encode()  # fmt: skip
     packet = wire.decode_packet(header)
     _native.packet_runs_check(
-        packet.data_runs, packet.encoded_runs, packet.gathered_runs, b"", page_count
+        packet.data_runs, packet.encoded_runs, packet.gathered_runs, b"", page_count, 1
     )
     assert [len(frame) for frame in payload.frames] == packet.frame_sizes()
     return packet

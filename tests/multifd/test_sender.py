@@ -152,27 +152,29 @@ def test_content_that_changes_and_changes_back_is_never_taken_for_sent() -> None
 
 
 def test_the_budget_holds_the_rate_and_a_lifted_limit_ends_the_wait() -> None:
+    """However busy the machine: no byte comes early, and the rest needs no 7 s any more."""
+    rate, held_bytes = 2_000_000, 1_000_000
     block = memory(4096, os.urandom(4096 * PAGE_SIZE))
 
-    async def scenario() -> tuple[float, float]:
+    async def scenario() -> tuple[int, float, float]:
         async with sender(block) as rig:
             rig.dirty.set_data()
-            rig.budget.rate_bytes_per_s = 10_000_000
-            rig.worker.order(wire.SendRound(1))
+            rig.budget.rate_bytes_per_s = rate
             sent_bytes, began = 0, time.monotonic()
-            while time.monotonic() - began < 0.5:
+            rig.worker.order(wire.SendRound(1))
+            while sent_bytes < held_bytes:
                 packet, _ = await rig.packet()
                 sent_bytes += packet.payload_bytes
-            rate = sent_bytes / (time.monotonic() - began)
+            held_s = time.monotonic() - began
             rig.budget.rate_bytes_per_s = 0
             lifted = time.monotonic()
             while packet.kind is not wire.PacketKind.ROUND_END:
                 packet, _ = await rig.packet()
-            return rate, time.monotonic() - lifted
+            return sent_bytes, held_s, time.monotonic() - lifted
 
-    rate, rest_s = asyncio.run(scenario())
-    assert rate == pytest.approx(10_000_000, rel=0.15)
-    assert rest_s < 0.6  # 11 MB more would take over a second under the limit
+    sent_bytes, held_s, rest_s = asyncio.run(scenario())
+    assert held_s >= 0.8 * sent_bytes / rate  # the first packet goes at once
+    assert rest_s < 0.9 * (block.size - sent_bytes) / rate
     os.close(block.fd)
 
 

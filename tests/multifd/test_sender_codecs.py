@@ -242,7 +242,7 @@ def test_a_codec_that_changes_in_a_round_takes_effect_at_the_next_batch() -> Non
     async def scenario() -> tuple[list[wire.Packet], dict[int, bytes], dict[str, int]]:
         async with sender(block) as rig:
             rig.dirty.set_data()
-            rig.budget.rate_bytes_per_s = 5_000_000
+            rig.budget.rate_bytes_per_s = 200_000  # seconds more than all orders take
             rig.worker.order(wire.Compress(orders[0]))
             rig.worker.order(wire.SendRound(1))
             packets: list[wire.Packet] = []

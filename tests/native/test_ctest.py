@@ -13,7 +13,7 @@ from tests.native.support import ROOT
 
 
 @pytest.mark.process
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_the_c_tests_pass_under_the_sanitizers(tmp_path: Path, sanitizer: str) -> None:
@@ -25,7 +25,7 @@ def test_the_c_tests_pass_under_the_sanitizers(tmp_path: Path, sanitizer: str) -
         ["ctest", "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error",
          "--parallel", "2"],
     ):  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         outputs.append(done.stdout)
     skipped = re.findall(r"(test_\w+) .*Skipped", outputs[-1])

@@ -32,7 +32,9 @@ def dealt(draw: st.DrawFn) -> tuple[Runs, int, int, Runs]:
     return tables[0] + tables[1] + tables[2], len(tables[0]), len(tables[1]), tables[3]
 
 
-def is_right(data: Runs, encoded: int, gathered: int, zero: Runs, page_count: int) -> bool:
+def is_right(
+    data: Runs, encoded: int, gathered: int, zero: Runs, page_count: int, unit: int
+) -> bool:
     pages = pages_in(data) + pages_in(zero)
     split = encoded + gathered
     tables = (data[:encoded], data[encoded:split], data[split:], zero)
@@ -42,28 +44,33 @@ def is_right(data: Runs, encoded: int, gathered: int, zero: Runs, page_count: in
         and len(set(pages)) == len(pages)
         and all(count for _, count in data + zero)
         and all(page < page_count for page in pages)
+        and not any(first % unit or count % unit for first, count in data + zero)
     )
 
 
-@given(dealt(), st.integers(0, 200))
+@given(dealt(), st.integers(0, 200), st.sampled_from([1, 1, 2, 3]), st.booleans())
 def test_exactly_the_right_tables_are_accepted(
-    packet: tuple[Runs, int, int, Runs], page_count: int
+    packet: tuple[Runs, int, int, Runs], page_count: int, unit: int, is_scaled: bool
 ) -> None:
     data, encoded, gathered, zero = packet
+    if is_scaled:  # so that whole units are frequent
+        data, zero = ([(first * unit, count * unit) for first, count in t] for t in (data, zero))
 
     try:
-        _native.packet_runs_check(table_of(data), encoded, gathered, table_of(zero), page_count)
+        _native.packet_runs_check(
+            table_of(data), encoded, gathered, table_of(zero), page_count, unit
+        )
     except ValueError:
-        assert not is_right(data, encoded, gathered, zero, page_count)
+        assert not is_right(data, encoded, gathered, zero, page_count, unit)
     else:
-        assert is_right(data, encoded, gathered, zero, page_count)
+        assert is_right(data, encoded, gathered, zero, page_count, unit)
 
 
 def test_the_largest_indices_do_not_wrap() -> None:
     last = table_of([(2**32 - 1, 1)])
-    _native.packet_runs_check(last, 0, 1, b"", 2**32)
+    _native.packet_runs_check(last, 0, 1, b"", 2**32, 1)
     with pytest.raises(ValueError, match="not within"):
-        _native.packet_runs_check(table_of([(2**32 - 1, 2)]), 0, 0, b"", 2**32)
+        _native.packet_runs_check(table_of([(2**32 - 1, 2)]), 0, 0, b"", 2**32, 1)
 
 
 def test_no_batch_has_more_pages_than_a_packet_may_have() -> None:

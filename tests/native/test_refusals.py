@@ -105,8 +105,6 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("delta_cache_set_zero", (CACHE, 2**64 - 1, 1, RUN, 1), "knows no block"),
     ("delta_cache_set_zero", (CACHE, 0, 2**63, RUN, 1), "is not in the range"),
     ("delta_cache_set_zero", (CACHE, 0, 1, table_of([(127, 2)]), 1), "run 0"),
-    ("delta_cache_drop", (CACHE, 1, RUN, 1), "knows no block"),
-    ("delta_cache_drop", (CACHE, 0, RUN, 2), "does not hold 2 runs"),
     ("delta_batch", (CACHE, 1, 1, ram(), RUN, 1, 4094, *PAGES_OUT), "knows no block"),
     ("delta_batch", (CACHE, 0, 1, ram(127), RUN, 1, 4094, *PAGES_OUT), "ram of"),
     ("delta_batch", (CACHE, 0, 1, ram(), RUN, 2, 4094, *PAGES_OUT), "does not hold 2 runs"),
@@ -170,11 +168,16 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("budget_take", (memoryview(bytearray(25))[1:], 1, 1, 1), "budget is not aligned"),
     ("budget_take", (words(2), 1, 1, 1), "budget of 16 bytes"),
     ("budget_set_rate", (words(2), 1, 1), "budget of 16 bytes"),
-    ("packet_runs_check", (bytes(9), 0, 0, b"", 128), "data_runs of 9 bytes is not whole runs"),
-    ("packet_runs_check", (RUN, 0, 2, b"", 128), "0 of 1 runs are encoded and 2 gathered"),
-    ("packet_runs_check", (RUN, 1, 1, b"", 128), "1 of 1 runs are encoded and 1 gathered"),
-    ("packet_runs_check", (RUN, 2**63, 2**63, b"", 128), "are encoded and"),
-    ("packet_runs_check", (RUN, 0, 0, b"", 2**40), "more than the 2\\*\\*32"),
+    ("packet_runs_check", (bytes(9), 0, 0, b"", 128, 1), "data_runs of 9 bytes is not whole runs"),
+    ("packet_runs_check", (RUN, 0, 2, b"", 128, 1), "0 of 1 runs are encoded and 2 gathered"),
+    ("packet_runs_check", (RUN, 1, 1, b"", 128, 1), "1 of 1 runs are encoded and 1 gathered"),
+    ("packet_runs_check", (RUN, 2**63, 2**63, b"", 128, 1), "are encoded and"),
+    ("packet_runs_check", (RUN, 0, 0, b"", 2**40, 1), "more than the 2\\*\\*32"),
+    ("packet_runs_check", (RUN, 0, 0, b"", 128, 0), "units of 0 pages"),
+    ("discard_stale", (-1, words(1), words(), 128, 1), "received of 8 bytes"),
+    ("discard_stale", (-1, words(), words(1), 128, 1), "stale of 8 bytes"),
+    ("discard_stale", (-1, words(), words(), 128, 0), "units of 0 pages"),
+    ("bitmap_widen", (words(), 128, 0), "units of 0 pages"),
     ("pagemap_scan", (0, 0, words(), SLICE, 2**40), "beyond the 2\\*\\*32"),
     ("budget_take", (words(), -1, 1, 1), "-1 is not in the range"),
     ("punch_hole", (0, -1, 1), "-1 is not in the range"),
@@ -311,7 +314,7 @@ def test_every_damaged_device_state_is_refused_and_changes_nothing() -> None:
     with workload() as guest, workload() as other:
         _native.workload_resume(other)
         assert eventually(lambda: min(_native.workload_writes(other)) > 10)
-        _native.workload_pause(other)
+        _native.workload_pause(other, 20_000_000_000)
         state = _native.workload_save(other)
         before = _native.workload_save(guest)
         for position in range(len(state)):

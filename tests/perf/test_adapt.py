@@ -102,11 +102,11 @@ def test_throughput_follows_a_link_that_becomes_slower() -> None:
     except UsageError as exc:
         pytest.skip(str(exc))
 
-    found = figures(measure(128 * 2**20, "random", NONE, (10**9, 2 * 10**8), 0.4, 2))
+    found = figures(measure(64 * 2**20, "random", NONE, (2 * 10**8, 10**8), 0.4, 2))
 
     assert found["changed_s"][0] >= 0.4
-    assert found["after_wire_mbit_per_s"][0] == pytest.approx(200, rel=0.2)
-    assert found["total_time_s"][0] > 1
+    assert 0 < found["after_wire_mbit_per_s"][0] <= 100 * 1.2
+    assert found["total_time_s"][0] > 64 * 2**20 * 8 / (2 * 10**8)
 
 
 @pytest.mark.process

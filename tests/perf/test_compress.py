@@ -175,7 +175,7 @@ def test_an_engine_says_itself_what_it_lacks() -> None:
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "engine.cli", "bench", "compress", *arguments],
-        capture_output=True, text=True, timeout=110, check=False,
+        capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
 
 

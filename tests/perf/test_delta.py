@@ -74,7 +74,7 @@ def test_a_guest_converges_on_a_link_that_is_faster_than_it_writes() -> None:
     guest = Guest(16 * 2**20, 4, "heap", 100)
     with links.make_link(10**8) as link:
         slow = delta.trial(link, guest, 2_000_000, 30, xbzrle=False)
-        fast = delta.trial(link, guest, 500_000_000, 4, xbzrle=False)
+        fast = delta.trial(link, guest, 500_000_000, 8, xbzrle=False)
 
     assert slow.has_converged
     assert slow.end.pages >= 16 * 2**20 // 4096

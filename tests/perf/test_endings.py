@@ -59,7 +59,7 @@ def test_a_bench_that_is_told_to_end_leaves_no_process_and_no_image(number: sign
 
     assert bench.returncode == 130
     assert errors.splitlines()[-1] == "ramferry: interrupted"
-    assert not [child for child in started if child.is_running()]
+    assert eventually(lambda: not any(child.is_running() for child in started))
     assert not [image for image in made if image.exists()]
 
 

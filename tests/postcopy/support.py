@@ -26,7 +26,7 @@ def run(scenario: Coroutine[Any, Any, T]) -> T:
     """With a deadline of its own."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(180):
             return await scenario
 
     return asyncio.run(bounded())

@@ -27,6 +27,7 @@ __all__ = ["huge_pages"]
 pytestmark = [pytest.mark.process, needs_uffd]
 
 PAGES = 4096  # 16 MiB
+KILLS_MAX = 6
 
 
 @pytest.mark.parametrize("stride", [0, 1, 7])
@@ -77,7 +78,8 @@ def test_prefetch_spares_a_sweep_most_of_its_faults() -> None:
             async with rig(fd, prefetch_pages_max=prefetch) as made:
                 all_dirty(made)
                 await made.start()
-                await made.toucher.ask(Touches(stride=1))
+                # what was asked for in advance has time to come, also where all CPUs are taken
+                await made.toucher.ask(Touches(stride=1, pause_us=200))
                 await made.settled()
                 return made.fault_statistics[FaultCount.WAITS]
 
@@ -93,7 +95,7 @@ def test_what_is_received_as_zero_is_a_hole_until_it_is_touched() -> None:
                     [made.block], [made.toucher.uffd], [made.toucher.address], made.received
                 )
                 zero_runs = b"".join(wire.RUN.pack(page, 1) for page in range(0, PAGES, 2))
-                assert inserter.insert_zero(0, zero_runs, PAGES // 2) == PAGES // 2
+                assert inserter.clear(0, zero_runs, PAGES // 2) == PAGES // 2
                 assert made.block.allocated_bytes() == 0
                 await made.start()
                 answer = await made.toucher.ask(Touches(writes=True))
@@ -225,10 +227,14 @@ def test_what_is_stale_is_discarded_before_the_guest_runs_and_never_after() -> N
                 stale = os.urandom(PAGES * PAGE)
                 os.pwrite(made.block.fd, stale, 0)
                 os.pwrite(made.block.fd, os.pread(fd, 100 * PAGE, 50 * PAGE), 50 * PAGE)
-                _native.bitmap_set_range(made.received[0], 50, 100)
+                made.received.fill()
+                _native.bitmap_set_range(made.stale[0], 0, 50)
                 worker, heard = await made.start_faults()
                 worker.order(wire.Discard())
-                assert await heard.next(wire.Discarded) == wire.Discarded(PAGES - 100)
+                assert await heard.next(wire.Discarded) == wire.Discarded(50)
+                _native.bitmap_set_range(made.stale[0], 150, PAGES - 150)
+                worker.order(wire.Discard())
+                assert await heard.next(wire.Discarded, 2) == wire.Discarded(PAGES - 150)
                 assert made.block.allocated_bytes() == 100 * PAGE
                 await made.start_pages()
                 answer = await made.toucher.ask(Touches())
@@ -241,6 +247,16 @@ def test_what_is_stale_is_discarded_before_the_guest_runs_and_never_after() -> N
 
 
 # -- loss ----------------------------------------------------------------------------------------
+
+
+async def touch(made: Rig, part: int, **touches: int) -> None:
+    """A third of all pages, checked and written."""
+    count = made.block.page_count // 3
+    first = part * count
+    if part == 2:
+        count = made.block.page_count - first
+    answer = await made.toucher.ask(Touches(first=first, count=count, writes=True, **touches))
+    assert (answer["touched"], answer["wrong"]) == (count, [])
 
 
 async def keep_cutting(made: Rig, pages: Worker[wire.PagesReport], seed: int) -> None:
@@ -259,13 +275,14 @@ def test_a_channel_that_is_cut_again_and_again_loses_nothing() -> None:
                 pages, heard = await made.start_pages()
                 await heard.next(wire.FaultChannelOpened)
                 cutting = asyncio.create_task(keep_cutting(made, pages, 1))
-                answer = await made.toucher.ask(Touches(threads=3, writes=True, pause_us=100))
+                for part in range(3):
+                    await touch(made, part, threads=3, pause_us=100)
+                    cuts = 2 * (part + 1)
+                    await faults.next(wire.FaultChannelOpened, 1 + cuts)
                 cutting.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await cutting
-                assert answer["wrong"] == []
                 assert await made.toucher.ask(None) == {"marked": 2 * PAGES}
-                assert len(faults.of(wire.FaultChannelOpened)) > 3
 
     run(scenario())
 
@@ -278,10 +295,11 @@ async def start_connected(made: Rig) -> tuple[Worker[wire.FaultsReport], Worker[
 
 
 async def keep_killing(made: Rig, victim: str, seed: int, kills: list[str]) -> None:
-    """What control does: whoever died is replaced, and the channel made anew."""
+    """What control does: whoever died is replaced, and the channel made anew. Only so often: a busy
+    machine needs seconds for a new one, and killed for ever none would get on."""
     rng = random.Random(seed)
     faults, pages = made.workers[-2:]
-    while True:
+    while len(kills) < KILLS_MAX:
         await asyncio.sleep(rng.random() * 0.1)
         now = rng.choice(("faults", "pages")) if victim == "either" else victim
         if now == "faults":
@@ -307,15 +325,13 @@ def test_services_that_are_killed_under_load_lose_nothing(victim: str, seed: int
                 kills: list[str] = []
                 killing = asyncio.create_task(keep_killing(made, victim, seed, kills))
                 with pushing(made, 1) if seed == 2 else contextlib.nullcontext():
-                    answer = await made.toucher.ask(
-                        Touches(threads=3, writes=True, seed=seed, pause_us=300)
-                    )
+                    for part in range(3):
+                        await touch(made, part, threads=3, seed=seed, pause_us=300)
+                        await made.until(lambda: len(kills) > part)  # noqa: B023
                 killing.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await killing
-                assert answer["wrong"] == []
                 assert await made.toucher.ask(None) == {"marked": 2 * PAGES}
-                assert len(kills) >= 2
 
     run(scenario())
 

@@ -31,10 +31,23 @@ class Proxy:
         self._connected = asyncio.Condition()
         self._dead: set[int] = set()
 
-    async def listen(self, ports: Iterable[int]) -> None:
-        for port in ports:
-            forward = functools.partial(self._forward, port)
-            self._servers.append(await asyncio.start_server(forward, LISTEN, port))
+    async def listen(self, count: int) -> int:
+        """Listen at `count` ports in a row, which are free at the target; return the first one.
+        Who listens here has those of the target too: others look for theirs in the same way."""
+        for base in range(21_000, 32_000, count):
+            servers: list[asyncio.Server] = []
+            try:
+                for port in range(base, base + count):
+                    forward = functools.partial(self._forward, port)
+                    servers.append(await asyncio.start_server(forward, LISTEN, port))
+                _check_free(range(base, base + count))
+            except OSError:
+                for server in servers:
+                    server.close()
+                continue
+            self._servers += servers
+            return base
+        raise AssertionError("no free ports")
 
     async def _forward(
         self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -101,26 +114,18 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def proxy(ports: Iterable[int]) -> AsyncIterator[Proxy]:
+async def proxy(count: int) -> AsyncIterator[tuple[Proxy, int]]:
+    """A proxy of so many ports in a row, and the first of them."""
     proxying = Proxy()
     try:
-        await proxying.listen(ports)
-        yield proxying
+        yield proxying, await proxying.listen(count)
     finally:
         await proxying.close()
 
 
-def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that are free on both addresses just now."""
-    for base in range(21_000, 60_000, count):
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(base, base + count):
-                    for host in (LISTEN, TARGET):
-                        probe = stack.enter_context(socket.socket())
-                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                        probe.bind((host, port))
-            except OSError:
-                continue
-            return base
-    raise AssertionError("no free ports")
+def _check_free(ports: Iterable[int]) -> None:
+    """:raise OSError: somebody listens at one of these ports of the target."""
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((TARGET, port))

@@ -18,10 +18,14 @@ from engine.control.status import Status
 
 SIZE = "48M"
 GUEST = f"workload:size={SIZE},contents=random"
-WRITES = "rate=15M,pattern=random"
+#: Several times as fast as BANDWIDTH, so that every round takes long and leaves most of RAM dirty:
+#: a migration that must not end never finds nothing to send while the guest gets no CPU.
+WRITES = "rate=200M,pattern=random"
 WRITING = f"{GUEST},{WRITES}"
 BANDWIDTH = 60_000_000  #: the first round takes about 0.8 s
+DOWNTIME_MAX_MS = 30_000  #: long enough for all of RAM, on any machine
 DEADLINE_S = 60.0
+STILL_S = 1.0  #: a guest that writes nothing for so long stands
 
 
 @dataclass
@@ -98,7 +102,7 @@ async def pair(
             family += [child for parent in family for child in parent.children(recursive=True)]
             yield both
     finally:
-        _, alive = psutil.wait_procs(family, timeout=15)
+        _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
         for process in alive:
             process.kill()
         assert alive == []
@@ -110,15 +114,20 @@ def _private(directory: Path, name: str) -> Path:
     return path
 
 
-async def is_running(control: engine.Control) -> bool:
-    """Whether the guest's own write counter grows."""
+async def is_running(control: engine.Control, wait_s: float = DEADLINE_S) -> bool:
+    """Whether the guest's own write counter grows within this time."""
     before = (await control.query_guest())["writes"]
-    end = time.monotonic() + 1.0
+    end = time.monotonic() + wait_s
     while time.monotonic() < end:
         if (await control.query_guest())["writes"] > before:
             return True
         await asyncio.sleep(0.02)
     return False
+
+
+async def is_still(control: engine.Control) -> bool:
+    """Whether the guest writes nothing."""
+    return not await is_running(control, STILL_S)
 
 
 async def is_right(control: engine.Control) -> bool:
@@ -146,7 +155,7 @@ async def begin(both: Pair, **parameters: Any) -> engine.Migration:
 async def let_end(source: engine.Control) -> None:
     """Let a migration that `begin` began switch over, if there is still somebody to be told."""
     with contextlib.suppress(engine.MigrationError):
-        await source.execute("migrate-set-parameters", downtime_limit=1000)
+        await source.execute("migrate-set-parameters", downtime_limit=DOWNTIME_MAX_MS)
 
 
 async def reached(migration: engine.Migration, part: float) -> None:

@@ -19,7 +19,7 @@ import pytest
 import engine
 from tests.survival.rig import DEADLINE_S, Pair, let_end, pair
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.process
 
 GUEST: Final = "workload:size=16M"  #: mixed contents: text, pointers, noise, zeros
 #: 12 runs of 5: 60 kills. What all runs together take: see `KILLS` x about 0.2 s + 12 x 2 s.
@@ -28,7 +28,7 @@ BETWEEN_BYTES_MAX: Final = 3_000_000
 #: The compressed rounds of a 16 MiB guest are short: slow enough that kills strike in them, and
 #: written so fast that none ends with nothing dirty, which would end the migration.
 BANDWIDTH: Final = 20_000_000
-WRITES: Final = "rate=100M,pattern=random"
+WRITES: Final = "rate=200M,pattern=random"
 
 MODES: Final[dict[str, tuple[str, ...]]] = {
     "zlib": ("multifd-compression=zlib",),

@@ -32,7 +32,7 @@ async def killed(control: engine.Control) -> None:
 
 async def lives(control: engine.Control) -> None:
     before = (await control.query_guest())["writes"]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await control.query_guest())["writes"] <= before:
             await asyncio.sleep(0.02)
 
@@ -101,6 +101,9 @@ def test_a_guest_that_has_arrived_is_taken_over_and_waits_for_nobody(tmp_path: P
         ):
             await (await source.migrate(first, max_bandwidth=0)).result()
             await lives(first)
+            async with asyncio.timeout(60):  # until it is on record that the guest has arrived
+                while (await first.execute("query-migrate"))["status"] != "completed":
+                    await asyncio.sleep(0.02)
             await killed(first)
             async with engine.Control.start(GUEST, "tcp:127.0.0.1:0", state_dir=tmp_path) as second:
                 await lives(second)
@@ -194,3 +197,23 @@ def test_an_unknown_outcome_is_not_forgotten_by_looking(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert ram.read_bytes() == b"A" * 4096 * 256
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_ram_guest_stands_or_runs_as_its_user_left_it(tmp_path: Path, is_stopped: bool) -> None:
+    spec = f"ram:size=1M,path={tmp_path}/ram"
+
+    async def scenario() -> list[str]:
+        states = []
+        for life in range(3):
+            async with engine.Control.start(spec, state_dir=tmp_path / "state") as one:
+                states.append((await one.execute("query-status"))["status"])
+                if not life:
+                    await one.execute("stop")
+                    if not is_stopped:
+                        await one.execute("cont")
+                one.kill()
+                await one.wait()
+        return states
+
+    assert asyncio.run(scenario()) == ["running", *["paused" if is_stopped else "running"] * 2]

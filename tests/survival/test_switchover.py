@@ -14,9 +14,20 @@ import pytest
 
 import engine
 from engine.control.status import Status
-from tests.survival.rig import Pair, ended, is_right, is_running, kill, pair
+from tests.survival.rig import (
+    DEADLINE_S,
+    DOWNTIME_MAX_MS,
+    Pair,
+    ended,
+    is_right,
+    is_running,
+    is_still,
+    kill,
+    pair,
+)
+from tests.survival.test_faults import TAKE, in_the_switchover
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.process
 
 
 class Gate:
@@ -79,7 +90,9 @@ async def about_to_switch(directory: Path, *, stopped: bool = False) -> AsyncIte
     async with pair(directory, f"unix:{path}") as both, gate(path) as between:
         if stopped:
             await both.source.execute("stop")
-        migration = await both.source.migrate(f"unix:{path}", max_bandwidth=0, downtime_limit=1000)
+        migration = await both.source.migrate(
+            f"unix:{path}", max_bandwidth=0, downtime_limit=DOWNTIME_MAX_MS
+        )
         await between.armed.wait()
         yield both, between, migration
 
@@ -110,7 +123,7 @@ def test_cont_and_stop_in_the_switchover_lose_no_write(tmp_path: Path) -> None:
             with pytest.raises(engine.UsageError, match="Migration is not finalized yet"):
                 await both.source.execute("cont")
             await both.source.execute("stop")
-            assert not await is_running(both.source)
+            assert await is_still(both.source)
             between.open()
             statistics = await migration.result()
             verdict = await engine.verify(both.source, both.destination)
@@ -129,7 +142,7 @@ def test_a_stop_in_the_switchover_is_kept_when_the_migration_is_cancelled(tmp_pa
             await migration.cancel()
             assert (await ended(both.source)).status is Status.CANCELLED
             assert await status_of(both.source) == "paused"
-            assert not await is_running(both.source)
+            assert await is_still(both.source)
             await both.source.execute("cont")
             assert await is_running(both.source)
             assert await is_right(both.source)
@@ -160,7 +173,8 @@ def test_an_armed_destination_that_dies_leaves_the_guest_at_the_source(
                 kill(agent(both, "destination"))
             else:
                 kill(psutil.Process(both.destination.pid))
-            psutil.wait_procs([agent(both, "destination")], timeout=20)  # before a token can come
+            guest = agent(both, "destination")
+            psutil.wait_procs([guest], timeout=DEADLINE_S)  # before a token can come
             between.open()
             assert (await ended(both.source)).status is Status.FAILED
             assert await is_running(both.source)
@@ -175,23 +189,17 @@ def test_a_source_guest_that_freezes_in_the_exchange_finds_its_answer_when_it_wa
     """Also when control has given everything back meanwhile."""
 
     async def scenario() -> None:
-        async with about_to_switch(tmp_path) as (both, between, _):
-            here, there = agent(both, "source"), agent(both, "destination")
-            there.suspend()
-            slept = here.num_ctx_switches().voluntary  # it stands and has nothing else to do
-            between.open()
-            await handing_over(both.source)
-            while here.num_ctx_switches().voluntary == slept:  # it sleeps again: TAKE has left
-                await asyncio.sleep(0.002)
+        async with in_the_switchover(tmp_path, 1, TAKE) as (both, _, _, hold, _):
+            here = agent(both, "source")
             here.suspend()
-            there.resume()
+            hold.released.set()
             await becomes(both.destination, "running")
             while (await both.destination.execute("query-migrate"))["status"] != "completed":
                 await asyncio.sleep(0.02)
             here.resume()
 
             assert (await ended(both.source)).status is Status.COMPLETED
-            assert not await is_running(both.source)
+            assert await is_still(both.source)
             assert await is_running(both.destination)
             assert await is_right(both.destination)
 
@@ -235,7 +243,7 @@ def test_a_destination_that_freezes_while_armed_keeps_its_memory_until_it_has_de
             with pytest.raises(engine.OutcomeUnknown):
                 await migration.result()
             assert (await both.source.execute("query-migrate"))["x-handover"] == "unknown"
-            assert not await is_running(both.source)
+            assert await is_still(both.source)
             with pytest.raises(engine.UsageError, match="nobody has said"):
                 await both.source.migrate("tcp:127.0.0.1:9")
             there.resume()
@@ -245,7 +253,7 @@ def test_a_destination_that_freezes_while_armed_keeps_its_memory_until_it_has_de
             assert await is_right(both.destination)
             with pytest.raises(engine.MigrationError, match="runs at the destination now"):
                 await both.source.execute("cont")
-            assert not await is_running(both.source)
+            assert await is_still(both.source)
 
     asyncio.run(scenario())
 
@@ -263,7 +271,7 @@ def test_a_source_guest_that_freezes_while_it_is_cancelled_obeys_when_it_wakes(
             here.resume()
 
             await both.source.execute("stop")
-            assert not await is_running(both.source)
+            assert await is_still(both.source)
             await both.source.execute("cont")
             assert await is_running(both.source)
             assert await is_right(both.source)
@@ -281,7 +289,10 @@ def test_stop_and_cont_before_the_arrival_say_whether_the_guest_runs_then(
         async with pair(tmp_path) as both:
             for command in commands:
                 await both.destination.execute(command)
-            await (await both.source.migrate(both.destination, max_bandwidth=0)).result()
+            migration = await both.source.migrate(
+                both.destination, max_bandwidth=0, downtime_limit=DOWNTIME_MAX_MS
+            )
+            await migration.result()
             await becomes(both.destination, state)
             verdict = await engine.verify(both.source, both.destination)
             return await status_of(both.destination), verdict

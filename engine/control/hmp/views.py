@@ -108,18 +108,33 @@ def _xbzrle(cache: Json) -> Iterator[str]:
 def extensions(info: Json) -> Iterator[str]:
     """What `info migrate -a` adds: our members of query-migrate, under their names there."""
     for name, value in info.items():
-        if not name.startswith("x-"):
-            continue
-        if isinstance(value, list):
-            for index, entry in enumerate(value):
-                yield f"{name}[{index}]: {_members(entry)}"
-        else:
-            yield f"{name}: {_members(value)}"
+        if name.startswith("x-"):
+            yield from _extension(name, value)
+
+
+def _extension(name: str, value: Any) -> Iterator[str]:
+    """One line, and one for each entry of a list in it."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _extension(f"{name}[{index}]", entry)
+        return
+    lists = {}
+    if isinstance(value, dict):
+        lists = {member: one for member, one in value.items() if isinstance(one, list)}
+        value = {member: one for member, one in value.items() if member not in lists}
+    yield f"{name}: {_members(value)}"
+    for member, one in lists.items():
+        yield from _extension(f"{name}.{member}", one)
 
 
 def _members(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{name}={_members(member)}" for name, member in value.items())
+        return " ".join(
+            f"{name}=({_members(member)})"
+            if isinstance(member, dict)
+            else f"{name}={_members(member)}"
+            for name, member in value.items()
+        )
     if isinstance(value, bool):
         return on_or_off(value)
     return str(value)

@@ -13,7 +13,8 @@ import os
 import select
 import socket
 from collections import deque
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from engine.control.qmp.monitor import RECEIVED_MAX
 
@@ -26,6 +27,8 @@ _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(RECEIVED_MAX * array.array("i").item
 #: The client has shut down its side of the connection, or closed it.
 _INPUT_ENDED: Final = select.EPOLLRDHUP
 
+Requests = TypeVar("Requests")
+
 
 class Connection:
     """Owns the socket, and descriptors until they are taken. Whatever fails is a ConnectionError.
@@ -36,26 +39,46 @@ class Connection:
         self._socket = connected
         self._socket.setblocking(False)
         self.descriptors: deque[int] = deque()  #: of one read: RECEIVED_MAX at most
+        self._unsent = b""  #: of one answer
         self._takes_descriptors = connected.family == socket.AF_UNIX
         if not self._takes_descriptors:
             with contextlib.suppress(OSError):  # it may be gone already
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    async def receive(self) -> bytes:
-        """The next bytes, at most READ_BYTES; none if the client will say no more.
+    async def receive(self, look: Callable[[bytes], Requests | None]) -> Requests | None:
+        """Read until `look` makes something of it; None if the client will say no more.
 
-        Others have their turn first, so that a client that never pauses does not keep the event
-        loop.
+        It is called where the bytes are read, READ_BYTES at most, and answers None if it wants to
+        see more: so what needs no waiting needs no task either. Others have their turn before each
+        read, so that a client that never pauses does not keep the event loop.
 
         :raise ConnectionError: the client is gone."""
-        await asyncio.sleep(0)
-        while True:
+        loop = asyncio.get_running_loop()
+        seen: asyncio.Future[Requests | None] = loop.create_future()
+
+        def read() -> None:
+            if seen.done():
+                return
             try:
-                return self._receive_now()
+                data = self._receive_now()
+                requests = look(data) if data else None
+                if requests is not None or not data:
+                    seen.set_result(requests)
             except (BlockingIOError, InterruptedError):
-                await _readable(self._socket.fileno())
-            except OSError as exc:
-                raise ConnectionResetError("a monitor's client is gone") from exc
+                return
+            except Exception as exc:  # noqa: BLE001, whoever awaits it gets it
+                seen.set_exception(exc)
+
+        fd = self._socket.fileno()
+        loop.add_reader(fd, read)
+        try:
+            return await seen
+        except ConnectionError:
+            raise
+        except OSError as exc:
+            raise ConnectionResetError("a monitor's client is gone") from exc
+        finally:
+            loop.remove_reader(fd)
 
     def _receive_now(self) -> bytes:
         if not self._takes_descriptors:
@@ -73,13 +96,35 @@ class Connection:
         return data
 
     async def send(self, data: bytes) -> None:
-        """Give it all to the kernel; wait as long as the client does not read.
+        """Give it all to the kernel, after what `send_now` has left; wait as long as the client
+        does not read. One at a time.
 
         :raise ConnectionError: the client is gone; some of it may have been sent."""
+        data, self._unsent = self._unsent + data, b""
         try:
             await asyncio.get_running_loop().sock_sendall(self._socket, data)
         except OSError as exc:
             raise ConnectionResetError("a monitor's client is gone") from exc
+
+    @property
+    def is_unsent(self) -> bool:
+        """Some of what was given is not sent yet."""
+        return bool(self._unsent)
+
+    def send_now(self, data: bytes) -> bool:
+        """Give the kernel what it takes; False: the next `send` sends the rest first. Nothing else
+        may be unsent.
+
+        :raise ConnectionError: the client is gone."""
+        assert not self._unsent, "it would overtake"
+        try:
+            sent = self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as exc:
+            raise ConnectionResetError("a monitor's client is gone") from exc
+        self._unsent = data[sent:]
+        return not self._unsent
 
     async def input_ended(self) -> None:
         """Wait until the client says no more, though what it said was not read yet."""

@@ -25,9 +25,6 @@ VALUE_BYTES_MAX: Final = TOKEN_BYTES_MAX
 TOKENS_MAX: Final = 64 * 1024  #: each is an object of 200 bytes at most, so 13 MB a client
 DEPTH_MAX: Final = 1024  #: QEMU's MAX_NESTING
 
-KNOWN_MAX: Final = 4  #: reads that a stream keeps, of
-KNOWN_BYTES_MAX: Final = 256  #: bytes at most
-
 _OPENING: Final = (Kind.OPEN_OBJECT, Kind.OPEN_ARRAY)
 _SEPARATORS: Final = (Kind.COLON, Kind.COMMA)
 _SCALARS: Final = (Kind.STRING, Kind.INTEGER, Kind.FLOAT, Kind.KEYWORD)
@@ -142,18 +139,15 @@ class Value:
 
 
 class JsonStream:
-    """Holds one value that has not ended yet, and its last token; both are bounded.
-
-    Who polls sends the same line again and again: a few short reads are kept with the one flat
-    object that they were, and not read a second time."""
+    """Holds one value that has not ended yet, and its last token; both are bounded."""
 
     def __init__(self) -> None:
         self._lexer = Lexer()
         self._value = Value()
-        self._known: dict[bytes, dict[str, Any]] = {}
 
     @property
-    def _is_at_rest(self) -> bool:
+    def is_at_rest(self) -> bool:
+        """Nothing has been read that has not ended."""
         return self._lexer.is_at_rest and not self._value.tokens_count
 
     def feed(self, data: bytes) -> Iterator[Any | JsonError]:
@@ -161,26 +155,6 @@ class JsonStream:
 
         What is wrong is a JsonError in the sequence, and no value is one. Numbers are int if they
         have no fraction, no exponent and 64 bits at most, else float."""
-        was_at_rest = self._is_at_rest
-        if was_at_rest and (known := self._known.get(data)) is not None:
-            yield dict(known)
-            return
-        values = []
-        for told in self._read(data):
-            values.append(told)
-            yield told
-        if was_at_rest and self._is_at_rest and len(values) == 1:
-            self._keep(data, values[0])
-
-    def _keep(self, data: bytes, value: Any | JsonError) -> None:
-        if len(data) > KNOWN_BYTES_MAX or len(self._known) >= KNOWN_MAX:
-            return
-        if isinstance(value, dict) and not any(
-            isinstance(member, dict | list) for member in value.values()
-        ):
-            self._known[data] = dict(value)
-
-    def _read(self, data: bytes) -> Iterator[Any | JsonError]:
         for token in self._lexer.feed(data):
             if isinstance(token, JsonError):
                 self._value = Value()

@@ -83,6 +83,29 @@ def understand(request: object, find: Callable[[str], Command], *, oob: bool) ->
     return Order(command, request.get("arguments", {}))
 
 
+class Shared(dict[str, Any]):
+    """An answer that may go to many clients: nobody changes it, and it is encoded once."""
+
+    __slots__ = ("_encoded",)
+
+    def encoded(self) -> bytes:
+        """:raise UnicodeEncodeError: a string holds a surrogate."""
+        try:
+            return self._encoded
+        except AttributeError:
+            self._encoded: bytes = _encode(dict(self))
+            return self._encoded
+
+
+def answer_line(answer: object, identity: Json) -> bytes:
+    """:raise UnicodeEncodeError: a string holds a surrogate.
+    :raise TypeError: something has no JSON."""
+    if not isinstance(answer, Shared):
+        return line({"return": answer} | identity)
+    end = b"," + line(identity)[1:] if identity else b"}\r\n"
+    return b'{"return":' + answer.encoded() + end
+
+
 def error_line(class_: str, text: str, identity: Json) -> bytes:
     text = text.encode(errors="backslashreplace").decode()  # a name of a file may be no UTF-8
     return line({"error": {"class": class_, "desc": text}} | identity)
@@ -103,12 +126,16 @@ def line(message: Json) -> bytes:
 
     :raise UnicodeEncodeError: a string holds a surrogate.
     :raise TypeError: something has no JSON."""
+    return _encode(message) + b"\r\n"
+
+
+def _encode(message: Json) -> bytes:
     data = msgspec.json.encode(message)
     if _MAYBE_WHOLE.search(data):
         data = msgspec.json.encode(_as_printed(message))
     if not data.isascii():
         data = json.dumps(msgspec.json.decode(data), separators=(",", ":")).encode()
-    return data + b"\r\n"
+    return data
 
 
 def _as_printed(value: Any) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from engine.control.fdsets import FdSets
+from engine.control.framestream import notice_death
 from engine.control.streams.child import Child
 from engine.control.uri import (
     ExecAddress,
@@ -79,6 +80,9 @@ class Stream:
             appends = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND
             self.start = found.st_size if appends else os.lseek(fd, 0, os.SEEK_CUR)
             self.may_be_cut = found.st_size <= self.start
+        if self.is_socket:
+            with socket.socket(fileno=os.dup(fd)) as ours, contextlib.suppress(OSError):
+                notice_death(ours)
         if self.is_fifo:
             with contextlib.suppress(OSError):  # this user has many large ones already
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

@@ -27,9 +27,7 @@ from engine.guest.base import Guest, Handover
 
 log = logging.getLogger("ramferry.source")
 
-#: Everything was taken: for the program to end, and for the destination to say that it runs.
-CHILD_WAIT_S: Final = 60.0
-TAKE_WAIT_S: Final = 10.0
+TAKE_WAIT_S: Final = 10.0  #: everything was taken: for the destination to say that it runs
 CHILD_GRACE_S: Final = 5.0  #: after an end that the destination has confirmed
 
 
@@ -46,8 +44,9 @@ class StreamRoute:
         loop = asyncio.get_running_loop()
         self._armed: asyncio.Future[None] = loop.create_future()
         self._verdict: asyncio.Future[Handover] = loop.create_future()
-        self._is_taking = self._is_over = False
+        self._is_arming = self._is_taking = self._is_over = False
         self._flushing: asyncio.Future[None] | None = None
+        self._waits_no_more = asyncio.Event()
 
     @property
     def is_one_way(self) -> bool:
@@ -109,9 +108,8 @@ class StreamRoute:
             match message:
                 case wire.RoundReceived() if message.index == 0:
                     senders.received(message)
-                case wire.Armed():
-                    if not self._armed.done():
-                        self._armed.set_result(None)
+                case wire.Armed() if self._is_arming and not self._armed.done():
+                    self._armed.set_result(None)
                 case wire.TookOver() if self._is_taking:
                     self._judge(Handover.TAKEN)
                 case wire.Failed(reason) | wire.Refused(reason):
@@ -143,13 +141,14 @@ class StreamRoute:
         _, writer = self._need()
         await senders.end_channels()
         await writer.send(wire.DeviceState(state))
+        self._is_arming = True
         await writer.send(wire.Arm(rounds, runs))
         if self._answers:
             await asyncio.wait_for(asyncio.shield(self._armed), ANSWER_WAIT_S)
 
     # -- the right to run ------------------------------------------------------------------------
 
-    async def hand_over(self, guest: Guest) -> tuple[Handover, str]:
+    async def hand_over(self, guest: Guest, *, keeps_ram: bool) -> tuple[Handover, str]:
         """The guest gives its right up before the first byte of `Take` is written: whoever dies
         from here on, it does not run by itself."""
         try:
@@ -195,22 +194,36 @@ class StreamRoute:
         return Handover.TAKEN, ""
 
     async def _settle_with(self, stream: Stream, child: Child) -> tuple[Handover, str]:
-        """The program sees the end. What it leaves unread is taken back, the last byte with it:
-        then nobody has all of `Take`, nor ever will."""
+        """The program sees the end, and has as long as it lives to pass on what it has taken, or
+        until `stop_waiting`. What it leaves unread is taken back, the last byte with it: then
+        nobody has all of `Take`, nor ever will."""
         with stream.reopened_for_reading() as unread:
             stream.close()
-            try:
-                async with asyncio.timeout(CHILD_WAIT_S):
-                    status = await child.wait()
-                ended = child.describe(status)
-            except TimeoutError:
-                status, ended = -1, "the command does not end"
+            ended = await self._ended(child)
+            status = await child.wait()
             if left := read_all(unread):
                 return Handover.REFUSED, f"{ended}, and left {left} bytes of the stream unread"
         if status:
             return Handover.UNKNOWN, f"{ended} after it had taken the whole stream"
         self._is_over = True
         return Handover.TAKEN, ""
+
+    async def _ended(self, child: Child) -> str:
+        """Wait for its end, or make it, and tell how it came."""
+        waits = [asyncio.ensure_future(one) for one in (child.wait(), self._waits_no_more.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[0].done():
+                return child.describe(await child.wait())
+            await child.kill()
+            return "the command was ended, as it was to be waited for no more,"
+        finally:
+            for one in waits:
+                one.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    def stop_waiting(self) -> None:
+        self._waits_no_more.set()
 
     @staticmethod
     def _void(stream: Stream) -> bool:

@@ -69,14 +69,17 @@ class Couple:
         await self.listen()
         return await self.source.migrate(self.outgoing, **parameters)
 
-    def leaked(self) -> list[str]:
-        """Which processes of both sides still hold what was given to them."""
-        return [
-            process.name()
-            for control in (self.source, self.destination)
-            for process in family(control)
-            if self.inodes & _inodes(process)
-        ]
+    async def until_given_back(self) -> None:
+        """No process of either side holds what was given to them; a status is told before."""
+
+        async def is_given_back() -> bool:
+            return not any(
+                self.inodes & _inodes(process)
+                for control in (self.source, self.destination)
+                for process in family(control)
+            )
+
+        await until(is_given_back)
 
 
 def family(control: engine.Control) -> list[psutil.Process]:
@@ -93,6 +96,15 @@ def parts(control: engine.Control, text: str) -> list[psutil.Process]:
             if text in " ".join(process.cmdline()):
                 found.append(process)
     return found
+
+
+async def until_gone(text: str, *controls: engine.Control) -> None:
+    """None of them has such a process any more."""
+
+    async def are_gone() -> bool:
+        return not any(parts(control, text) for control in controls)
+
+    await until(are_gone)
 
 
 def _inodes(process: psutil.Process) -> set[int]:
@@ -178,7 +190,7 @@ async def check_arrived(both: Couple) -> None:
     assert not (await both.source.query_guest())["running"]
     await runs(both.destination)
     assert (await engine.verify(both.source, both.destination)).is_right
-    assert both.leaked() == []
+    await both.until_given_back()
 
 
 def chunks_of(stream: bytes) -> list[tuple[int, int, int]]:

@@ -62,7 +62,7 @@ async def messages_until(far: Played, kind: type[wire.Message], *, skew: int = 0
     so many pages too many."""
     decoder: wire.Decoder[Any] = wire.Decoder(wire.StreamHello | wire.StreamMessage, 65536, "test")
     packets = pages = zeros = payload = 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             head = await far.chunk()
             if head[:4] != wire.MAGIC:
@@ -81,7 +81,7 @@ async def messages_until(far: Played, kind: type[wire.Message], *, skew: int = 0
 
 async def ended(migration: engine.Migration) -> Exception:
     with pytest.raises(engine.MigrationError) as failed:
-        await asyncio.wait_for(migration.result(), 40)
+        await asyncio.wait_for(migration.result(), 90)
     return failed.value
 
 
@@ -105,6 +105,27 @@ def test_before_take_whatever_happens_the_guest_runs_on(last: str) -> None:
 
     says = {"nothing": "stream", "junk": "the stream: chunk of", "failed": "no room"}
     assert says[last] in asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_armed_is_an_answer_to_arm_alone(times: int) -> None:
+    """Who says so before it was asked, or twice, has promised nothing: the guest stays here."""
+
+    async def scenario() -> str:
+        async with played() as far:
+            migration = await far.source.migrate("fd:way")
+            await messages_until(far, wire.StreamHello if times == 1 else wire.Arm)
+            for _ in range(times):
+                await far.writer.send(wire.Armed())
+            with contextlib.suppress(AssertionError):
+                await messages_until(far, wire.Take)
+            failure = await ended(migration)
+            if times == 1:
+                assert isinstance(failure, engine.MigrationFailed)
+                await runs(far.source)
+            return str(failure)
+
+    assert "unexpected Armed" in asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("last", ["end", "junk"])

@@ -145,14 +145,14 @@ def test_a_listener_drops_strangers_and_waits_for_a_right_stream(
             writer.write(junk)
             writer.write_eof()
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-                await asyncio.wait_for(reader.readexactly(1), 10)
+                await asyncio.wait_for(reader.readexactly(1), 60)
             writer.close()
         reader, writer = await asyncio.open_connection(*where)
         writer.write(wire.chunk(wire.encode(wire.StreamHello(hello, True))))
-        assert await asyncio.wait_for(accepting, 10) == hello
+        assert await asyncio.wait_for(accepting, 60) == hello
         await destination.send(wire.Failed("no"))
         ending = asyncio.create_task(destination.end(has_failed=True))
-        answer = await asyncio.wait_for(reader.read(-1), 10)
+        answer = await asyncio.wait_for(reader.read(-1), 60)
         assert b"no" in answer
         writer.close()
         await writer.wait_closed()
@@ -168,7 +168,7 @@ def test_a_stranger_that_says_nothing_keeps_no_source_out(
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     monkeypatch.setattr(vsock, "listen", lambda _address: listener)
-    monkeypatch.setattr("engine.control.streams.destination.HELLO_WAIT_S", 0.1)
+    monkeypatch.setattr("engine.control.streams.destination.HELLO_WAIT_S", 1.0)
     hello = wire.Hello(wire.VERSION, bytes(16), 4096, [], 1, "ram", True)
 
     async def scenario() -> None:
@@ -179,7 +179,7 @@ def test_a_stranger_that_says_nothing_keeps_no_source_out(
             socket.create_connection(listener.getsockname()) as source,
         ):
             source.sendall(wire.chunk(wire.encode(wire.StreamHello(hello, False))))
-            assert await asyncio.wait_for(accepting, 10) == hello
+            assert await asyncio.wait_for(accepting, 60) == hello
             await destination.end(has_failed=True)
 
     asyncio.run(scenario())

@@ -1,0 +1,193 @@
+"""The destination from the token on: until every page is here, through any number of pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Final, Protocol
+
+from engine import wire
+from engine.compress.codecs import CODEC_IDS
+from engine.control.fitting import check_resumes, refuse
+from engine.control.framestream import ConnectionLost
+from engine.control.host import Host
+from engine.control.mainchannel import DestinationEnd
+from engine.control.notifiers import Side
+from engine.control.postcopy.destination import PostcopyDestination
+from engine.control.receivers import ReceiverGroup
+from engine.control.status import Status
+from engine.control.uri import FAULT_CHANNEL, Address
+from engine.errors import GuestError, MigrationError, PeerRefused, WireError
+
+log = logging.getLogger("ramferry.destination")
+
+GOODBYE_WAIT_S: Final = 1.0
+
+
+def text_of(exc: BaseException) -> str:
+    """A failure in one line."""
+    if isinstance(exc, TimeoutError):
+        return "no answer in time"
+    return f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)
+
+
+class Migration(Protocol):
+    """What `Completion` uses of the incoming migration that it belongs to."""
+
+    host: Host
+    session: bytes
+    status: Status
+    error: str | None
+
+    def set_status(self, status: Status) -> None: ...
+    def bind(self, number: int) -> str: ...
+    def moved(self, address: Address) -> None: ...
+    def use(self, main: Any, count: int) -> ReceiverGroup: ...
+    async def converse_until(self, main: Any, over: asyncio.Event) -> None: ...
+    async def end_channels(self, main: Any, *, has_failed: bool) -> None: ...
+    async def last_word(self, main: Any, message: wire.Message) -> None: ...
+
+
+class Completion:
+    """Owns the listener of `migrate-recover` until its source has come."""
+
+    def __init__(self, migration: Migration, postcopy: PostcopyDestination, main: Any) -> None:
+        """
+        :param main: the main channel, as long as it lasts."""
+        self._migration, self._postcopy = migration, postcopy
+        self.main = main
+        self._next: DestinationEnd[wire.Resume] | None = None
+        self._is_opened = asyncio.Event()  #: a way that nobody waits at yet
+
+    async def run(self, failure: Exception | None) -> None:
+        """:param failure: of the connections, before the guest was known to be ours."""
+        migration = self._migration
+        migration.host.postcopy_begins(Side.DESTINATION, migration.session)
+        migration.set_status(Status.POSTCOPY_ACTIVE)
+        if failure is None:
+            await migration.last_word(self.main, wire.TookOver())
+        await self._run(failure)
+
+    async def run_paused(self) -> None:
+        """As `run`, of a postcopy that is paused already."""
+        await self._run(MigrationError("the control process before this one was killed"))
+
+    async def _run(self, failure: Exception | None) -> None:
+        migration, has_all = self._migration, self._postcopy.service.has_all
+        while not has_all.is_set():
+            try:
+                if failure is not None:
+                    raise failure
+                await migration.converse_until(self.main, has_all)
+            except (MigrationError, OSError, TimeoutError) as exc:
+                if not migration.host.guest.is_alive:
+                    await self._fail(exc)
+                    return
+                failure = await self._pause_and_resync(exc)
+        migration.set_status(Status.COMPLETED)
+        await migration.last_word(self.main, wire.HasAll())
+        with contextlib.suppress(ConnectionLost, WireError, TimeoutError):
+            async with asyncio.timeout(GOODBYE_WAIT_S):  # the source hangs up, page service first
+                while True:
+                    await self.main.receive()
+        await self._postcopy.end(is_closing=True)
+
+    async def _fail(self, exc: Exception) -> None:
+        """The guest is dead: nobody needs its pages any more."""
+        self._migration.error = text_of(exc)
+        log.error("postcopy ends: %s", self._migration.error)
+        self._migration.set_status(Status.FAILED)
+        if self.main is not None:
+            await self._migration.last_word(self.main, wire.Failed(wire.cut(text_of(exc))))
+
+    async def _pause_and_resync(self, exc: Exception) -> Exception | None:
+        """Wait for a way to the source; what breaks that off is another failure."""
+        migration = self._migration
+        migration.error = text_of(exc)
+        log.warning("postcopy is paused: %s", migration.error)
+        await migration.end_channels(self.main, has_failed=False)
+        self.main = None
+        if migration.status is not Status.POSTCOPY_PAUSED:
+            migration.set_status(Status.POSTCOPY_PAUSED)
+        try:
+            question = await self._next_source()
+            migration.set_status(Status.POSTCOPY_RECOVER)
+            await self._resync(question)
+        except (MigrationError, OSError, TimeoutError) as again:
+            return again
+        return None
+
+    # -- another way -----------------------------------------------------------------------------
+
+    def open_way(self, address: Address) -> None:
+        """Wait there for the source, and nowhere else any more.
+
+        :raise OSError: cannot listen there.
+        :raise UsageError: something else is at the unix path."""
+        if self._next is not None:
+            self._next.close()
+            self._next = None
+        self._next = DestinationEnd(address, wire.Resume)
+        self._migration.moved(self._next.address)
+        self._is_opened.set()
+
+    async def _next_source(self) -> wire.Resume:
+        """Wait for our source, wherever we listen; others are told what is wrong.
+
+        :raise GuestError: the guest has died."""
+        died = asyncio.ensure_future(self._migration.host.guest.died())
+        accepting: asyncio.Future[Any] | None = None
+        try:
+            while True:
+                opened = asyncio.ensure_future(self._is_opened.wait())
+                waiting = {one for one in (died, opened, accepting) if one is not None}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                opened.cancel()
+                if died.done():
+                    raise GuestError(f"the guest died: {died.result()}")
+                if self._is_opened.is_set():
+                    self._is_opened.clear()
+                elif accepting is not None and (source := await self._judge(accepting.result())):
+                    self.main, self._next = self._next, None
+                    return source
+                await _cancel(accepting)
+                assert self._next is not None
+                accepting = asyncio.ensure_future(self._next.accept())
+        finally:
+            await _cancel(died)
+            await _cancel(accepting)
+
+    async def _judge(self, question: wire.Resume) -> wire.Resume | None:
+        """None, and a refusal, if it is not our source."""
+        assert self._next is not None
+        try:
+            check_resumes(self._migration.host, self._migration.session, question)
+        except (PeerRefused, WireError) as exc:
+            await refuse(self._next, exc)
+            return None
+        return question
+
+    async def _resync(self, question: wire.Resume) -> None:
+        """Tell the source what is here, and where to send the rest."""
+        migration, postcopy = self._migration, self._postcopy
+        receivers = migration.use(self.main, question.channels)
+        pieces = await postcopy.resync(receivers, migration.bind(FAULT_CHANNEL))
+        await receivers.start()
+        for piece in pieces:
+            await self.main.send(piece)
+        faults, codecs = postcopy.service.endpoint, tuple(CODEC_IDS.values())
+        answer = wire.Resumed(wire.VERSION, migration.session, receivers.endpoints, faults, codecs)
+        await self.main.send(answer)
+
+    def close(self) -> None:
+        """Wait for no source any more. Idempotent."""
+        if self._next is not None:
+            self._next.close()
+            self._next = None
+
+
+async def _cancel(task: asyncio.Future[Any] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,147 @@
+"""Postcopy at its destination: the guest runs, and waits where a page is missing.
+
+The guest's userfaultfd is closed when every page is here, and in no other case: without it a
+missing page would read as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from engine import wire
+from engine.control.host import Host
+from engine.control.postcopy.faultservice import FaultService
+from engine.control.postcopy.pieces import put, received_pieces
+from engine.control.receivers import ReceiverGroup
+from engine.errors import WireError
+from engine.guest.base import Missing
+from engine.postcopy.statistics import FaultCount
+
+NS_PER_MS = 1_000_000
+
+
+class PostcopyDestination:
+    """One migration's; owns the fault service."""
+
+    def __init__(self, host: Host, missing: Missing, service: FaultService) -> None:
+        self._host, self._missing, self.service = host, missing, service
+        self.is_armed = False  #: the guest may run at any moment: nothing is freed any more
+        self._final: dict[str, Any] = {}
+
+    @classmethod
+    async def begin(
+        cls,
+        host: Host,
+        session: bytes,
+        receivers: ReceiverGroup,
+        bind: str,
+        tell: Callable[[wire.Message], None],
+    ) -> PostcopyDestination:
+        """Every round so far is placed: from now on the guest would wait for what is missing.
+
+        :raise MigrationError: there is no userfaultfd, or no fault service; nothing is left of it.
+        :raise TimeoutError: the fault service does not answer."""
+        missing = await host.guest.open_missing()
+        service = FaultService(
+            host.faults, session, host.guest.blocks, missing,
+            lambda endpoint: tell(wire.FaultsMoved(endpoint)),
+        )  # fmt: skip
+        try:
+            await service.start(bind)
+        except BaseException:
+            await service.end()
+            await host.guest.close_missing()
+            raise
+        receivers.insert(missing, service.received)
+        return cls(host, missing, service)
+
+    @classmethod
+    async def again(
+        cls, host: Host, session: bytes, bind: str, tell: Callable[[wire.Message], None]
+    ) -> PostcopyDestination:
+        """After the death of the control process that had begun it. What has data is here; what
+        was zero before is asked for again.
+
+        :raise MigrationError: the guest does not lend its userfaultfd, or there is no fault
+            service.
+        :raise TimeoutError: the fault service does not answer."""
+        missing = await host.guest.open_missing()
+        service = FaultService(
+            host.faults, session, host.guest.blocks, missing,
+            lambda endpoint: tell(wire.FaultsMoved(endpoint)), is_new=False,
+        )  # fmt: skip
+        try:
+            await service.start(bind)
+        except BaseException:
+            await service.end()
+            raise
+        postcopy = cls(host, missing, service)
+        postcopy.is_armed = True
+        return postcopy
+
+    def take_stale(self, message: wire.Stale) -> None:
+        """:raise WireError: not a piece of our bitmaps, or too late."""
+        if self.is_armed:
+            raise WireError("pages cannot become stale once the guest may run")
+        put(message, self.service.stale)
+
+    async def discard(self) -> None:
+        """Free what is stale.
+
+        :raise WireError: it is too late for that.
+        :raise MigrationError: the memory cannot be freed."""
+        if self.is_armed:
+            raise WireError("pages cannot be freed once the guest may run")
+        await self.service.discard()
+
+    def arm(self) -> None:
+        """:raise WireError: something stale is left."""
+        if self.service.stale.count():
+            raise WireError("the guest cannot run while stale pages are left")
+        self.is_armed = True
+
+    async def resync(self, receivers: ReceiverGroup, bind: str) -> list[wire.Received]:
+        """Another way to the source: receivers that insert, a fault service that listens there.
+
+        :return: what is here, to be told to the source.
+        :raise MigrationError: the fault service cannot listen there.
+        :raise TimeoutError: it does not answer."""
+        receivers.insert(self._missing, self.service.received)
+        await self.service.listen(bind)
+        return list(received_pieces(self.service.received))
+
+    # -- statistics ------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """What a destination shows of its postcopy, in QEMU's names where it has some."""
+        return self._final or self._read()
+
+    def _read(self) -> dict[str, Any]:
+        counts = self.service.statistics
+        return {
+            "blocktime": counts[FaultCount.ALL_BLOCKED_NS] // NS_PER_MS,
+            "vcpu-blocktime": [one.blocked_ns // NS_PER_MS for one in counts.threads],
+            "latency": counts.latency_mean_ns,
+            "latency-dist": counts.latency_distribution,
+            "vcpu-latency": [one.blocked_ns // max(1, one.waits) for one in counts.threads],
+            "faults": counts[FaultCount.EVENTS],
+            "requests": counts[FaultCount.REQUESTS],
+            "demand-pages": counts[FaultCount.DEMAND_PAGES],
+            "prefetch-pages": counts[FaultCount.PREFETCH_PAGES],
+            "rest-pages": counts[FaultCount.REST_PAGES],
+            "missing-pages": self._missing_pages(),
+        }
+
+    def _missing_pages(self) -> int:
+        received = self.service.received
+        return sum(block.page_count for block in received.blocks) - received.count()
+
+    async def end(self, *, is_closing: bool) -> None:
+        """Give the fault service back; `is_closing`: the guest waits for nothing any more, because
+        it has every page, or will never run."""
+        if not self._final:
+            self._final = self._read()
+            await self.service.end()
+        if is_closing:
+            await self._host.guest.close_missing()

@@ -1,0 +1,258 @@
+"""Postcopy at its source: what the machine's effects do from `migrate-start-postcopy` on.
+
+Before the guest stands, the destination learns what it has of old pages and frees them; what became
+dirty since then is told in the pause, which is short therefore. Then senders push what is dirty,
+the page service answers demands, and both take a page's dirty bit before they send it. A pause of
+the migration gives all of that back: RAM and session are enough to go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Final, Protocol
+
+from engine import wire
+from engine.control import machine as machines
+from engine.control.compression import channels_of, codecs_of, compression_of
+from engine.control.conversation import Conversation
+from engine.control.dirtysync import DirtySync
+from engine.control.driver import Work
+from engine.control.host import Host
+from engine.control.postcopy.pageservice import PageService
+from engine.control.postcopy.pieces import Announced, take_away
+from engine.control.route import Agreement
+from engine.control.senders import SenderGroup
+from engine.control.statistics import MigrationNumbers
+from engine.control.watch import WATCH_S, Watch
+from engine.errors import MigrationError
+from engine.guest.base import TrackedBlock, TrackerName, Tracking
+from engine.memory.blocks import PAGE_SIZE
+from engine.memory.insertion import widen
+from engine.postcopy.statistics import PageCount, PageStatistics
+
+log = logging.getLogger("ramferry.source")
+
+#: Between the last acknowledged page and the destination's last word, with nothing asked for.
+SILENCE_NS: Final = 30_000_000_000
+
+
+class Migration(Protocol):
+    """What `PostcopySource` uses of the outgoing migration that it belongs to."""
+
+    @property
+    def host(self) -> Host: ...
+    @property
+    def session(self) -> bytes: ...
+    @property
+    def machine(self) -> machines.Outgoing: ...
+    @property
+    def numbers(self) -> MigrationNumbers: ...
+    @property
+    def senders(self) -> SenderGroup: ...
+    @property
+    def sync(self) -> DirtySync: ...
+    @property
+    def conversation(self) -> Conversation:
+        """:raise MigrationError: it is a stream, which has no room for postcopy."""
+        ...
+
+    def handle(self, event: machines.Event) -> None: ...
+    @property
+    def round_number(self) -> int:
+        """Newest that was ordered."""
+        ...
+
+    def next_round(self) -> int:
+        """Number of the round that comes."""
+        ...
+
+    def use(self, agreement: Agreement) -> SenderGroup:
+        """Make senders for these channels; they are the migration's."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring the numbers up to this moment."""
+        ...
+
+    def begin_pass(self) -> None:
+        """A sync of the dirty bitmap, as MIGRATION_PASS counts them."""
+        ...
+
+    async def arm(self) -> None:
+        """Send the device state, and have the destination promise all."""
+        ...
+
+    async def taken_for_sure(self) -> None:
+        """The destination has said that the guest is there."""
+        ...
+
+    async def resume_guest(self) -> None:
+        """The pause was in vain."""
+        ...
+
+    async def stop_serving(self) -> None:
+        """Give senders and connections back; RAM, guest and session stay."""
+        ...
+
+
+class PostcopySource:
+    """One migration's; owns the page service and its statistics."""
+
+    def __init__(self, migration: Migration) -> None:
+        self._migration = migration
+        self._announced = Announced(migration.host.guest.blocks)
+        self.statistics = PageStatistics.create()
+        self._service = PageService(
+            migration.host.pages,
+            migration.session,
+            migration.host.guest.blocks,
+            self.statistics,
+            lambda reason: migration.handle(machines.Failure(reason)),
+        )
+
+    @property
+    def work(self) -> dict[machines.Effect, Work]:
+        """How each effect of postcopy is carried out."""
+        return {
+            machines.Effect.PREPARE_POSTCOPY: self._prepare,
+            machines.Effect.RESUME_AND_PREPARE: self._resume_and_prepare,
+            machines.Effect.ARM_POSTCOPY: self._arm,
+            machines.Effect.HARVEST_AND_ARM_POSTCOPY: self._harvest_and_arm,
+            machines.Effect.PUSH: self._push,
+            machines.Effect.SUSPEND: self._suspend,
+            machines.Effect.RECONNECT: self._reconnect,
+            machines.Effect.RESYNC: self._resync,
+        }
+
+    # -- the switch ------------------------------------------------------------------------------
+
+    async def _prepare(self) -> None:
+        """All that can be done while the guest runs."""
+        migration = self._migration
+        conversation, senders = migration.conversation, migration.senders
+        dirty_bytes = await migration.sync.collect(throttles=False)
+        endpoint = await conversation.begin_postcopy(migration.round_number)
+        await self._discard(dirty_bytes)
+        await self._serve(endpoint, senders)
+        migration.handle(machines.PostcopyPrepared())
+
+    async def _serve(self, endpoint: str, senders: SenderGroup) -> None:
+        """Have a page service answer demands."""
+        conversation = self._migration.conversation
+        conversation.on_faults_moved = self._service.move
+        conversation.on_complete = self._complete
+        await self._service.start(endpoint, senders.dirty)
+
+    async def _resume_and_prepare(self) -> None:
+        await self._migration.resume_guest()
+        await self._prepare()
+
+    async def _discard(self, dirty_bytes: int) -> None:
+        """Have the destination free what is dirty here, whole huge pages."""
+        migration = self._migration
+        dirty = migration.senders.dirty
+        widen(migration.host.guest.blocks, dirty)
+        await migration.conversation.say_stale(self._announced.news(dirty))
+        await migration.conversation.discard_stale(dirty_bytes)
+
+    async def _harvest_and_arm(self) -> None:
+        """After `pre-switchover`: who else writes this RAM may have done so meanwhile."""
+        await self._migration.sync.collect(throttles=False)
+        await self._arm()
+
+    async def _arm(self) -> None:
+        """The guest stands, and its last dirty pages are known."""
+        migration = self._migration
+        migration.begin_pass()
+        await self._discard(migration.senders.dirty.count() * PAGE_SIZE)
+        if not self._service.is_open:
+            raise MigrationError("the fault channel was lost before the guest could use it")
+        migration.senders.follow(self.statistics.fd)
+        await migration.arm()
+
+    # -- the rest --------------------------------------------------------------------------------
+
+    async def _push(self) -> None:
+        """Send what is dirty, then see to it that the destination gets what it still asks for; its
+        word that it has all ends this.
+
+        :raise MigrationError: the connections are lost; what was under way is in doubt."""
+        migration = self._migration
+        if migration.machine.error is not None:
+            raise MigrationError(migration.machine.error)  # while the guest was handed over
+        migration.numbers.postcopy.begin(time.monotonic_ns(), migration.numbers)
+        self.bandwidth_changed()
+        await migration.senders.send_round(migration.next_round())
+        await migration.conversation.push_ended()
+        watch = Watch()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            moved = self.statistics[PageCount.BYTES_SENT] + self._service.incarnation
+            if watch.silent_ns(moved, None) > SILENCE_NS:
+                raise MigrationError("the destination asks for nothing, and has not all pages")
+
+    def _complete(self) -> None:
+        """The destination has every page."""
+        self._migration.refresh()
+        self._migration.handle(machines.DestinationComplete())
+
+    def count_up(self) -> None:
+        """Refresh the numbers from the page service's counters."""
+        counts, numbers = self.statistics, self._migration.numbers.postcopy
+        numbers.requests = counts[PageCount.REQUESTS]
+        numbers.fault_bytes = counts[PageCount.BYTES_SENT]
+        numbers.demand_pages = counts[PageCount.DEMAND_PAGES]
+        numbers.prefetch_pages = counts[PageCount.PREFETCH_PAGES]
+        numbers.rest_pages = counts[PageCount.REST_PAGES]
+
+    def bandwidth_changed(self) -> None:
+        """`max-postcopy-bandwidth` holds from now on; demands are never delayed."""
+        settings = self._migration.host.parameters
+        self._migration.senders.budget.rate_bytes_per_s = settings.max_postcopy_bandwidth
+
+    # -- when connections are lost ---------------------------------------------------------------
+
+    async def _suspend(self) -> None:
+        await self._service.stop()
+        await self._migration.stop_serving()
+        self._migration.handle(machines.Suspended())
+
+    async def _reconnect(self) -> None:
+        await self._migration.conversation.reconnect()
+        self._migration.handle(machines.Reconnected())
+
+    async def _resync(self) -> None:
+        """What the destination has not is dirty. What never had data here it asks for."""
+        migration, began_ns = self._migration, time.monotonic_ns()
+        host, conversation = migration.host, migration.conversation
+        blocks = host.guest.blocks
+        question = wire.Resume(
+            wire.VERSION,
+            migration.session,
+            [wire.BlockShape.of(block) for block in blocks],
+            channels_of(host),
+            codecs_of(compression_of(host)),
+        )
+        received: list[wire.Received] = []
+        agreement, faults = await conversation.resync(question, received.append)
+        senders = migration.use(agreement)
+        stands = Tracking(TrackerName.NONE, tuple(TrackedBlock() for _ in blocks), "postcopy")
+        await senders.start(stands, detect_zero=host.parameters.zero_page_detection != "none")
+        for piece in received:
+            take_away(piece, senders.dirty)
+        widen(blocks, senders.dirty)
+        senders.follow(self.statistics.fd)
+        await self._serve(faults, senders)
+        await migration.taken_for_sure()
+        await conversation.go_on()
+        left = senders.dirty.count()
+        took_ms = (time.monotonic_ns() - began_ns) // 1_000_000
+        log.info("postcopy goes on after %d ms: %d pages are missing", took_ms, left)
+        migration.handle(machines.Resynced())
+
+    async def end(self) -> None:
+        """Give everything back. Idempotent."""
+        await self._service.stop()
+        self.statistics.close()

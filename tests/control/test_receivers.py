@@ -1,0 +1,55 @@
+"""The destination's receivers, played by a test."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from types import SimpleNamespace
+from typing import Any, cast
+
+from engine import wire
+from engine.control.pool import Pool, Worker
+from engine.control.receivers import Channels, ReceiverGroup
+from engine.errors import WorkerLost
+from engine.memory.blocks import PAGE_SIZE, RamBlock
+
+
+def test_a_second_wish_for_a_lane_waits_until_its_new_receiver_listens() -> None:
+    """The receiver was killed and replaced; before the new one listens the sender dies, too. What
+    is lost from then on is of the second wish's incarnation."""
+    said: list[wire.Message] = []
+
+    async def scenario() -> list[wire.Message]:
+        ram = os.memfd_create("ram")
+        os.ftruncate(ram, PAGE_SIZE)
+        pool = cast(Pool[wire.ReceiverReport], None)
+        group = ReceiverGroup(
+            [RamBlock("ram", PAGE_SIZE, ram, PAGE_SIZE)],
+            pool,
+            Channels(bytes(16), 1, lambda index: f"tcp://127.0.0.1:{index}"),
+            heal_limit=8,
+            tell=said.append,
+            fail=lambda exc: said.append(wire.Failed(str(exc))),
+        )
+
+        async def end() -> None:
+            """Nothing to kill."""
+
+        worker: Any = SimpleNamespace(is_alive=True, pid=1, end=end)
+        lane = group.lanes[0]
+        lane.worker, lane.incarnation, group._is_announced = cast(Worker[Any], worker), 2, True
+        group.reopen(0, 3)
+        await asyncio.sleep(0)
+        before = list(said)
+        group._take(lane, worker, wire.Opened(2))  # late, and over
+        group._take(lane, worker, wire.Ready("tcp://127.0.0.1:7", "memcpy"))
+        await asyncio.gather(*group._tasks)
+        group._lose(lane, WorkerLost("receiver", 0, "the process died"))
+        await group.end()
+        os.close(ram)
+        return before
+
+    assert asyncio.run(scenario()) == []
+    assert said[0] == wire.Reopened(0, 3, "tcp://127.0.0.1:7")
+    assert isinstance(said[1], wire.ChannelBroken)
+    assert said[1].incarnation == 3

@@ -1,0 +1,93 @@
+"""What a batch tells its policy, and what it costs to ask."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from engine import wire
+from engine.compress.policy import Arm, Done, Policy
+from engine.multifd import chooser as module
+from engine.multifd.chooser import Chooser
+from engine.multifd.progress import Budget, Progress
+
+NOTHING: Any = SimpleNamespace(tried=b"", encoded_bytes=0, payload_bytes=4096, codec_ns=0)
+
+
+class Clock:
+    """Of the wall; CPU time stands."""
+
+    def __init__(self) -> None:
+        self.now_ns, self.asked_count = 0, 0
+
+    def monotonic_ns(self) -> int:
+        return self.now_ns
+
+    def thread_time_ns(self) -> int:
+        self.asked_count += 1
+        return 0
+
+    process_time_ns = thread_time_ns
+
+
+class Curious:
+    is_curious = True
+
+    def __init__(self) -> None:
+        self.heard: list[Done] = []
+
+    def choose(self, _now_ns: int) -> Arm:
+        return Arm("none")
+
+    def probe(self, _now_ns: int) -> Arm | None:
+        return None
+
+    def learn(self, done: Done) -> None:
+        self.heard.append(done)
+
+    def learn_probe(self, probe: Any) -> None:
+        raise AssertionError
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    one = Clock()
+    monkeypatch.setattr(module, "time", one)
+    return one
+
+
+def test_a_fixed_choice_is_counted_and_not_measured(clock: Clock) -> None:
+    progress = Progress.create()
+    budget = Budget.create()
+    try:
+        one = Chooser(0, 1, progress, budget)
+        asked_count = clock.asked_count
+        one.begin_round()
+        for _ in range(3):
+            one.learn(one.choose(), 4096, [NOTHING])
+        assert progress.batches(wire.CodecId.RAW) == 3
+        assert clock.asked_count == asked_count
+    finally:
+        progress.close()
+        budget.close()
+
+
+def test_a_policy_that_begins_in_mid_round_hears_of_its_own_time_alone(clock: Clock) -> None:
+    progress = Progress.create()
+    budget = Budget.create()
+    try:
+        one, policy = Chooser(0, 1, progress, budget), Curious()
+        one.begin_round()
+        clock.now_ns = 1000
+        one.learn(one.choose(), 4096, [NOTHING])
+        one._policy = cast(Policy, policy)
+        for step_ns in (10, 20):
+            arm = one.choose()
+            clock.now_ns += step_ns
+            one.learn(arm, 4096, [NOTHING])
+        assert [done.total_ns for done in policy.heard] == [10, 20]
+    finally:
+        progress.close()
+        budget.close()
