@@ -24,8 +24,10 @@
 
 #define SIGNAL_SET_BYTES ((void *)8)
 #define GET_SIGNAL_MASK 0x420a /* PTRACE_GETSIGMASK, Linux 3.11 */
-#define STOP_WAIT_NS INT64_C(200000000) /* a thread that does not stop so long is in the kernel's hands */
+#define STOP_WAIT_NS INT64_C(2000000000) /* a thread that does not stop so long is in the kernel's hands */
+#define PROMPT_NS INT64_C(10000000) /* what takes longer waits for a processor, or for the kernel */
 #define LOOK_NS 20000 /* between two looks; the thread needs the processor meanwhile */
+#define LATE_LOOK_NS 500000 /* and when it has not been prompt */
 #define TRAPS_MAX 16 /* a process is not stopped more often than that within a millisecond */
 #define RETRY_NS 1000000 /* between two tries */
 
@@ -104,9 +106,9 @@ static enum stop sort(int status, int *signal_number)
 
 static enum stop wait_for_stop(pid_t thread, int *signal_number)
 {
-    const int64_t deadline_ns = now_ns() + STOP_WAIT_NS;
+    const int64_t began_ns = now_ns();
 
-    while (now_ns() < deadline_ns) {
+    for (int64_t waited_ns = 0; waited_ns < STOP_WAIT_NS; waited_ns = now_ns() - began_ns) {
         int status;
         pid_t found = waitpid(thread, &status, __WALL | WNOHANG);
 
@@ -114,7 +116,7 @@ static enum stop wait_for_stop(pid_t thread, int *signal_number)
             return sort(status, signal_number);
         if (found < 0 && errno != EINTR)
             return STOP_END;
-        pause_ns(LOOK_NS);
+        pause_ns(waited_ns < PROMPT_NS ? LOOK_NS : LATE_LOOK_NS);
     }
     return STOP_NONE;
 }

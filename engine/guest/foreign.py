@@ -23,7 +23,7 @@ from engine.memory.tracking import TrackerName
 
 log = logging.getLogger("ramferry.guest")
 
-INJECT_WAIT_NS: Final = 2_000_000_000
+INJECT_WAIT_NS: Final = 5_000_000_000
 REASON: Final = "userfaultfd write-protect async with PAGEMAP_SCAN, injected into process"
 OBSTACLES: Final = {
     _native.INJECT_GONE: "process {pid} has ended",

@@ -18,7 +18,7 @@ from typing import Any, Final
 from engine.errors import GuestError, shown
 
 LINE_BYTES_MAX: Final = 64 * 1024 * 1024  #: the longest answer is that of qom-list or query-block
-GREETING_WAIT_S: Final = 2.0
+GREETING_WAIT_S: Final = 5.0
 ANSWER_WAIT_S: Final = 10.0
 KEPT_ANSWERS_MAX: Final = 64
 
