@@ -24,7 +24,7 @@ import os, sys
 from engine import _native
 print(flush=True)
 input()
-found = _native.inject_userfaultfd(int(sys.argv[1]), _native.UFFD_USER_MODE_ONLY, 2 * 10**9)
+found = _native.inject_userfaultfd(int(sys.argv[1]), _native.UFFD_USER_MODE_ONLY, 20 * 10**9)
 os._exit(found[0])
 """
 libc = ctypes.CDLL(None, use_errno=True)

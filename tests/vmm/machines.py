@@ -16,11 +16,10 @@ from typing import Any, Final
 
 import pytest
 
-from tests.support import eventually
+from tests.support import WAIT_S, eventually
 from tests.vmm.sweeper import SECTOR
 
 QEMU: Final = "qemu-system-x86_64"
-WAIT_S: Final = 30.0
 MIB: Final = 1024 * 1024
 needs_qemu = pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"needs {QEMU}")
 

@@ -20,6 +20,7 @@ from tests.vmm.machines import Vm, needs_qemu, pair, vm
 pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
 
 SETTINGS = ("capabilities", "parameters")
+LIMIT_MS = 60_000  #: however slow the machine is, the rounds end
 
 
 async def migrate(
@@ -32,7 +33,7 @@ async def migrate(
     async with here, there:
         if stands:
             await there.execute("stop")
-        settings = {"multifd_channels": 2, "max_bandwidth": 0, "downtime_limit": 2000}
+        settings = {"multifd_channels": 2, "max_bandwidth": 0, "downtime_limit": LIMIT_MS}
         migration = await here.migrate(there, **{**settings, **parameters})
         return await migration.result()
 
@@ -54,13 +55,23 @@ def is_tracked(machine: Vm) -> bool:
     return any("uw" in each.split() for each in flags) or "TracerPid:\t0" not in status
 
 
+def is_let_go(machine: Vm) -> bool:
+    """Nothing tracks it any more, soon."""
+    return eventually(lambda: not is_tracked(machine))
+
+
+def stand_as(source: Vm, destination: Vm, status: str) -> bool:
+    """The guest has left the one and is so in the other, soon: QEMU is told, and not waited for."""
+    return eventually(lambda: (source.status, destination.status) == ("postmigrate", status))
+
+
 @contextlib.asynccontextmanager
 async def standing(source: Vm, destination: Vm) -> AsyncIterator[Standing]:
     """A migration whose guest stands for the switchover."""
     here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
     there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
     async with here, there:
-        migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
+        migration = await here.migrate(there, max_bandwidth=0, downtime_limit=LIMIT_MS)
         async for progress in migration.progress(0.01):
             if progress.status is engine.Status.PRE_SWITCHOVER:
                 break
@@ -79,8 +90,9 @@ def agents_of(control: int) -> list[int]:
     """The agents of QEMUs that a control process has started."""
     found = []
     for child in Path(f"/proc/{control}/task/{control}/children").read_text().split():
-        command = Path(f"/proc/{child}/cmdline").read_bytes()
-        found += [int(child)] if b"engine.guest.foreign_agent" in command else []
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            found += [int(child)] if b"engine.guest.foreign_agent" in command else []
     return found
 
 
@@ -91,24 +103,24 @@ def test_a_running_guest_arrives_byte_by_byte(blocks: int) -> None:
         result = asyncio.run(migrate(source, destination, stands=True))
 
         assert source.memory() == destination.memory()
-        assert (source.status, destination.status) == ("postmigrate", "paused")
+        assert stand_as(source, destination, "paused")
         assert result.tracker == "uffd-wp"
         assert result.rounds >= 2
-        assert not is_tracked(source)
+        assert is_let_go(source)
         before = source.rounds()
         destination.monitor.ask("cont")
         assert destination.goes_on()
-        assert destination.said()[0][1] in (before, before + 1)
+        assert 0 <= destination.said()[0][1] - before <= 2  # a line may be halved
 
 
 def test_a_running_guest_goes_on_and_finds_no_page_wrong() -> None:
     with pair() as (source, destination):
         result = asyncio.run(migrate(source, destination))
 
-        assert (source.status, destination.status) == ("postmigrate", "running")
+        assert stand_as(source, destination, "running")
         before = source.rounds()
         assert destination.goes_on()
-        assert destination.said()[0][1] in (before, before + 1)
+        assert 0 <= destination.said()[0][1] - before <= 2  # a line may be halved
         assert result.downtime_ms is not None
 
 
@@ -119,7 +131,7 @@ def test_a_stopped_guest_stays_stopped() -> None:
         asyncio.run(migrate(source, destination))
 
         assert source.memory() == destination.memory()
-        assert (source.status, destination.status) == ("postmigrate", "paused")
+        assert stand_as(source, destination, "paused")
         destination.monitor.ask("cont")
         assert destination.goes_on()
 
@@ -166,7 +178,7 @@ def test_after_a_failure_before_the_handover_the_source_runs_untracked() -> None
         assert f"qemu (pid {destination.pid})" in asyncio.run(scenario(source, destination))
 
         assert source.status == "running"
-        assert not is_tracked(source)
+        assert is_let_go(source)
 
 
 @pytest.mark.parametrize("victim", ["control", "agent"])
@@ -178,7 +190,7 @@ def test_a_source_runs_untracked_when_one_of_ramferrys_processes_is_killed(victi
             pid = found.here.pid
             os.kill(pid if victim == "control" else agents_of(pid)[0], signal.SIGKILL)
             assert await asyncio.to_thread(source.goes_on)
-            assert await asyncio.to_thread(eventually, lambda: not is_tracked(source))
+            assert await asyncio.to_thread(is_let_go, source)
             assert destination.status == "inmigrate"
 
     with pair() as (source, destination):
@@ -198,7 +210,7 @@ def test_a_guest_that_its_operator_continues_behind_the_last_round_is_not_handed
         assert "the guest runs" in asyncio.run(scenario(source, destination))
 
         assert source.goes_on()
-        assert not is_tracked(source)
+        assert is_let_go(source)
         assert destination.status == "inmigrate"
 
 
@@ -216,7 +228,7 @@ def test_a_source_runs_when_one_of_the_destinations_processes_is_killed(victim: 
         asyncio.run(scenario(source, destination))
 
         assert source.goes_on()
-        assert not is_tracked(source)
+        assert is_let_go(source)
 
 
 def test_a_source_qemu_that_ends_is_told_as_what_it_is() -> None:
@@ -245,7 +257,7 @@ def test_a_source_qemu_that_hangs_ends_the_migration_and_runs_when_it_is_back() 
     with pair() as (source, destination):
         assert "in 10 s" in asyncio.run(scenario(source, destination))
 
-        assert not is_tracked(source)
+        assert is_let_go(source)
 
 
 def test_the_destinations_qemu_runs_on_when_all_of_ramferry_is_killed_after_the_handover() -> None:
@@ -253,7 +265,7 @@ def test_the_destinations_qemu_runs_on_when_all_of_ramferry_is_killed_after_the_
         here = engine.Control.start(source.spec)
         there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
         async with here, there:
-            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=2000)
+            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=LIMIT_MS)
             await migration.result()
             for each in (here, there):
                 for agent in agents_of(each.pid):
@@ -264,4 +276,4 @@ def test_the_destinations_qemu_runs_on_when_all_of_ramferry_is_killed_after_the_
         asyncio.run(scenario(source, destination))
 
         assert destination.goes_on()
-        assert (source.status, destination.status) == ("postmigrate", "running")
+        assert stand_as(source, destination, "running")

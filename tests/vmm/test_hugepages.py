@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import eventually
 from tests.vmm.machines import needs_qemu, vm
-from tests.vmm.test_end_to_end import is_tracked, migrate
+from tests.vmm.test_end_to_end import is_let_go, migrate
 
 pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
 RESERVED = Path("/proc/sys/vm/nr_hugepages")
@@ -61,7 +61,7 @@ def test_a_guest_on_huge_pages_arrives(hugetlbfs: Path, is_named: bool) -> None:
             assert paths[0].read_bytes() == paths[1].read_bytes()
             destination.monitor.ask("cont")
         assert result.tracker == "uffd-wp"
-        assert not is_tracked(source)
+        assert is_let_go(source)
         assert destination.goes_on()
     for path in paths:
         if is_named:
