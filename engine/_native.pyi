@@ -35,6 +35,18 @@ UFFD_FEATURE_WP_UNPOPULATED: int
 UFFD_FEATURE_WP_ASYNC: int
 UFFD_REGISTER_MISSING: int
 UFFD_REGISTER_WP: int
+INJECT_DONE: int
+INJECT_GONE: int
+INJECT_NOT_ALLOWED: int
+INJECT_TRACED: int
+INJECT_NOT_64_BIT: int
+INJECT_FILTERED: int
+INJECT_SHADOW_STACK: int
+INJECT_NO_CODE: int
+INJECT_NO_SAFE_THREAD: int
+INJECT_TOO_OLD: int
+INJECT_REFUSED: int
+INJECT_FAILED: int
 
 def kernel_names(kind: str) -> list[str]:
     """Names this CPU can run for `kind` ("zero_scan", "xbzrle"), the measured default first; has
@@ -236,8 +248,20 @@ def uffd_open(flags: int, features: int) -> int:
     """userfaultfd(O_CLOEXEC | O_NONBLOCK | flags) and UFFDIO_API; the caller owns the descriptor.
     OSError(EINVAL) when the kernel lacks a feature, OSError(EPERM) when the user may not."""
 
+def uffd_negotiate(uffd: int, features: int) -> None:
+    """Ask for exactly these features of one that was just opened, here or in another process."""
+
 def uffd_register(uffd: int, address: int, size: int, mode: int) -> None: ...
 def uffd_unregister(uffd: int, address: int, size: int) -> None: ...
+def inject_userfaultfd(
+    pid: int, flags: int, wait_ns: int
+) -> tuple[int, int, int, int, int, int, int]:
+    """Have process `pid` open a userfaultfd of its own memory, without its help, and fetch it; see
+    `native/inject.h`.
+
+    :return: (INJECT_*, the descriptor or -1, its number in the process if it could not be closed
+        there or -1, errno, the thread that was stopped, for how many ns, attempts).
+    """
 
 # -- destination --------------------------------------------------------------------------------
 

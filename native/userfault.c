@@ -8,20 +8,24 @@
 
 #include "linux_abi.h"
 
-int uffd_open(int flags, uint64_t features)
+int uffd_negotiate(int uffd, uint64_t features)
 {
     struct uffdio_api api = {.api = UFFD_API, .features = features};
+
+    return ioctl(uffd, UFFDIO_API, &api) < 0 ? -errno : 0;
+}
+
+int uffd_open(int flags, uint64_t features)
+{
     long uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | flags);
-    int error;
+    int rc;
 
     if (uffd < 0)
         return -errno;
-    if (ioctl((int)uffd, UFFDIO_API, &api) < 0) {
-        error = errno;
+    rc = uffd_negotiate((int)uffd, features);
+    if (rc < 0)
         close((int)uffd);
-        return -error;
-    }
-    return (int)uffd;
+    return rc < 0 ? rc : (int)uffd;
 }
 
 int uffd_register(int uffd, uint64_t address, uint64_t size, uint64_t mode)

@@ -9,6 +9,9 @@
  * -EINVAL: the kernel lacks a feature or flag; -EPERM: the user may not. */
 int uffd_open(int flags, uint64_t features);
 
+/* Ask for exactly these features of one that was just opened, here or in another process. */
+int uffd_negotiate(int uffd, uint64_t features);
+
 int uffd_register(int uffd, uint64_t address, uint64_t size, uint64_t mode);
 int uffd_unregister(int uffd, uint64_t address, uint64_t size);
 

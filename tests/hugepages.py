@@ -10,14 +10,14 @@ from typing import Final
 
 import pytest
 
-COUNT: Final = 40  #: two guests of 32 MiB, and some to spare
+COUNT: Final = 72  #: two guests of 64 MiB, and some to spare
 POOL: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 RESERVED: Final = Path("/proc/sys/vm/nr_hugepages")
 
 
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
-    """Forty of 2 MiB that nobody uses, given back. One test at a time has them, in whatever
+    """So many of 2 MiB that nobody uses, given back. One test at a time has them, in whatever
     process: what is reserved is one number for the whole machine."""
     with RESERVED.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

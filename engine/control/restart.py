@@ -18,12 +18,14 @@ from engine.control.notifiers import Side
 from engine.control.status import Status
 from engine.errors import UsageError
 from engine.guest.base import Guest, Handover
-from engine.guest.spec import GuestSpec, RamSpec, WorkloadSpec
+from engine.guest.spec import GuestSpec, ProcessSpec, QemuSpec, RamSpec, WorkloadSpec
 from engine.guest.workload import WorkloadGuest, adopt_workload
 
 #: A guest that has lost its control process may ask the destination first who has the right to run.
 GUEST_WAIT_S: Final = 30.0
 POLL_S: Final = 0.02
+
+KINDS: Final = {RamSpec: "ram", WorkloadSpec: "workload", QemuSpec: "qemu", ProcessSpec: "process"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,15 @@ async def plan(found: Found | None, spec: GuestSpec, *, incoming: bool) -> Plan:
     if found.is_at_destination:
         await _end_source(found)
         raise _at_destination(found)
-    kind = "workload" if isinstance(spec, WorkloadSpec) else "ram"
+    kind = KINDS[type(spec)]
     if found.began.guest_kind != kind:
         raise UsageError(
             f"{found.story}; its guest was of kind '{found.began.guest_kind}', not '{kind}'"
         )
     if isinstance(spec, WorkloadSpec):
         return await _plan_workload(found, spec, incoming=incoming)
+    if isinstance(spec, QemuSpec | ProcessSpec):
+        return _plan_foreign(found, spec, incoming=incoming)
     return _plan_ram(found, spec, incoming=incoming)
 
 
@@ -206,6 +210,14 @@ def _at_destination_in_part(found: Found) -> UsageError:
         "still here is lost: the guest there waits for ever where it touches that; to begin a new "
         "one here, use another --state-dir or remove this one's journal"
     )
+
+
+def _plan_foreign(found: Found, spec: QemuSpec | ProcessSpec, *, incoming: bool) -> Plan:
+    """It goes on by itself; whether it waits, runs or stands is looked at anew."""
+    text = f"{found.story}; its guest is attached to anew"
+    if found.is_unknown:
+        text += ", and nobody has said whether the guest runs on the other side: look there first"
+    return Plan(spec, incoming, is_unknown=found.is_unknown, text=text)
 
 
 def _at_destination(found: Found) -> UsageError:

@@ -18,7 +18,7 @@ from engine.demo.faults import Faults
 from engine.errors import MigrationError, UsageError
 from engine.guest.backing import check_available
 from engine.guest.judgement import Verdict
-from engine.guest.spec import parse_guest_spec
+from engine.guest.spec import WorkloadSpec, parse_guest_spec
 from engine.sizes import parse_size
 
 #: So that rounds do not end the migration before its guest is moved without all its pages.
@@ -140,6 +140,7 @@ async def _demonstrate(options: DemoOptions, display: Display) -> Outcome:
     guest = f"workload:size={options.size}"
     writing = f"{guest},rate={options.rate},pattern={options.pattern}"
     spec = parse_guest_spec(writing)  # a wrong option is told before anything is started
+    assert isinstance(spec, WorkloadSpec)
     settings = options.source_settings()
     check_available(2 * spec.size, "a guest with its copy")
     display.starting(options.size, options.pattern, options.rate)

@@ -10,7 +10,9 @@ import struct
 import sys
 from collections.abc import Callable
 
+from engine.guest.base import Role
 from engine.guest.rundir import open_rundir, remove_file
+from engine.guest.vcpus import Machine
 
 
 class Adoption:
@@ -43,6 +45,18 @@ class Adoption:
             asyncio.get_running_loop().remove_reader(self._listener)
             remove_file(self.path)
             self._listener.close()
+
+
+def state_of(role: Role, machine: Machine, *, is_unknown: bool) -> str:
+    """What a guest does without its control process."""
+    if role is Role.GONE:
+        return "runs at the destination, which has not all of the memory yet: it is kept here"
+    state = "runs on" if machine.is_running else "stays stopped"
+    if is_unknown:
+        return f"{state}, for nobody has said whether it runs at the destination"
+    if machine.is_missing_open:
+        state += ", and waits where it touches memory that has not come from the source yet"
+    return state
 
 
 def say_where(state: str, path: str | None, reason: str = "") -> None:

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from engine.errors import ChannelError, GuestError, MigrationError, NotHandedOver, WireError
 from engine.guest import dirtying, messages
-from engine.guest.adoption import Adoption, say_where
+from engine.guest.adoption import Adoption, say_where, state_of
 from engine.guest.base import Handover, Role, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.guest.messages import Reply
@@ -143,7 +143,7 @@ class Agent:
         """Do what is asked and say how it went; descriptors that nobody took are closed."""
         control = self._control
         try:
-            reply = await HANDLERS[type(request)](self, request, fds)
+            reply = await self._do(request, fds)
         except MigrationError as exc:
             doing = exc.doing if isinstance(exc, ChannelError) else str(exc)
             reason = f"{doing}: {exc.__cause__}" if exc.__cause__ else doing
@@ -155,6 +155,10 @@ class Agent:
         if control is self._control:
             self._say(reply.answer, [*reply.lent, *reply.spent])
         messages.close_all(reply.spent)
+
+    def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
+        """What an agent of another kind of guest does otherwise."""
+        return HANDLERS[type(request)](self, request, fds)
 
     def _say(self, answer: messages.Answer, fds: Sequence[int] = ()) -> None:
         if self._control is None:
@@ -195,13 +199,7 @@ class Agent:
 
     def _listen_alone(self, machine: Machine) -> None:
         """Wait to be adopted; say where on stderr."""
-        state = "runs on" if machine.is_running else "stays stopped"
-        if self._is_unknown:
-            state += ", for nobody has said whether it runs at the destination"
-        elif self.role is Role.GONE:
-            state = "runs at the destination, which has not all of the memory yet: it is kept here"
-        elif machine.is_missing_open:
-            state += ", and waits where it touches memory that has not come from the source yet"
+        state = state_of(self.role, machine, is_unknown=self._is_unknown)
         try:
             self._adoption = Adoption(self._rundir, self._serve)
             say_where(state, self._adoption.path)
@@ -420,7 +418,7 @@ class Agent:
             raise NotHandedOver(f"the guest ({self.role.value}) cannot be handed over")
         if not self._standing.by_engine:
             raise NotHandedOver("the guest is not held; pause it before it is handed over")
-        if self._need_machine().is_missing_open:
+        if self._machine is not None and self._machine.is_missing_open:
             raise NotHandedOver("pages of the guest have not come yet; it cannot be handed on")
         self.role = Role.HANDING_OVER
 
@@ -488,14 +486,14 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
 }
 
 
-def main() -> None:
+def main(kind: type[Agent] = Agent) -> None:
     """Process entry."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
 
     async def run() -> None:
-        await Agent(control).run()
+        await kind(control).run()
 
     asyncio.run(run())
 

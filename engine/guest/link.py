@@ -216,7 +216,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def start_agent() -> AgentLink:
+def start_agent(module: str = "engine.guest.agent") -> AgentLink:
     """Start an agent in a session of its own, so that Ctrl-C does not reach it.
 
     :raise GuestError: it cannot be started."""
@@ -224,7 +224,7 @@ def start_agent() -> AgentLink:
     with theirs:
         try:
             child = subprocess.Popen(
-                [sys.executable, "-m", "engine.guest.agent", str(theirs.fileno())],
+                [sys.executable, "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

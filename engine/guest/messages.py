@@ -22,7 +22,7 @@ from engine.wire import Decoder, Message, encode
 
 DATAGRAM_BYTES_MAX: Final = 64 * 1024
 STATE_BYTES_MAX: Final = 32 * 1024  #: 64 vCPUs need 1.6 KiB
-FDS_MAX: Final = 4
+FDS_MAX: Final = 253  #: Linux: SCM_MAX_FD
 VCPUS_MAX: Final = 64
 WORDS_MAX: Final = 508
 
@@ -67,6 +67,27 @@ class Start(Request, frozen=True):
 
 class Attach(Request, frozen=True):
     """First request to an orphaned agent. Answer: Attached."""
+
+
+class StartQemu(Request, frozen=True):
+    """First request to a new agent, for a QEMU. Answer: ForeignStarted.
+
+    :ivar qmp: path of its socket, for us alone.
+    :ivar incoming: it was started with `-incoming defer`, and shall take a guest over."""
+
+    qmp: Text
+    incoming: bool
+
+
+class StartProcess(Request, frozen=True):
+    """First request to a new agent, for any process. Answer: ForeignStarted.
+
+    :ivar path: of the file that it maps as its memory.
+    :ivar incoming: it shall take a memory over, and stands until then."""
+
+    pid: Annotated[int, msgspec.Meta(ge=1)]
+    path: Text
+    incoming: bool
 
 
 class Pause(Request, frozen=True):
@@ -146,6 +167,12 @@ class LoadState(Request, frozen=True):
     """Answer: Done."""
 
     state: bytes
+
+
+class LoadLongState(Request, frozen=True):
+    """A state that no datagram holds; beside it a memfd of so many bytes. Answer: Done."""
+
+    size: Natural
 
 
 class Judge(Request, frozen=True):
@@ -289,6 +316,30 @@ class Attached(Answer, frozen=True):
     gone: bool = False
 
 
+class ForeignStarted(Answer, frozen=True):
+    """A process and its RAM blocks; beside it their descriptors, in this order."""
+
+    pid: int
+    names: list[str]
+    sizes: list[int]
+    page_sizes: list[int]
+    running: bool
+
+
+class TrackedBlocks(Answer, frozen=True):
+    """As `Tracked`, for several blocks of one process."""
+
+    name: str
+    addresses: list[int]
+    reason: str
+
+
+class LongState(Answer, frozen=True):
+    """Device state that no datagram holds; beside it a memfd of so many bytes."""
+
+    size: int
+
+
 class Tracked(Answer, frozen=True):
     """The tracker in use; beside it the descriptor of its pagemap or bitmap, if it has one."""
 
@@ -340,6 +391,8 @@ class Taken(Answer, frozen=True):
 
 AnyRequest = (
     Start
+    | StartQemu
+    | StartProcess
     | Attach
     | Pause
     | Resume
@@ -356,6 +409,7 @@ AnyRequest = (
     | ReadTimes
     | SaveState
     | LoadState
+    | LoadLongState
     | Judge
     | OpenMissing
     | CloseMissing
@@ -380,8 +434,11 @@ AnyAnswer = (
     | Dirtied
     | Times
     | Attached
+    | ForeignStarted
     | Tracked
+    | TrackedBlocks
     | State
+    | LongState
     | Judged
     | MissingOpened
     | Listening

@@ -11,6 +11,7 @@ from engine.errors import UsageError, shown
 from engine.guest import messages
 from engine.guest.backing import HUGE_1G, HUGE_2M, check_available, make_ram
 from engine.guest.base import Guest, Handover, TrackerName
+from engine.guest.foreignguest import attach_process, attach_qemu
 from engine.guest.ram import RamGuest
 from engine.guest.rundir import check_rundir, default_rundir
 from engine.guest.workload import WorkloadGuest, adopt_workload, start_workload
@@ -19,7 +20,7 @@ from engine.sizes import parse_size
 
 PATTERNS: Final = ("sweep", "random", "hotspot", "append")
 CONTENTS: Final = ("zero", "text", "heap", "random", "mixed")
-NOT_YET: Final = ("qemu", "process", "handoff")
+NOT_YET: Final = ("handoff",)
 PATH_BYTES_MAX: Final = 4095  #: the kernel's PATH_MAX, less its final zero
 
 
@@ -73,8 +74,28 @@ class WorkloadSpec:
         )
 
 
-GuestSpec = RamSpec | WorkloadSpec
-SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec)
+@dataclass(frozen=True, slots=True)
+class QemuSpec:
+    """`qemu:`: one that runs already, whose QMP server listens at the path."""
+
+    qmp: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """`process:`: any that maps the file as its memory."""
+
+    pid: int
+    path: str
+
+
+GuestSpec = RamSpec | WorkloadSpec | QemuSpec | ProcessSpec
+SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec, QemuSpec, ProcessSpec)
+#: What kinds that have no size need, and how it looks.
+NEEDED: Final = {
+    "qemu": ({"qmp"}, "qmp=, like qemu:qmp=/run/guest.qmp"),
+    "process": ({"pid", "path"}, "pid= and path=, like process:pid=4711,path=/dev/shm/cache"),
+}
 
 
 # -- values: each raises ValueError with what is allowed -----------------------------------------
@@ -157,6 +178,8 @@ PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "fill": _switch,
     "timed": _switch,
     "socket": _path,
+    "qmp": _path,
+    "pid": _number(1, 2**22),
     "rundir": _path,
     "tracker": _tracker,
 }
@@ -179,10 +202,17 @@ def parse_guest_spec(text: str) -> GuestSpec:
         if spec.rundir is not None:
             check_rundir(spec.rundir)
         return spec
+    if kind == "qemu":
+        return _parse(QemuSpec, kind, rest)
+    if kind == "process":
+        return _parse(ProcessSpec, kind, rest)
     if kind in NOT_YET:
-        raise UsageError(f"guest kind '{kind}' is not built yet; there are: ram, workload")
+        raise UsageError(
+            f"guest kind '{kind}' is not built yet; there are: ram, workload, qemu, process"
+        )
     raise UsageError(
-        f"guest '{shown(text)}' is of no known kind; allowed: ram:size=..., workload:size=..."
+        f"guest '{shown(text)}' is of no known kind; allowed: ram:size=..., workload:size=..., "
+        "qemu:qmp=..., process:pid=...,path=..."
     )
 
 
@@ -213,6 +243,10 @@ def _check_together(kind: str, values: dict[str, Any]) -> None:
             raise UsageError(
                 f"guest '{kind}': socket= adopts a guest as it is; only tracker= may go with it"
             )
+    elif kind in NEEDED:
+        names, text = NEEDED[kind]
+        if not names <= set(values):
+            raise UsageError(f"guest '{kind}' needs {text}")
     elif "size" not in values:
         raise UsageError(f"guest '{kind}' needs size=, like {kind}:size=2G")
     if "path" in values and "hugetlb" in values:
@@ -237,6 +271,10 @@ async def open_guest(
     :raise GuestError: the guest's process failed to start; nothing is left."""
     if isinstance(spec, WorkloadSpec):
         return await open_workload(spec, incoming=incoming, run=run)
+    if isinstance(spec, QemuSpec):
+        return await attach_qemu(spec.qmp, incoming=incoming)
+    if isinstance(spec, ProcessSpec):
+        return await attach_process(spec.pid, spec.path, incoming=incoming)
     ram = make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize)
     return RamGuest(ram, incoming=incoming, run=run, given_up=given_up)
 

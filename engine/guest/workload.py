@@ -7,11 +7,11 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 from engine.errors import GuestError, MigrationError, UsageError
 from engine.guest import messages
+from engine.guest.agentguest import AgentGuest
 from engine.guest.backing import BLOCK_NAME, OwnedRam
 from engine.guest.base import (
     Handover,
@@ -33,8 +33,8 @@ FAULTED_BYTES_PER_S_MIN: Final = 10_000_000  #: one page after the other comes f
 ADOPT_WAIT_S: Final = 5.0
 
 
-class WorkloadGuest:
-    """A guest in a process of its own; owns that process, RAM's descriptor and the tracker's."""
+class WorkloadGuest(AgentGuest):
+    """A guest in a process of its own; owns that process, and RAM's descriptor."""
 
     def __init__(
         self,
@@ -46,18 +46,12 @@ class WorkloadGuest:
         stopped: bool,
     ) -> None:
         """Take link and RAM over."""
-        self._link, self._ram, self._tracker = link, ram, tracker
-        self._is_running = running
-        self._is_stopped_by_user = stopped
-        self._is_open = True
+        super().__init__(link, running=running, stopped=stopped)
+        self._ram, self._tracker = ram, tracker
         self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
         self.is_missing_open = False  #: its pages are missing until `close_missing`
         self.is_gone = False  #: it runs at the destination, and keeps its RAM until `release_ram`
         self._missing: Missing | None = None
-        self._tracking_fd = -1
-        self._when_taken: Callable[[int], Awaitable[None]] | None = None
-        self._telling: set[asyncio.Task[None]] = set()
-        link.on_taken = self._taken
 
     @property
     def kind(self) -> str:
@@ -70,37 +64,6 @@ class WorkloadGuest:
     @property
     def blocks(self) -> tuple[RamBlock, ...]:
         return (self._ram.block,)
-
-    @property
-    def is_running(self) -> bool:
-        return self._is_running
-
-    @property
-    def is_stopped_by_user(self) -> bool:
-        return self._is_stopped_by_user
-
-    @property
-    def is_alive(self) -> bool:
-        return self._is_open and self._link.is_alive
-
-    async def _do(self, request: messages.Request) -> None:
-        await self._link.ask(request, messages.Done)
-
-    # -- running ---------------------------------------------------------------------------------
-
-    async def pause(self, *, for_migration: bool) -> int:
-        return await self._change(messages.Pause(self._link.next_id(), for_migration))
-
-    async def resume(self, *, for_migration: bool) -> None:
-        await self._change(messages.Resume(self._link.next_id(), for_migration))
-
-    async def _change(self, request: messages.Pause | messages.Resume) -> int:
-        at, _ = await self._link.ask(request, messages.At)
-        self._is_running, self._is_stopped_by_user = at.running, at.stopped
-        return at.at_ns
-
-    async def throttle(self, percent: int) -> None:
-        await self._do(messages.Throttle(self._link.next_id(), percent))
 
     async def writes(self) -> int | None:
         count, _ = await self._link.ask(messages.Writes(self._link.next_id()), messages.Count)
@@ -126,21 +89,6 @@ class WorkloadGuest:
         else:
             block = TrackedBlock(pagemap_fd=self._tracking_fd, address=tracked.address)
         return Tracking(name, (block,), tracked.reason)
-
-    async def stop_tracking(self) -> None:
-        self._close_tracking_fd()
-        await self._do(messages.StopTracking(self._link.next_id()))
-
-    def _close_tracking_fd(self) -> None:
-        if self._tracking_fd >= 0:
-            os.close(self._tracking_fd)
-            self._tracking_fd = -1
-
-    async def clear_soft_dirty(self) -> None:
-        """Call every page clean from now on; only when SOFT_DIRTY tracks.
-
-        :raise MemoryRefused: another tracker is in use."""
-        await self._do(messages.ClearSoftDirty(self._link.next_id()))
 
     # -- what the vCPUs dirty, beside a migration ------------------------------------------------
 
@@ -221,69 +169,15 @@ class WorkloadGuest:
 
     # -- handover --------------------------------------------------------------------------------
 
-    async def listen_handover(self, host_uri: str) -> str:
-        request = messages.ListenHandover(self._link.next_id(), host_uri)
-        listening, _ = await self._link.ask(request, messages.Listening)
-        return listening.endpoint
-
-    async def arm(self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]) -> None:
-        self._when_taken = taken
-        await self._do(messages.Arm(self._link.next_id(), session, run))
-
-    def _taken(self, event: messages.Taken) -> None:
-        self._is_running, self._is_stopped_by_user = event.running, not event.running
-        when_taken = self._when_taken
-
-        async def tell() -> None:
-            if when_taken is not None:
-                await when_taken(event.at_ns)
-
-        task = asyncio.get_running_loop().create_task(tell())
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
-
-    async def disarm(self) -> bool:
-        count, _ = await self._link.ask(messages.Disarm(self._link.next_id()), messages.Count)
-        return bool(count.value)
-
-    async def connect_handover(self, endpoint: str, session: bytes) -> None:
-        request = messages.ConnectHandover(self._link.next_id(), endpoint, session)
-        await self._link.ask(request, messages.Done, wait_s=2 * ANSWER_WAIT_S)
-
-    async def check_handover(self) -> None:
-        await self._link.ask(
-            messages.CheckHandover(self._link.next_id()), messages.Done, wait_s=2 * ANSWER_WAIT_S
-        )
-
     async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
-        request = messages.HandOver(self._link.next_id(), wait_ns, keeps_ram)
-        wait_s = wait_ns / 1e9 + ANSWER_WAIT_S
-        outcome, _ = await self._link.ask(request, messages.HandedOver, wait_s=wait_s)
-        self.is_gone = Handover(outcome.outcome) is Handover.TAKEN
-        return Handover(outcome.outcome)
+        outcome = await super().hand_over(wait_ns, keeps_ram=keeps_ram)
+        self.is_gone = outcome is Handover.TAKEN
+        return outcome
 
     async def release_ram(self) -> None:
         await self._do(messages.ReleaseRam(self._link.next_id()))
 
-    async def give_away(self) -> None:
-        await self._do(messages.GiveAway(self._link.next_id()))
-
-    async def settle(self, *, taken: bool) -> None:
-        await self._do(messages.Settle(self._link.next_id(), taken))
-
-    async def take_over(
-        self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]
-    ) -> None:
-        self._when_taken = taken
-        await self._do(messages.TakeOver(self._link.next_id(), session, run))
-
-    async def close_handover(self) -> None:
-        await self._do(messages.CloseHandover(self._link.next_id()))
-
     # -- the end ---------------------------------------------------------------------------------
-
-    async def died(self) -> str:
-        return await self._link.died()
 
     async def quit(self) -> None:
         if not self._is_open:
@@ -291,9 +185,7 @@ class WorkloadGuest:
         self._is_open = False
         self._is_running = False
         await self._link.end()
-        for task in self._telling:
-            task.cancel()
-        await asyncio.gather(*self._telling, return_exceptions=True)
+        await self._stop_telling()
         self._close_tracking_fd()
         self._close_lent()
         self._ram.close()
@@ -304,9 +196,7 @@ class WorkloadGuest:
         if not self._is_open:
             return
         self._is_open = False
-        for task in self._telling:
-            task.cancel()
-        await asyncio.gather(*self._telling, return_exceptions=True)
+        await self._stop_telling()
         self._link.leave()
         self._close_tracking_fd()
         self._close_lent()

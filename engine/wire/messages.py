@@ -13,8 +13,11 @@ from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE, RamBlock
 
 VERSION: Final = 3
 SESSION_BYTES: Final = 16
-MAIN_BYTES_MAX: Final = 2 * 1024 * 1024  #: device state (1 MiB) and room for what is around it
-STATE_BYTES_MAX: Final = 1024 * 1024
+#: A QEMU's is 0.3 to 0.9 MiB, and the memory of its display (16 MiB) with it.
+STATE_BYTES_MAX: Final = 32 * 1024 * 1024
+MAIN_BYTES_MAX: Final = (
+    STATE_BYTES_MAX + 1024 * 1024
+)  #: device state and room for what is around it
 FRAME: Final = struct.Struct(">I")  #: length of the message that follows; 0 is invalid
 ORDER_BYTES_MAX: Final = 64 * 1024
 CHANNELS_MAX: Final = 255

@@ -18,8 +18,8 @@
 /* -- what module.c puts together ------------------------------------------------------------------- */
 
 extern PyMethodDef BITMAP_METHODS[], BUDGET_METHODS[], DELTA_METHODS[], DESTINATION_METHODS[],
-    INSERTION_METHODS[], KERNEL_METHODS[], SERVICE_METHODS[], SOURCE_METHODS[], TRACKING_METHODS[],
-    USERFAULT_METHODS[], WORKLOAD_METHODS[];
+    INJECTION_METHODS[], INSERTION_METHODS[], KERNEL_METHODS[], SERVICE_METHODS[], SOURCE_METHODS[],
+    TRACKING_METHODS[], USERFAULT_METHODS[], WORKLOAD_METHODS[];
 
 /* -- converters for PyArg_ParseTuple("O&"): a wrong value is a ValueError, never a wrapped one ----- */
 

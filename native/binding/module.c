@@ -5,6 +5,7 @@
 #include "compressibility.h"
 #include "delta_cache.h"
 #include "faults.h"
+#include "inject.h"
 #include "insertion.h"
 #include "linux_abi.h"
 #include "page_service.h"
@@ -14,7 +15,7 @@ static int add_methods(PyObject *module)
     PyMethodDef *const TABLES[] = {
         KERNEL_METHODS,   BITMAP_METHODS,    SOURCE_METHODS,      DELTA_METHODS,
         TRACKING_METHODS, USERFAULT_METHODS, DESTINATION_METHODS, BUDGET_METHODS,
-        WORKLOAD_METHODS, INSERTION_METHODS, SERVICE_METHODS,
+        WORKLOAD_METHODS, INSERTION_METHODS, SERVICE_METHODS,     INJECTION_METHODS,
     };
 
     for (size_t i = 0; i < sizeof TABLES / sizeof TABLES[0]; ++i)
@@ -52,6 +53,18 @@ static int add_constants(PyObject *module)
         {"FAULTS_COMPLETE", FAULTS_COMPLETE},
         {"PAGES_WOKEN", PAGES_WOKEN},
         {"PAGES_LOST", PAGES_LOST},
+        {"INJECT_DONE", INJECT_DONE},
+        {"INJECT_GONE", INJECT_GONE},
+        {"INJECT_NOT_ALLOWED", INJECT_NOT_ALLOWED},
+        {"INJECT_TRACED", INJECT_TRACED},
+        {"INJECT_NOT_64_BIT", INJECT_NOT_64_BIT},
+        {"INJECT_FILTERED", INJECT_FILTERED},
+        {"INJECT_SHADOW_STACK", INJECT_SHADOW_STACK},
+        {"INJECT_NO_CODE", INJECT_NO_CODE},
+        {"INJECT_NO_SAFE_THREAD", INJECT_NO_SAFE_THREAD},
+        {"INJECT_TOO_OLD", INJECT_TOO_OLD},
+        {"INJECT_REFUSED", INJECT_REFUSED},
+        {"INJECT_FAILED", INJECT_FAILED},
     };
 
     for (size_t i = 0; i < sizeof CONSTANTS / sizeof CONSTANTS[0]; ++i)

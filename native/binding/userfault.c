@@ -27,6 +27,17 @@ static PyObject *native_uffd_open(PyObject *module, PyObject *args)
     return count_or_error(uffd_open(flags, features));
 }
 
+static PyObject *native_uffd_negotiate(PyObject *module, PyObject *args)
+{
+    uint64_t features;
+    int uffd;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&:uffd_negotiate", to_int, &uffd, to_u64, &features))
+        return NULL;
+    return none_or_error(uffd_negotiate(uffd, features));
+}
+
 static PyObject *native_uffd_register(PyObject *module, PyObject *args)
 {
     uint64_t address, size, mode;
@@ -64,6 +75,7 @@ static PyObject *native_uffd_unregister(PyObject *module, PyObject *args)
 PyMethodDef USERFAULT_METHODS[] = {
     {"mapping_address", native_mapping_address, METH_VARARGS, NULL},
     {"uffd_open", native_uffd_open, METH_VARARGS, NULL},
+    {"uffd_negotiate", native_uffd_negotiate, METH_VARARGS, NULL},
     {"uffd_register", native_uffd_register, METH_VARARGS, NULL},
     {"uffd_unregister", native_uffd_unregister, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -1,0 +1,140 @@
+"""What all guests that have an agent process have in common, as their control process sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+from engine.guest import messages
+from engine.guest.base import Handover
+from engine.guest.link import ANSWER_WAIT_S, AgentLink
+
+
+class AgentGuest:
+    """Run state and the right to run, asked of an agent; owns the link and the tracker's
+    descriptor."""
+
+    def __init__(self, link: AgentLink, *, running: bool, stopped: bool) -> None:
+        """Take the link over."""
+        self._link = link
+        self._is_running = running
+        self._is_stopped_by_user = stopped
+        self._is_open = True
+        self._tracking_fd = -1
+        self._when_taken: Callable[[int], Awaitable[None]] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
+        link.on_taken = self._taken
+
+    @property
+    def is_running(self) -> bool:
+        return self._is_running
+
+    @property
+    def is_stopped_by_user(self) -> bool:
+        return self._is_stopped_by_user
+
+    @property
+    def is_alive(self) -> bool:
+        return self._is_open and self._link.is_alive
+
+    async def _do(self, request: messages.Request, wait_s: float = ANSWER_WAIT_S) -> None:
+        await self._link.ask(request, messages.Done, wait_s=wait_s)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    async def pause(self, *, for_migration: bool) -> int:
+        return await self._change(messages.Pause(self._link.next_id(), for_migration))
+
+    async def resume(self, *, for_migration: bool) -> None:
+        await self._change(messages.Resume(self._link.next_id(), for_migration))
+
+    async def _change(self, request: messages.Pause | messages.Resume) -> int:
+        at, _ = await self._link.ask(request, messages.At)
+        self._is_running, self._is_stopped_by_user = at.running, at.stopped
+        return at.at_ns
+
+    async def throttle(self, percent: int) -> None:
+        await self._do(messages.Throttle(self._link.next_id(), percent))
+
+    # -- tracking --------------------------------------------------------------------------------
+
+    async def stop_tracking(self) -> None:
+        self._close_tracking_fd()
+        await self._do(messages.StopTracking(self._link.next_id()))
+
+    def _close_tracking_fd(self) -> None:
+        if self._tracking_fd >= 0:
+            os.close(self._tracking_fd)
+            self._tracking_fd = -1
+
+    async def clear_soft_dirty(self) -> None:
+        """Call every page clean from now on; only when SOFT_DIRTY tracks.
+
+        :raise MemoryRefused: another tracker is in use."""
+        await self._do(messages.ClearSoftDirty(self._link.next_id()))
+
+    # -- handover --------------------------------------------------------------------------------
+
+    async def listen_handover(self, host_uri: str) -> str:
+        request = messages.ListenHandover(self._link.next_id(), host_uri)
+        listening, _ = await self._link.ask(request, messages.Listening)
+        return listening.endpoint
+
+    async def arm(self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]) -> None:
+        self._when_taken = taken
+        await self._do(messages.Arm(self._link.next_id(), session, run))
+
+    def _taken(self, event: messages.Taken) -> None:
+        self._is_running, self._is_stopped_by_user = event.running, not event.running
+        when_taken = self._when_taken
+
+        async def tell() -> None:
+            if when_taken is not None:
+                await when_taken(event.at_ns)
+
+        task = asyncio.get_running_loop().create_task(tell())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def disarm(self) -> bool:
+        count, _ = await self._link.ask(messages.Disarm(self._link.next_id()), messages.Count)
+        return bool(count.value)
+
+    async def connect_handover(self, endpoint: str, session: bytes) -> None:
+        request = messages.ConnectHandover(self._link.next_id(), endpoint, session)
+        await self._do(request, 2 * ANSWER_WAIT_S)
+
+    async def check_handover(self) -> None:
+        await self._do(messages.CheckHandover(self._link.next_id()), 2 * ANSWER_WAIT_S)
+
+    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
+        request = messages.HandOver(self._link.next_id(), wait_ns, keeps_ram)
+        wait_s = wait_ns / 1e9 + ANSWER_WAIT_S
+        outcome, _ = await self._link.ask(request, messages.HandedOver, wait_s=wait_s)
+        return Handover(outcome.outcome)
+
+    async def give_away(self) -> None:
+        await self._do(messages.GiveAway(self._link.next_id()))
+
+    async def settle(self, *, taken: bool) -> None:
+        await self._do(messages.Settle(self._link.next_id(), taken))
+
+    async def take_over(
+        self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]
+    ) -> None:
+        self._when_taken = taken
+        await self._do(messages.TakeOver(self._link.next_id(), session, run))
+
+    async def close_handover(self) -> None:
+        await self._do(messages.CloseHandover(self._link.next_id()))
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    async def died(self) -> str:
+        return await self._link.died()
+
+    async def _stop_telling(self) -> None:
+        for task in self._telling:
+            task.cancel()
+        await asyncio.gather(*self._telling, return_exceptions=True)

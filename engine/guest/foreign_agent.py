@@ -1,0 +1,244 @@
+"""The agent of a process that knows nothing of us: `python -m engine.guest.foreign_agent FD`.
+
+It is between control, which starts it, and a QEMU or another process. It holds the right to run and
+the userfaultfd, so a death of control leaves a source guest that runs untracked. It never ends the
+process, and does not wait to be adopted: a new control process attaches anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOver
+from engine.guest import messages
+from engine.guest.agent import Agent, main
+from engine.guest.base import Role
+from engine.guest.foreign import REASON, ForeignMachine
+from engine.guest.messages import Reply
+from engine.guest.process_machine import ProcessMachine
+from engine.guest.qemu_machine import QemuMachine
+from engine.memory.tracking import TrackerName
+
+
+class ForeignAgent(Agent):
+    """One process, one control connection."""
+
+    def __init__(self, control: socket.socket) -> None:
+        super().__init__(control)
+        self._foreign: ForeignMachine | None = None
+        self._pidfd = -1
+
+    def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
+        handler = FOREIGN_HANDLERS.get(type(request))
+        return super()._do(request, fds) if handler is None else handler(self, request, fds)
+
+    def _need_foreign(self) -> ForeignMachine:
+        if self._foreign is None:
+            raise GuestError("the agent is not attached yet")
+        return self._foreign
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def _start_qemu(self, request: messages.StartQemu, _fds: list[int]) -> Reply:
+        path, incoming = request.qmp, request.incoming
+        return await self._attach_to(request, lambda: QemuMachine(path, incoming=incoming))
+
+    async def _start_process(self, request: messages.StartProcess, _fds: list[int]) -> Reply:
+        pid, path, incoming = request.pid, request.path, request.incoming
+        return await self._attach_to(request, lambda: ProcessMachine(pid, path, incoming=incoming))
+
+    async def _attach_to(
+        self,
+        request: messages.StartQemu | messages.StartProcess,
+        open_machine: Callable[[], ForeignMachine],
+    ) -> Reply:
+        if self.role is not Role.NEW or self._foreign is not None:
+            raise GuestError("the agent is attached already")
+        machine: ForeignMachine = await self._threads.run(open_machine)
+        self._foreign = machine
+        self._watch(machine.pid)
+        self.role = Role.INCOMING if request.incoming else Role.OWNER
+        self._standing.by_user = not machine.is_running
+        blocks = [each.block for each in machine.blocks]
+        started = messages.ForeignStarted(
+            request.id,
+            machine.pid,
+            [block.name for block in blocks],
+            [block.size for block in blocks],
+            [block.backing_page_size for block in blocks],
+            machine.is_running,
+        )
+        return Reply(started, [block.fd for block in blocks])
+
+    def _watch(self, pid: int) -> None:
+        """Without its process an agent is nothing."""
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as exc:
+            raise GuestError(f"process {pid} has ended") from exc
+        asyncio.get_running_loop().add_reader(self._pidfd, self._end.set)
+
+    async def _give_back(self) -> None:
+        if self._foreign is not None:
+            self._foreign.end()
+        await super()._give_back()
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        if self._foreign is None:
+            return
+        self._free()
+        with contextlib.suppress(MigrationError):
+            self._foreign.confirm()
+        self._foreign.close()
+
+    def _free(self) -> None:
+        """The engine's reasons to hold the guest have ended with it."""
+        if self.role is Role.OWNER and self._standing.by_engine:
+            self._standing.by_engine = False
+            with contextlib.suppress(MigrationError):
+                self._apply()
+
+    async def _go_on_alone(self) -> None:
+        await asyncio.gather(*self._requests, return_exceptions=True)
+        self._free()
+        if self._is_unknown:
+            text = (
+                f"ramferry agent[{os.getpid()}]: its control process is gone, and nobody has "
+                "said whether the guest runs at the destination; "
+                f"{self._need_foreign().what} stays stopped. Look there before you continue it\n"
+            )
+            with contextlib.suppress(OSError):  # stderr may have gone with control
+                os.write(sys.stderr.fileno(), text.encode())
+        self._end.set()
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        if self.role is Role.OWNER and self._standing.may_run:
+            self._need_foreign().resume()
+
+    def _at(self, request_id: int, at_ns: int) -> messages.At:
+        running = self._need_foreign().is_running
+        return messages.At(request_id, at_ns, running, self._standing.by_user)
+
+    def _taken(self) -> None:
+        super()._taken()
+        task = asyncio.get_running_loop().create_task(self._confirm_taken())
+        self._requests.add(task)
+        task.add_done_callback(self._answered)
+
+    async def _confirm_taken(self) -> None:
+        """The guest is ours, whether it runs or not; but somebody should know."""
+        try:
+            await self._threads.run(self._need_foreign().confirm)
+        except MigrationError as exc:
+            text = f"ramferry agent[{os.getpid()}]: the guest is here and stands: {exc}\n"
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), text.encode())
+
+    async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
+        foreign = self._need_foreign()
+        async with self._one_at_a_time:
+            if not self._standing.by_engine:  # its operator has monitors of his own
+                self._standing.by_user = not await self._threads.run(foreign.looks_running)
+            self._standing.change(stands=True, for_migration=request.for_migration)
+            return Reply(self._at(request.id, await self._threads.run(foreign.pause)))
+
+    async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
+        reply = await super()._resume_asked(request, _fds)
+        await self._threads.run(self._need_foreign().confirm)
+        return reply
+
+    async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
+        if request.percent:
+            raise GuestError(
+                f"{self._need_foreign().what} cannot be throttled yet; auto-converge=off"
+            )
+        return Reply(messages.Done(request.id))
+
+    # -- tracking and device state ---------------------------------------------------------------
+
+    async def _start_tracking(self, request: messages.StartTracking, _fds: list[int]) -> Reply:
+        foreign = self._need_foreign()
+        try:
+            wanted = TrackerName(request.wanted) if request.wanted else None
+        except ValueError as exc:
+            raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
+        async with self._one_at_a_time:
+            tracker = await self._threads.run(lambda: foreign.start_tracking(wanted))
+        addresses = [each.address for each in foreign.blocks]
+        reason = f"{REASON} {foreign.pid}; a thread of it stood for {tracker.stopped_ns // 1000} us"
+        tracked = messages.TrackedBlocks(request.id, TrackerName.UFFD.value, addresses, reason)
+        return Reply(tracked, [tracker.pagemap_fd])
+
+    async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            await self._threads.run(self._need_foreign().stop_tracking)
+        return Reply(messages.Done(request.id))
+
+    async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            if self.role is not Role.OWNER or not self._standing.by_engine:
+                raise GuestError("only a guest that the engine holds is saved")
+            fd, size = await self._threads.run(self._need_foreign().save)
+        return Reply(messages.LongState(request.id, size), spent=[fd])
+
+    async def _load_long(self, request: messages.LoadLongState, fds: list[int]) -> Reply:
+        if self.role is not Role.INCOMING or len(fds) != 1:
+            raise GuestError("only a guest that waits for a migration takes a state")
+        async with self._one_at_a_time:
+            await self._threads.run(lambda: self._need_foreign().load(fds[0], request.size))
+        return Reply(messages.Done(request.id))
+
+    async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
+        if await self._threads.run(self._need_foreign().looks_running):
+            raise NotHandedOver("somebody else continued the guest behind the last round")
+        return await super()._hand_over(request, _fds)
+
+    async def _refuse(self, request: messages.Request, _fds: list[int]) -> Reply:
+        raise GuestError(f"{type(request).__name__} is not for {self._need_foreign().what}")
+
+
+FOREIGN_HANDLERS: Final[
+    Mapping[type, Callable[[ForeignAgent, Any, list[int]], Awaitable[Reply]]]
+] = {
+    messages.StartQemu: ForeignAgent._start_qemu,
+    messages.StartProcess: ForeignAgent._start_process,
+    messages.Pause: ForeignAgent._pause,
+    messages.Resume: ForeignAgent._resume_asked,
+    messages.Throttle: ForeignAgent._throttle,
+    messages.StartTracking: ForeignAgent._start_tracking,
+    messages.StopTracking: ForeignAgent._stop_tracking,
+    messages.SaveState: ForeignAgent._save,
+    messages.LoadLongState: ForeignAgent._load_long,
+    messages.HandOver: ForeignAgent._hand_over,
+    **dict.fromkeys(
+        (
+            messages.Start,
+            messages.Attach,
+            messages.Writes,
+            messages.ClearSoftDirty,
+            messages.StartCounting,
+            messages.CountWritten,
+            messages.CountDirty,
+            messages.LimitDirty,
+            messages.ReadDirtied,
+            messages.LoadState,
+            messages.Judge,
+            messages.OpenMissing,
+            messages.CloseMissing,
+        ),
+        ForeignAgent._refuse,
+    ),
+}
+
+
+if __name__ == "__main__":
+    main(ForeignAgent)

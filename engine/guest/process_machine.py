@@ -1,0 +1,170 @@
+"""Any process with a shared mapping, as its agent drives it: signals, and no device state.
+
+What is tracked is what goes through the mapping; `write` to the file itself is not seen. The
+process must not mind being stopped (SIGSTOP), and its twin takes over nothing but the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Final
+
+from engine.errors import GuestError, MemoryRefused, shown
+from engine.guest.foreign import (
+    ForeignBlock,
+    ForeignTracker,
+    check_alone,
+    check_tracker,
+    check_whole,
+    open_block,
+    read_mappings,
+    track_foreign,
+)
+from engine.memory.tracking import TrackerName
+
+BLOCK_NAME: Final = "memory"
+STATE: Final = b"ramferry process 1"
+STOP_WAIT_S: Final = 10.0  #: for all threads to stand; one may be in an uninterruptible wait
+LOOK_S: Final = 0.0005
+STOPPED: Final = "TtXZ"  #: states of a thread that runs no more: stopped, traced, dead
+
+
+class ProcessMachine:
+    """One process; owns its pidfd, the file's descriptor and the tracker, not the process."""
+
+    def __init__(self, pid: int, path: str, *, incoming: bool) -> None:
+        """Attach. A process that shall take a memory over is stopped until then.
+
+        :raise MigrationError: one line that says what is missing; nothing was changed."""
+        self.pid = pid
+        self.blocks: list[ForeignBlock] = []
+        self._tracker: ForeignTracker | None = None
+        self._ended = threading.Event()
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as exc:
+            raise GuestError(f"there is no process {pid}: {exc.strerror}") from exc
+        try:
+            self.blocks = [self._find(path)]
+            self.looks_running()
+            if incoming:
+                self.pause()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def what(self) -> str:
+        return f"process {self.pid}"
+
+    def _find(self, path: str) -> ForeignBlock:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as exc:
+            raise MemoryRefused(f"'{shown(path)}': {exc.strerror}") from exc
+        try:
+            mappings = read_mappings(self.pid)
+            found = os.fstat(fd)
+            file = (found.st_dev, found.st_ino)
+            ours = [each for each in mappings if (each.device, each.inode) == file]
+            if not ours or any(each.rights[1] + each.rights[3] != "ws" for each in ours):
+                raise MemoryRefused(
+                    f"process {self.pid} does not map '{shown(path)}' shared and writable"
+                )
+            check_whole(path, ours[0], found.st_size, mappings)
+            check_alone({file}, self.pid)
+            return ForeignBlock(open_block(BLOCK_NAME, fd, found.st_size), ours[0].start)
+        except OSError as exc:
+            os.close(fd)
+            raise MemoryRefused(
+                f"process {self.pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
+            ) from exc
+        except BaseException:
+            os.close(fd)
+            raise
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def _states(self) -> list[str]:
+        """A letter for each thread; those that end meanwhile are left out."""
+        states = []
+        try:
+            for name in os.listdir(f"/proc/{self.pid}/task"):
+                try:
+                    with open(f"/proc/{self.pid}/task/{name}/stat", "rb") as stat:
+                        states.append(chr(stat.read().rpartition(b")")[2].split()[0][0]))
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+        except FileNotFoundError as exc:
+            raise GuestError(f"process {self.pid} has ended") from exc
+        return states
+
+    def looks_running(self) -> bool:
+        self.is_running = any(state not in STOPPED for state in self._states())
+        return self.is_running
+
+    def pause(self) -> int:
+        self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + STOP_WAIT_S
+        while self.looks_running():
+            if time.monotonic() > deadline or self._ended.wait(LOOK_S):
+                raise GuestError(f"process {self.pid} did not stand in {STOP_WAIT_S:g} s")
+        return time.monotonic_ns()
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+        self.is_running = True
+
+    def confirm(self) -> None:
+        """A signal needs no answer."""
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except OSError as exc:
+            raise GuestError(f"process {self.pid} takes no signal: {exc.strerror}") from exc
+
+    # -- device state ----------------------------------------------------------------------------
+
+    def save(self) -> tuple[int, int]:
+        if self.looks_running():
+            raise GuestError("the process runs; pause it before its state is saved")
+        fd = os.memfd_create("ramferry-state", os.MFD_CLOEXEC)
+        os.write(fd, STATE)
+        return fd, len(STATE)
+
+    def load(self, state_fd: int, size: int) -> None:
+        if size != len(STATE) or os.pread(state_fd, size, 0) != STATE:
+            raise GuestError(f"device state of {size} bytes is not that of a process")
+        if self.looks_running():
+            raise GuestError(f"somebody continued process {self.pid} before its memory was whole")
+
+    # -- tracking --------------------------------------------------------------------------------
+
+    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+        check_tracker(wanted)
+        self.stop_tracking()
+        ranges = [(each.address, each.block.size) for each in self.blocks]
+        self._tracker = track_foreign(self.pid, ranges)
+        return self._tracker
+
+    def stop_tracking(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def close(self) -> None:
+        self.end()
+        self.stop_tracking()
+        for each in self.blocks:
+            os.close(each.block.fd)
+        self.blocks = []
+        os.close(self._pidfd)

@@ -1,0 +1,476 @@
+#define _GNU_SOURCE
+#include "inject.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "inject_frame.h"
+#include "inject_target.h"
+#include "seccomp_filter.h"
+
+#define SIGNAL_SET_BYTES ((void *)8)
+#define GET_SIGNAL_MASK 0x420a /* PTRACE_GETSIGMASK, Linux 3.11 */
+#define STOP_WAIT_NS INT64_C(2000000000) /* a thread that does not stop so long is in the kernel's hands */
+#define PROMPT_NS INT64_C(10000000) /* what takes longer waits for a processor, or for the kernel */
+#define LOOK_NS 20000 /* between two looks; the thread needs the processor meanwhile */
+#define LATE_LOOK_NS 500000 /* and when it has not been prompt */
+#define TRAPS_MAX 16 /* a process is not stopped more often than that within a millisecond */
+#define RETRY_NS 1000000 /* between two tries */
+
+#ifndef PTRACE_EVENT_STOP
+#define PTRACE_EVENT_STOP 128
+#endif
+
+struct job {
+    pid_t pid;
+    int flags, pidfd;
+    int64_t deadline_ns;
+    struct frame_code code;
+    struct injection *result;
+    enum inject_obstacle obstacle;
+};
+
+/* A thread that we hold. */
+struct held {
+    pid_t thread;
+    frame_registers registers; /* as it was when it stopped */
+    struct frame frame;
+    uint8_t below[FRAME_BYTES_MAX]; /* what was where the frame is */
+    int is_frame_written;
+};
+
+/* How one try with one thread ended. */
+enum outcome {
+    OUTCOME_DONE,
+    OUTCOME_AGAIN, /* let go before anything was to be had; another thread or time may do */
+    OUTCOME_OBSTACLE,
+};
+
+/* What the thread did when it was let go on. */
+enum stop {
+    STOP_CALL,   /* it is before or after a system call */
+    STOP_TRAP,   /* it was interrupted, or its process is being stopped */
+    STOP_SIGNAL, /* a signal is about to be delivered */
+    STOP_END,    /* it has ended */
+    STOP_NONE,   /* nothing, for too long */
+};
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void pause_ns(long ns)
+{
+    nanosleep(&(struct timespec){0, ns}, NULL);
+}
+
+static enum outcome obstacle(struct job *job, enum inject_obstacle what, int error)
+{
+    job->obstacle = what;
+    job->result->error = error;
+    return OUTCOME_OBSTACLE;
+}
+
+/* -- the thread's stops ---------------------------------------------------------------------------- */
+
+static enum stop sort(int status, int *signal_number)
+{
+    if (!WIFSTOPPED(status))
+        return STOP_END;
+    *signal_number = 0;
+    if (status >> 16 == PTRACE_EVENT_STOP)
+        return STOP_TRAP;
+    if (WSTOPSIG(status) == (SIGTRAP | 0x80))
+        return STOP_CALL;
+    *signal_number = WSTOPSIG(status);
+    return STOP_SIGNAL;
+}
+
+static enum stop wait_for_stop(pid_t thread, int *signal_number)
+{
+    const int64_t began_ns = now_ns();
+
+    for (int64_t waited_ns = 0; waited_ns < STOP_WAIT_NS; waited_ns = now_ns() - began_ns) {
+        int status;
+        pid_t found = waitpid(thread, &status, __WALL | WNOHANG);
+
+        if (found == thread)
+            return sort(status, signal_number);
+        if (found < 0 && errno != EINTR)
+            return STOP_END;
+        pause_ns(waited_ns < PROMPT_NS ? LOOK_NS : LATE_LOOK_NS);
+    }
+    return STOP_NONE;
+}
+
+static int read_registers(pid_t thread, frame_registers *registers, size_t *size)
+{
+    struct iovec vector = {registers, sizeof *registers};
+
+    if (ptrace(PTRACE_GETREGSET, thread, (void *)(uintptr_t)NT_PRSTATUS, &vector) < 0)
+        return -errno;
+    *size = vector.iov_len;
+    return 0;
+}
+
+static int write_registers(pid_t thread, const frame_registers *registers)
+{
+    struct iovec vector = {(void *)(uintptr_t)registers, sizeof *registers};
+
+    return ptrace(PTRACE_SETREGSET, thread, (void *)(uintptr_t)NT_PRSTATUS, &vector) < 0 ? -errno
+                                                                                         : 0;
+}
+
+/* -- leaving --------------------------------------------------------------------------------------- */
+
+/* Give the thread its registers back, then, when nothing leads through the frame any more, what was
+ * below its stack; let it go on with `signal_number`. */
+static void let_go(const struct held *held, const frame_registers *registers, int signal_number)
+{
+    if (held->is_frame_written && write_registers(held->thread, registers) == 0)
+        target_write(held->thread, held->frame.address, held->below, held->frame.size);
+    ptrace(PTRACE_DETACH, held->thread, NULL, (void *)(uintptr_t)signal_number);
+}
+
+/* It did something else than our call. At a signal the kernel is about to look whether an interrupted
+ * call begins anew: with the thread's own registers it decides as if we were not here. */
+static enum outcome give_up(struct job *job, const struct held *held, enum stop stop,
+                            int signal_number)
+{
+    switch (stop) {
+    case STOP_SIGNAL:
+        let_go(held, &held->registers, signal_number);
+        return OUTCOME_AGAIN;
+    case STOP_END:
+        return OUTCOME_AGAIN; /* the thread only, perhaps */
+    default: /* detached when our thread ends; the frame brings it back */
+        return obstacle(job, INJECT_NO_SAFE_THREAD, ETIMEDOUT);
+    }
+}
+
+/* -- one call -------------------------------------------------------------------------------------- */
+
+/* Let it go on to its next stop. A process that is being stopped makes its threads trap, also while
+ * they are traced; ours goes on, and stops for that when we leave it. */
+static enum stop go_on(const struct held *held, int *signal_number)
+{
+    for (int i = 0; i < TRAPS_MAX; ++i) {
+        enum stop stop;
+
+        if (ptrace(PTRACE_SYSCALL, held->thread, NULL, NULL) < 0)
+            return STOP_END;
+        stop = wait_for_stop(held->thread, signal_number);
+        if (stop != STOP_TRAP)
+            return stop;
+    }
+    return STOP_NONE;
+}
+
+static enum outcome call(struct job *job, const struct held *held, long number, uint64_t argument,
+                         int64_t *result)
+{
+    frame_registers registers =
+        frame_call(&held->registers, &job->code, held->frame.address, number, argument);
+    int rc = write_registers(held->thread, &registers), signal_number = 0;
+    size_t size;
+
+    if (rc < 0)
+        return obstacle(job, INJECT_FAILED, -rc); /* it was killed */
+    for (int is_after = 0; is_after <= 1; ++is_after) {
+        enum stop stop = go_on(held, &signal_number);
+
+        if (stop != STOP_CALL)
+            return give_up(job, held, stop, signal_number);
+        rc = read_registers(held->thread, &registers, &size);
+        if (rc < 0 || !frame_is_our_call(&registers, &job->code))
+            return obstacle(job, INJECT_FAILED, rc < 0 ? -rc : EPROTO);
+    }
+    *result = frame_result(&registers);
+    return OUTCOME_DONE;
+}
+
+static enum inject_obstacle meaning_of(int error)
+{
+    return error == ENOSYS || error == EINVAL ? INJECT_TOO_OLD : INJECT_REFUSED;
+}
+
+/* Have it opened and fetch it. The thread stays held, unless this fails. */
+static enum outcome fetch(struct job *job, const struct held *held)
+{
+    int64_t number;
+    int fd;
+    enum outcome outcome = call(job, held, SYS_userfaultfd,
+                                (uint64_t)(job->flags | O_CLOEXEC | O_NONBLOCK), &number);
+
+    if (outcome != OUTCOME_DONE)
+        return outcome;
+    if (number < 0)
+        return obstacle(job, meaning_of((int)-number), (int)-number);
+    job->result->left_open = (int)number;
+    fd = (int)syscall(SYS_pidfd_getfd, job->pidfd, (int)number, 0);
+    if (fd < 0)
+        return obstacle(job, errno == ENOSYS ? INJECT_TOO_OLD : INJECT_FAILED, errno);
+    job->result->uffd = fd;
+    return OUTCOME_DONE;
+}
+
+static enum outcome close_there(struct job *job, const struct held *held)
+{
+    int64_t result;
+    enum outcome outcome = call(job, held, SYS_close, (uint64_t)job->result->left_open, &result);
+
+    if (outcome == OUTCOME_DONE)
+        job->result->left_open = -1;
+    return outcome;
+}
+
+/* -- one thread ------------------------------------------------------------------------------------ */
+
+static enum outcome check_filters(struct job *job, pid_t thread)
+{
+    static const long NUMBERS[] = {SYS_userfaultfd, SYS_close, SYS_rt_sigreturn};
+    const uint64_t arguments[] = {(uint64_t)(job->flags | O_CLOEXEC | O_NONBLOCK), 0, 0};
+    int mode = seccomp_mode(thread);
+
+    if (mode <= 0)
+        return OUTCOME_DONE;
+    for (size_t i = 0; i < sizeof NUMBERS / sizeof NUMBERS[0]; ++i) {
+        int allows = seccomp_allows(thread, NUMBERS[i], arguments[i], job->code.call);
+
+        if (allows != 1)
+            return obstacle(job, INJECT_FILTERED, allows < 0 ? -allows : 0);
+    }
+    return OUTCOME_DONE;
+}
+
+/* Whether the stopped thread can be used; lays the frame if it can. */
+static enum outcome prepare(struct job *job, struct held *held)
+{
+    uint64_t signal_mask = 0;
+    enum outcome outcome;
+    size_t size = 0;
+    int rc = read_registers(held->thread, &held->registers, &size);
+
+    if (rc < 0)
+        return OUTCOME_AGAIN;
+    if (!frame_mode_is_ours(&held->registers, size))
+        return obstacle(job, INJECT_NOT_64_BIT, 0);
+    if (frame_has_shadow_stack(held->thread))
+        return obstacle(job, INJECT_SHADOW_STACK, 0);
+    if (!frame_is_at_rest(held->thread, &held->registers))
+        return OUTCOME_AGAIN;
+    outcome = check_filters(job, held->thread);
+    if (outcome != OUTCOME_DONE)
+        return outcome;
+    if (ptrace(GET_SIGNAL_MASK, held->thread, SIGNAL_SET_BYTES, &signal_mask) < 0)
+        return obstacle(job, INJECT_TOO_OLD, errno);
+    rc = frame_build(held->thread, &held->registers, signal_mask, &job->code, &held->frame);
+    if (rc < 0)
+        return obstacle(job, INJECT_FAILED, -rc);
+    if (target_is_stack(job->pid, held->frame.address, frame_stack(&held->registers)) != 1)
+        return OUTCOME_AGAIN;
+    if (target_read(held->thread, held->frame.address, held->below, held->frame.size) < 0 ||
+        target_write(held->thread, held->frame.address, held->frame.bytes, held->frame.size) < 0)
+        return OUTCOME_AGAIN;
+    held->is_frame_written = 1;
+    return OUTCOME_DONE;
+}
+
+/* Do what is left to do with a thread that stands; it is let go in every case. */
+static enum outcome use(struct job *job, struct held *held)
+{
+    enum outcome outcome = prepare(job, held);
+    frame_registers resumed;
+
+    if (outcome != OUTCOME_DONE) {
+        let_go(held, &held->registers, 0);
+        return outcome;
+    }
+    if (job->result->uffd < 0)
+        outcome = fetch(job, held);
+    if (outcome == OUTCOME_AGAIN)
+        return outcome; /* let go already */
+    if (job->result->left_open >= 0 && close_there(job, held) == OUTCOME_AGAIN)
+        return outcome == OUTCOME_DONE ? OUTCOME_AGAIN : outcome; /* here, too */
+    resumed = frame_resumed(&held->registers);
+    let_go(held, &resumed, 0);
+    return outcome;
+}
+
+/* Stop the thread; signals that come before are passed on. */
+static enum outcome stop_thread(struct job *job, pid_t thread)
+{
+    int signal_number;
+
+    if (ptrace(PTRACE_SEIZE, thread, NULL, (void *)(uintptr_t)PTRACE_O_TRACESYSGOOD) < 0) {
+        int error = errno;
+
+        if (error == ESRCH)
+            return OUTCOME_AGAIN;
+        return obstacle(job, target_tracer(thread) > 0 ? INJECT_TRACED : INJECT_NOT_ALLOWED, error);
+    }
+    if (ptrace(PTRACE_INTERRUPT, thread, NULL, NULL) < 0)
+        return OUTCOME_AGAIN;
+    for (;;) {
+        enum stop stop = wait_for_stop(thread, &signal_number);
+
+        if (stop == STOP_TRAP)
+            return OUTCOME_DONE;
+        if (stop == STOP_END)
+            return OUTCOME_AGAIN;
+        if (stop == STOP_NONE)
+            return obstacle(job, INJECT_NO_SAFE_THREAD, ETIMEDOUT);
+        ptrace(PTRACE_CONT, thread, NULL, (void *)(uintptr_t)signal_number);
+    }
+}
+
+static enum outcome try_thread(struct job *job, pid_t thread, struct held *held)
+{
+    const int64_t began_ns = now_ns();
+    enum outcome outcome;
+    int64_t stood_ns;
+
+    held->thread = thread;
+    held->is_frame_written = 0;
+    ++job->result->attempts;
+    job->result->thread = thread;
+    outcome = stop_thread(job, thread);
+    if (outcome != OUTCOME_DONE)
+        return outcome;
+    outcome = use(job, held);
+    stood_ns = now_ns() - began_ns;
+    if (stood_ns > job->result->stopped_ns)
+        job->result->stopped_ns = stood_ns;
+    return outcome;
+}
+
+/* -- all ------------------------------------------------------------------------------------------- */
+
+/* A descriptor that a former try left: only if nobody has put another one in its place. */
+static int may_close(const struct job *job)
+{
+    const struct injection *result = job->result;
+
+    return result->left_open >= 0 &&
+           target_has_descriptor(job->pid, result->left_open, result->uffd) == 1;
+}
+
+/* Try one thread after the other, once each. */
+static enum outcome try_all(struct job *job, pid_t *threads, struct held *held)
+{
+    int count = target_threads(job->pid, threads, TARGET_THREADS_MAX);
+
+    if (count == -ESRCH)
+        return obstacle(job, INJECT_GONE, 0);
+    if (count < 0)
+        return obstacle(job, INJECT_NOT_ALLOWED, -count);
+    for (int i = 0; i < count; ++i) {
+        enum outcome outcome;
+
+        if (job->result->uffd >= 0 && !may_close(job))
+            return OUTCOME_DONE;
+        outcome = try_thread(job, threads[i], held);
+        if (outcome != OUTCOME_AGAIN)
+            return outcome;
+    }
+    return OUTCOME_AGAIN;
+}
+
+static enum inject_obstacle meaning_of_search(int rc)
+{
+    switch (rc) {
+    case -ENOENT: return INJECT_NO_CODE;
+    case -ENOEXEC: return INJECT_NOT_64_BIT;
+    case -EACCES:
+    case -EPERM: return INJECT_NOT_ALLOWED;
+    default: return INJECT_FAILED;
+    }
+}
+
+static void inject(struct job *job)
+{
+    struct held *held = aligned_alloc(64, (sizeof *held + 63) / 64 * 64);
+    pid_t *threads = malloc(TARGET_THREADS_MAX * sizeof *threads);
+    enum outcome outcome = OUTCOME_AGAIN;
+    int rc = target_find_code(job->pid, &job->code);
+
+    if (!held || !threads)
+        obstacle(job, INJECT_FAILED, ENOMEM);
+    else if (rc < 0)
+        obstacle(job, meaning_of_search(rc), -rc);
+    else {
+        obstacle(job, INJECT_NO_SAFE_THREAD, 0);
+        while ((outcome = try_all(job, threads, held)) == OUTCOME_AGAIN &&
+               now_ns() < job->deadline_ns)
+            pause_ns(RETRY_NS);
+    }
+    if (outcome == OUTCOME_DONE || job->result->uffd >= 0)
+        obstacle(job, INJECT_DONE, 0);
+    free(threads);
+    free(held);
+}
+
+/* Where it is allowed, no busy processor shall make the stop long. */
+static void be_prompt(void)
+{
+    pthread_setschedparam(pthread_self(), SCHED_RR, &(struct sched_param){.sched_priority = 1});
+    prctl(PR_SET_TIMERSLACK, 1);
+}
+
+static void *inject_in_thread(void *job)
+{
+    be_prompt();
+    inject(job);
+    return NULL;
+}
+
+static int has_ended(int pidfd)
+{
+    return poll(&(struct pollfd){.fd = pidfd, .events = POLLIN}, 1, 0) > 0;
+}
+
+enum inject_obstacle inject_userfaultfd(pid_t pid, int flags, int64_t wait_ns,
+                                        struct injection *injection)
+{
+    struct job job = {.pid = pid, .flags = flags, .deadline_ns = now_ns() + wait_ns,
+                      .result = injection};
+    pthread_t thread;
+    int error;
+
+    *injection = (struct injection){.uffd = -1, .left_open = -1};
+    job.pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (job.pidfd < 0) {
+        injection->error = errno;
+        return errno == ESRCH || errno == EINVAL ? INJECT_GONE
+               : errno == ENOSYS                 ? INJECT_TOO_OLD
+                                                 : INJECT_FAILED;
+    }
+    if (target_tracer(pid) > 0)
+        obstacle(&job, INJECT_TRACED, 0);
+    else if ((error = pthread_create(&thread, NULL, inject_in_thread, &job)) != 0)
+        obstacle(&job, INJECT_FAILED, error);
+    else
+        pthread_join(thread, NULL);
+    if (job.obstacle != INJECT_DONE && has_ended(job.pidfd))
+        obstacle(&job, INJECT_GONE, 0);
+    close(job.pidfd);
+    return job.obstacle;
+}

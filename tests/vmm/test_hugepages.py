@@ -1,0 +1,58 @@
+"""RAM in a hugetlbfs: a huge page is tracked and moved as one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hugepages import huge_pages
+from tests.support import eventually
+from tests.vmm.machines import needs_qemu, vm
+from tests.vmm.test_end_to_end import is_let_go, migrate
+
+pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
+__all__ = ["huge_pages"]
+
+
+@pytest.fixture
+def hugetlbfs(tmp_path: Path, huge_pages: None) -> Iterator[Path]:
+    """One with room for two guests."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root; CI runs this as root")
+    mount = ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", str(tmp_path)]
+    subprocess.run(mount, check=True, timeout=20)
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True, timeout=20)
+
+
+def memory(path: Path) -> list[str]:
+    backend = f"memory-backend-file,id=ram0,size=64M,mem-path={path},share=on"
+    return ["-m", "64", "-object", backend, "-machine", "memory-backend=ram0"]
+
+
+@pytest.mark.parametrize("is_named", [True, False], ids=["file", "directory"])
+def test_a_guest_on_huge_pages_arrives(hugetlbfs: Path, is_named: bool) -> None:
+    """QEMU makes a file without a name in a directory: it is found by its address."""
+    paths = [hugetlbfs / name if is_named else hugetlbfs for name in ("source", "destination")]
+    waiting = vm("-incoming", "defer", memory=memory(paths[1]))
+    with vm(memory=memory(paths[0])) as source, waiting as destination:
+        assert eventually(lambda: source.rounds() > 2)
+
+        result = asyncio.run(migrate(source, destination, stands=is_named))
+
+        if is_named:
+            assert paths[0].read_bytes() == paths[1].read_bytes()
+            destination.monitor.ask("cont")
+        assert result.tracker == "uffd-wp"
+        assert is_let_go(source)
+        assert destination.goes_on()
+    for path in paths:
+        if is_named:
+            path.unlink()
