@@ -51,6 +51,7 @@ def pages_packets(draw: st.DrawFn) -> wire.Packet:
         pages=pages,
         zero_pages=sum(count for _, count in zero),
         payload_bytes=payload_bytes + (pages - encoded_pages) * 4096,
+        plane_runs=draw(st.integers(0, encoded)) if kind is wire.PacketKind.PAGES else 0,
         encoded_runs=encoded,
         gathered_runs=draw(st.integers(0, len(data) - encoded)),
         plain_bytes=plain_bytes,
@@ -92,8 +93,10 @@ def encoded_packet(**other: Any) -> wire.Packet:
         {"plain_bytes": 8191}, {"plain_bytes": 2**32 - 1}, {"plain_bytes": 0},
         {"payload_bytes": 4096}, {"payload_bytes": 4096 + 8192}, {"payload_bytes": 0},
         {"payload_bytes": 2**64 - 1}, {"codec": wire.CodecId.RAW}, {"encoded_runs": 0},
-        {"encoded_runs": 2}, {"encoded_runs": 3}, {"gathered_runs": 2},
+        {"encoded_runs": 2}, {"encoded_runs": 3}, {"gathered_runs": 2}, {"plane_runs": 2},
         {"kind": wire.PacketKind.DELTAS},
+        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 200, "plane_runs": 1,
+         "payload_bytes": 100},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 8},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 3 * 4096 + 1},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 9, "payload_bytes": 9},
@@ -260,7 +263,7 @@ def test_block_names_have_qemus_limits(name: str) -> None:
 
 
 def test_the_header_layout_is_frozen() -> None:
-    assert wire.HEADER.size == 80
+    assert wire.HEADER.size == 82
     assert open_packet().encode() == (
-        b"rfpk\x02\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(36)
+        b"rfpk\x03\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(38)
     )

@@ -13,7 +13,7 @@ from typing import Final
 
 import zmq
 
-from engine import unixsocket, wire
+from engine import _native, unixsocket, wire
 from engine.compress.codecs import decoders
 from engine.errors import ChannelError, MemoryRefused, UsageError, WireError
 from engine.memory.bitmaps import PageBitmaps
@@ -228,8 +228,9 @@ class Receiver:
         """Place all pages; everything is checked and decoded before the first byte is written."""
         index, runs = packet.block_id - 1, memoryview(packet.data_runs)
         self._placer.check(
-            index, packet.data_runs, packet.encoded_runs, packet.gathered_runs, packet.zero_runs
-        )
+            index, packet.data_runs, packet.plane_runs, packet.encoded_runs, packet.gathered_runs,
+            packet.zero_runs,
+        )  # fmt: skip
         if packet.encoded_runs and packet.codec is not wire.CodecId.RAW:
             plain = self._decoders[packet.codec].decode(payload[0], packet.plain_bytes)
             payload[0] = memoryview(plain)
@@ -238,6 +239,9 @@ class Receiver:
             return
         groups = [1] * (len(runs) // wire.RUN.size - packet.encoded_runs - packet.gathered_runs)
         groups = [one for one in (packet.encoded_runs, packet.gathered_runs) if one] + groups
+        if packet.plane_runs:
+            payload[:1] = _restored(payload[0], packet.plane_pages)
+            groups[:1] = [packet.plane_runs, packet.encoded_runs - packet.plane_runs]
         fresh = start = 0
         for frame, count in zip(payload, groups, strict=True):
             end = start + count * wire.RUN.size
@@ -283,6 +287,12 @@ class Receiver:
         reason = wire.cut(reason)
         log.warning("channel %d is broken: %s", self._order.index, reason)
         self._inbox.report(wire.ChannelBroken(self._order.index, self._incarnation, reason))
+
+
+def _restored(plain: memoryview, plane_pages: int) -> list[memoryview]:
+    """A decoded frame as two: the pages that were bit planes, and the others."""
+    pages = _native.restore_planes(plain, plane_pages)
+    return [memoryview(pages), plain[len(pages) :]]
 
 
 def main(fd: int) -> None:

@@ -11,7 +11,7 @@ import msgspec
 from engine.errors import WireError
 from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE, RamBlock
 
-VERSION: Final = 2
+VERSION: Final = 3
 SESSION_BYTES: Final = 16
 MAIN_BYTES_MAX: Final = 2 * 1024 * 1024  #: device state (1 MiB) and room for what is around it
 STATE_BYTES_MAX: Final = 1024 * 1024
