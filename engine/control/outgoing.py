@@ -16,7 +16,7 @@ from typing import Any
 
 from engine import wire
 from engine.control import machine, policy
-from engine.control.compression import compression_of
+from engine.control.compression import compression_of, note_what_is_without_effect
 from engine.control.dirtysync import DirtySync
 from engine.control.host import Host
 from engine.control.machine import Effect, Heal, Outgoing, Phase
@@ -468,6 +468,7 @@ class OutgoingMigration:
             self._senders.budget.rate_bytes_per_s = self._host.parameters.max_bandwidth
         if self._host.capability("xbzrle"):
             self.numbers.xbzrle_cache_bytes = self._host.parameters.xbzrle_cache_size
+        note_what_is_without_effect(self._host, self.numbers)
         self._senders.compress(compression_of(self._host), self._codecs)
 
     def worker_pids(self) -> dict[int, int]:
