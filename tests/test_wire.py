@@ -219,6 +219,30 @@ def test_random_bytes_on_the_main_channel_are_a_wire_error(data: bytes) -> None:
         main_decoder().decode(data)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (wire.VERSION + 1, f"speaks version {wire.VERSION + 1}, this build {wire.VERSION}"),
+        (1, f"speaks version 1, this build {wire.VERSION}"),
+        (wire.VERSION, "unknown field `novelty`"),
+    ],
+)
+def test_a_hello_that_another_version_has_more_to_say_in_is_refused_by_its_version(
+    version: int, said: str, is_stream: bool
+) -> None:
+    hello = wire.Hello(version, SESSION, 4096, [], 2, "ram", True)
+    fields = msgspec.msgpack.decode(wire.encode(hello)) | {"novelty": [1, {"a": b"b"}]}
+    decoder: wire.Decoder[Any] = wire.Decoder(wire.Hello, wire.HELLO_BYTES_MAX, "main channel")
+    if is_stream:
+        decoder = wire.Decoder(wire.StreamHello, 2 * wire.HELLO_BYTES_MAX, "stream")
+        begin = msgspec.msgpack.decode(wire.encode(wire.StreamHello(hello, answers=False)))
+        fields = begin | {"hello": fields}
+
+    with pytest.raises(WireError, match=said):
+        decoder.decode(msgspec.msgpack.encode(fields))
+
+
 def test_the_longest_hello_is_not_too_long_for_a_stranger() -> None:
     block = wire.BlockShape("x" * 255, 2**63, 2**63)
     hello = wire.Hello(

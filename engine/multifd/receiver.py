@@ -120,6 +120,7 @@ class Receiver:
                 raise WireError("message with too many frames or without a header")
             packet = wire.decode_packet(header)
             self._check_owner(packet)
+            _check_frames(packet, payload)
             if packet.kind is wire.PacketKind.OPEN:
                 self._open(identity, packet)
                 return
@@ -144,12 +145,14 @@ class Receiver:
                 return
             packet = wire.decode_packet(taken[0])
             self._check_owner(packet)
+            frames = frames_of(packet, taken[1])
+            _check_frames(packet, frames)
             if packet.kind is wire.PacketKind.OPEN and not self._sequence:
                 self._open(STREAM, packet)
             elif packet.kind is wire.PacketKind.OPEN or packet.incarnation != self._incarnation:
                 raise WireError(f"{packet.kind.name} of incarnation {packet.incarnation}")
             else:
-                self._use(packet, frames_of(packet, taken[1]))
+                self._use(packet, frames)
         except (ConnectionError, WireError) as exc:
             self._break(str(exc))
             stream.close()
@@ -199,8 +202,6 @@ class Receiver:
             return
         if packet.block_id > len(self._blocks):
             raise WireError(f"packet for RAM block {packet.block_id} of {len(self._blocks)}")
-        if [len(frame) for frame in payload] != packet.frame_sizes():
-            raise WireError("packet whose payload frames are not of the sizes that its runs say")
         self._place(packet, payload)
         self._packets += 1
         self._pages += packet.pages
@@ -287,6 +288,13 @@ class Receiver:
         reason = wire.cut(reason)
         log.warning("channel %d is broken: %s", self._order.index, reason)
         self._inbox.report(wire.ChannelBroken(self._order.index, self._incarnation, reason))
+
+
+def _check_frames(packet: wire.Packet, payload: Sequence[memoryview]) -> None:
+    """:raise WireError: the frames are not what the header speaks of; those without pages have
+    none."""
+    if [len(frame) for frame in payload] != packet.frame_sizes():
+        raise WireError("packet whose payload frames are not of the sizes that its runs say")
 
 
 def _restored(plain: memoryview, plane_pages: int) -> list[memoryview]:

@@ -91,8 +91,32 @@ class Decoder(Generic[T]):
         try:
             message: T = self._decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            if (version := _version_of(data)) != VERSION:
+                raise WireError(
+                    f"{self._where}: the peer speaks version {version}, this build {VERSION}"
+                ) from exc
             raise WireError(f"{self._where}: {exc}") from exc
         return message
+
+
+class _Versioned(msgspec.Struct):
+    """The one thing that messages of all versions have where they have it: Hello, Welcome, and the
+    Hello in a stream's first message."""
+
+    version: int = VERSION
+    hello: _Versioned | None = None
+
+
+_VERSIONED: Final = msgspec.msgpack.Decoder(_Versioned)
+
+
+def _version_of(data: bytes | memoryview) -> int:
+    """The version that a message names, whatever else it says; ours if it names none."""
+    try:
+        message = _VERSIONED.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return VERSION
+    return message.version if message.hello is None else message.hello.version
 
 
 def cut(reason: str) -> str:

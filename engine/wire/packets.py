@@ -129,7 +129,7 @@ class Packet:
         return sum(_page_counts(self.data_runs)[: self.plane_runs])
 
     def frame_sizes(self) -> list[int]:
-        """Bytes of each payload frame that must follow a header with pages."""
+        """Bytes of each payload frame that must follow the header."""
         counts = _page_counts(self.data_runs)
         gathered_end = self.encoded_runs + self.gathered_runs
         sizes = [count * PAGE_SIZE for count in counts[gathered_end:]]
