@@ -103,20 +103,22 @@ def take_batch(
         `page_count` when the slice was walked to its end.
     """
 
-def gather(ram: Buffer, runs: Buffer, run_count: int) -> bytes:
-    """Copy the runs' pages, in order, into one new bytes object (allocated without clearing)."""
+def gather(ram: Buffer, runs: Buffer, run_count: int, plane_runs: int = 0) -> bytes:
+    """Copy the runs' pages, in order, into one new bytes object (allocated without clearing); those
+    of the first `plane_runs` runs as bit planes (`native/planes.h`)."""
 
 def split_compressible(
     ram: Buffer, runs: Buffer, run_count: int, out_runs: Buffer
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, int]:
     """Sort up to SPLIT_PAGES_MAX pages by what a codec would gain, from 256 sampled bytes of each.
 
-    Writes to `out_runs` the runs of pages worth compressing, then those of the others (random,
-    encrypted, compressed already), both in the order of `runs`, adjacent pages merged. `out_runs`
+    Writes to `out_runs` the runs of pages that are worth compressing as bit planes (numbers and
+    pointers that seldom repeat), then of the others worth compressing, then of the rest (random,
+    encrypted, compressed already), each in the order of `runs`, adjacent pages merged. `out_runs`
     has room for a run of each page; it may be `runs` itself. A heuristic: about one random page in
     10**6 counts as compressible; text, pointers, integers, code and sparse pages always do.
 
-    :return: (compressible runs, compressible pages, raw runs).
+    :return: (runs for planes, other compressible runs, compressible pages, raw runs).
     """
 
 def hash_pages(pages: Buffer, seed: int, hashes: Buffer, runs: Buffer, run_count: int) -> None:
@@ -300,17 +302,22 @@ def clear(ram: Buffer, placed: Buffer, runs: Buffer, run_count: int, page_count:
     """Zero the runs' pages whose `placed` bit is set (others are holes already); return how many.
     All runs are checked before the first byte is written."""
 
+def restore_planes(planes: Buffer, page_count: int) -> bytes:
+    """The pages whose bit planes `planes` begins with; see `gather`."""
+
 def packet_runs_check(
     data_runs: Buffer,
+    plane_count: int,
     encoded_count: int,
     gathered_count: int,
     zero_runs: Buffer,
     page_count: int,
     unit_pages: int,
 ) -> None:
-    """Check all runs of a packet against a block: the encoded ones (the first `encoded_count` data
-    runs), the gathered ones (the next `gathered_count`), the direct ones and the zero ones must
-    each be ascending, no page be there twice, and each run be whole units of `unit_pages`.
+    """Check all runs of a packet against a block: those encoded as planes (the first `plane_count`
+    data runs), the other encoded ones (up to `encoded_count`), the gathered ones (the next
+    `gathered_count`), the direct ones and the zero ones must each be ascending, no page be there
+    twice, and each run be whole units of `unit_pages`.
 
     :raise ValueError: names the first run that is wrong."""
 

@@ -53,10 +53,10 @@ static inline struct page_range run_at(const unsigned char *runs, size_t index)
 int runs_check(const unsigned char *runs, size_t run_count, uint64_t page_count,
                uint64_t *total_pages, size_t *bad_run);
 
-enum { PACKET_TABLES = 4 };
+enum { PACKET_TABLES = 5 };
 
-/* Check the run tables of one packet: encoded, gathered, direct and zero runs. Each must be ascending
- * by itself, and no page may be in two runs, whichever their tables. Runs are whole units.
+/* Check the run tables of one packet: planes, encoded, gathered, direct and zero runs. Each must be
+ * ascending by itself, and no page may be in two runs, whichever their tables. Runs are whole units.
  *
  * Returns 0, or -EINVAL when a run is empty, ends behind `page_count`, cuts a unit, or has a page that
  * was there before or comes out of order; `bad` is that run. */

@@ -96,6 +96,7 @@ def _progress(line: str) -> None:
 @click.option("--pairs", default=3, show_default=True, type=click.IntRange(1), help="repeats")
 @click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--add", is_flag=True, help="to what the --json file has already, and show all")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="write a PNG")
 def bench_compress(
     rates: str,
@@ -106,12 +107,17 @@ def bench_compress(
     pairs: int,
     channels: int,
     json_path: Path | None,
+    add: bool,
     plot: Path | None,
 ) -> None:
     """Total times, wire bytes and CPU of codecs on shaped links (needs root), QEMU's beside.
 
     Guests stand still. Where 2 GiB would take a slow link too long a smaller image is moved and
-    the figures are scaled; the table says so. What an engine lacks is skipped with a line."""
+    the figures are scaled; the table says so. What an engine lacks is skipped with a line.
+
+    The whole matrix takes some 20 minutes a repeat. It can be measured in pieces: one of --rates
+    or --images at a time, each with the same --json FILE and --add."""
+    before = _measured_before(json_path) if add else []
     if unknown := [image for image in _listed(images) if image not in KINDS]:
         raise UsageError(f"image '{unknown[0][:100]}': one of {', '.join(KINDS)}")
     contenders = [Contender("ramferry", parse_codec(one)) for one in _listed(codecs)]
@@ -129,13 +135,30 @@ def bench_compress(
     contenders = [one for one in contenders if one not in refused]
     if not (rows and contenders):
         raise UsageError("nothing is left to measure")
-    cells = compress.measure(rows, contenders, pairs, channels, _progress)
+    measured = compress.measure(rows, contenders, pairs, channels, _progress)
+    cells = compress.merged(before, measured)
     compresstable.show(cells)
+    _progress(
+        f"measured in {compress.took_s(measured):.0f} s, all that is shown in "
+        f"{compress.took_s(cells):.0f} s"
+    )
     if json_path is not None:
         data = {"bench": "compress", **machine(), **compress.as_data(cells, refused)}
         json_path.write_text(json.dumps(data, indent=1) + "\n")
     if plot is not None:
         compresstable.heat_map(plot, cells)
+
+
+def _measured_before(path: Path | None) -> list[compress.Cell]:
+    """:raise UsageError: there is no such file to add to, or it holds something else."""
+    if path is None:
+        raise UsageError("--add needs --json FILE")
+    if not path.exists():
+        return []
+    try:
+        return compress.cells_of(json.loads(path.read_text()))
+    except ValueError as exc:
+        raise UsageError(f"{path}: {exc}") from exc
 
 
 @bench.command("adapt")

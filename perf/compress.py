@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from engine.errors import UsageError
+from perf.codec import parse_codec
 from perf.image import SHARED_MEMORY, write_image
 from perf.links import Link, make_link, parse_rate, rate_text
 from perf.pair import Contender, Run, Way, migrate_once, refusals
@@ -20,7 +23,7 @@ from perf.warm import warm_memory
 
 LOOPBACK_RATE: Final = -1  #: no link at all, as `bench peer` has it
 #: A raw image may take so long; on slower links a smaller one stands for it.
-RAW_SECONDS_MAX: Final = 25
+RAW_SECONDS_MAX: Final = 18
 SIZE_MIN: Final = 64 * 1024 * 1024
 FIGURES: Final = (
     "total_time_ms",
@@ -64,11 +67,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A contender's runs in a row."""
+    """A contender's runs in a row.
+
+    :ivar took_s: all of that, with what is around the runs."""
 
     row: Row
     contender: Contender
     runs: tuple[Run, ...]
+    took_s: float = 0.0
 
     def median(self, figure: str) -> float:
         """Of a figure of `Run`, for the whole image."""
@@ -124,26 +130,75 @@ def measure(
                     done = _measure_row(row, path, contenders, repeats, channels)
                     cells += done
                     times = (f"{one.contender} {seconds(one):.2f} s" for one in done)
-                    say(f"{row}: {', '.join(times)}")
-    order = {row: number for number, row in enumerate(rows)}
-    return sorted(cells, key=lambda cell: order[cell.row])
+                    say(f"{row}: {', '.join(times)} (measured in {took_s(done):.0f} s)")
+    return in_order(cells)
 
 
 def _measure_row(
     row: Row, image: Path, contenders: Sequence[Contender], repeats: int, channels: int
 ) -> list[Cell]:
     runs: dict[Contender, list[Run]] = {one: [] for one in contenders}
+    took = dict.fromkeys(contenders, 0.0)
     with ExitStack() as stack:
         link: Link | None = None
         if row.rate != LOOPBACK_RATE:
             link = stack.enter_context(make_link(row.rate))
         for number in range(repeats):
             for one in contenders if number % 2 == 0 else contenders[::-1]:
-                way = Way(channels, link)
+                way, began_s = Way(channels, link), time.monotonic()
                 run = asyncio.run(migrate_once(one, image, row.moved_size, way))
                 check_run(one, run.different_pages)
                 runs[one].append(run)
-    return [Cell(row, one, tuple(of_one)) for one, of_one in runs.items()]
+                took[one] += time.monotonic() - began_s
+    return [Cell(row, one, tuple(of_one), took[one]) for one, of_one in runs.items()]
+
+
+# -- a matrix in pieces --------------------------------------------------------------------------
+
+
+def in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """Image by image, slow links first."""
+    images = list(dict.fromkeys(cell.row.image for cell in cells))
+
+    def place(cell: Cell) -> tuple[int, bool, int]:
+        rate = cell.row.rate
+        return images.index(cell.row.image), rate <= 0, abs(rate)
+
+    return sorted(cells, key=place)
+
+
+def merged(old: Sequence[Cell], new: Sequence[Cell]) -> list[Cell]:
+    """All cells; where both have a row's contender, the new one."""
+    cells = {(cell.row, cell.contender): cell for cell in (*old, *new)}
+    return in_order(list(cells.values()))
+
+
+def took_s(cells: Iterable[Cell]) -> float:
+    """How long it took to measure them."""
+    return sum(cell.took_s for cell in cells)
+
+
+def cells_of(data: Mapping[str, Any]) -> list[Cell]:
+    """What `as_data` made a file of.
+
+    :raise UsageError: it is none of these."""
+    try:
+        return [
+            Cell(
+                Row(_rate_of(row["rate_bits_per_s"]), row["image"], row["size_bytes"]),
+                Contender(one["engine"], parse_codec(one["codec"])),
+                tuple(Run(**run) for run in one["runs"]),
+                one["took_s"],
+            )
+            for row in data["rows"]
+            for one in row["contenders"]
+        ]
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise UsageError(f"these are no results of `bench compress`: {exc!r}") from exc
+
+
+def _rate_of(value: int | str) -> int:
+    return value if isinstance(value, int) else compress_rate(value)
 
 
 # -- what the figures say ------------------------------------------------------------------------
@@ -216,7 +271,13 @@ def as_data(cells: Sequence[Cell], refused: Mapping[Contender, str]) -> dict[str
 
 def _contender_data(cell: Cell) -> dict[str, Any]:
     figures = {name: spread([float(getattr(run, name)) for run in cell.runs]) for name in FIGURES}
-    return {"engine": cell.contender.engine, "codec": str(cell.contender.codec), **figures}
+    return {
+        "engine": cell.contender.engine,
+        "codec": str(cell.contender.codec),
+        **figures,
+        "took_s": cell.took_s,
+        "runs": [asdict(run) for run in cell.runs],
+    }
 
 
 def rows_of(rates: Sequence[int], images: Sequence[str], size: int) -> list[Row]:

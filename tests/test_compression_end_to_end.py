@@ -129,20 +129,46 @@ def test_a_guest_that_writes_arrives_right_with_every_codec(codec: str, tracker:
 
 
 def test_auto_arrives_right_and_says_what_it_chose() -> None:
-    async def scenario() -> tuple[dict[str, int], engine.Verdict]:
+    async def scenario() -> tuple[dict[str, int], list[dict[str, Any]], str, engine.Verdict]:
         async with couple() as (source, destination):
             migration = await begin(source, destination, multifd_compression="auto")
             async for now in migration.progress(0.02):
                 if now.rounds >= 3:
                     break
             chosen = await batches(migration)
+            channels = (await migration.statistics()).raw["x-compression"]["channels"]
+            printed = await source.execute("human-monitor-command", command_line="info migrate")
             _, verdict = await finish(migration, source, destination)
-            return chosen, verdict
+            return chosen, channels, str(printed), verdict
 
-    chosen, verdict = asyncio.run(scenario())
+    chosen, channels, printed, verdict = asyncio.run(scenario())
     assert verdict.is_right, verdict
+    for known in (channel["auto"] for channel in channels):
+        assert 5e6 < known["drain-bytes-per-second"] < 40e6
+        assert known["channel-is-full"]
+        assert known["last-change"]["to"] == known["codec"] != "none"
+        assert {one["codec"] for one in known["estimates"]} >= {"none", known["codec"]}
+    assert "\nauto compression: " in printed
     assert sum(chosen.values()) > 10
     assert set(chosen) - {"none"}, "at 20 MB/s any codec pays"
+
+
+def test_what_is_without_effect_says_so() -> None:
+    """Content hashes need private copies: the migration is right, and neither delta nor elision is
+    used."""
+
+    async def scenario() -> tuple[dict[str, Any], engine.Verdict]:
+        async with couple("xbzrle=on", "x-elide-unchanged=on") as (source, destination):
+            migration = await begin(source, destination, x_tracker="content-hash")
+            async for now in migration.progress(0.02):
+                if now.rounds >= 3:
+                    break
+            return await finish(migration, source, destination)
+
+    raw, verdict = asyncio.run(scenario())
+    assert verdict.is_right, verdict
+    assert raw["x-compression"]["without-effect"] == ["xbzrle", "x-elide-unchanged"]
+    assert raw["xbzrle-cache"]["pages"] == raw["x-compression"]["elided-pages"] == 0
 
 
 @pytest.mark.parametrize("level", [1, 5])

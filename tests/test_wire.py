@@ -51,6 +51,7 @@ def pages_packets(draw: st.DrawFn) -> wire.Packet:
         pages=pages,
         zero_pages=sum(count for _, count in zero),
         payload_bytes=payload_bytes + (pages - encoded_pages) * 4096,
+        plane_runs=draw(st.integers(0, encoded)) if kind is wire.PacketKind.PAGES else 0,
         encoded_runs=encoded,
         gathered_runs=draw(st.integers(0, len(data) - encoded)),
         plain_bytes=plain_bytes,
@@ -92,8 +93,10 @@ def encoded_packet(**other: Any) -> wire.Packet:
         {"plain_bytes": 8191}, {"plain_bytes": 2**32 - 1}, {"plain_bytes": 0},
         {"payload_bytes": 4096}, {"payload_bytes": 4096 + 8192}, {"payload_bytes": 0},
         {"payload_bytes": 2**64 - 1}, {"codec": wire.CodecId.RAW}, {"encoded_runs": 0},
-        {"encoded_runs": 2}, {"encoded_runs": 3}, {"gathered_runs": 2},
+        {"encoded_runs": 2}, {"encoded_runs": 3}, {"gathered_runs": 2}, {"plane_runs": 2},
         {"kind": wire.PacketKind.DELTAS},
+        {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 200, "plane_runs": 1,
+         "payload_bytes": 100},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 8},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 3 * 4096 + 1},
         {"kind": wire.PacketKind.DELTAS, "encoded_runs": 2, "plain_bytes": 9, "payload_bytes": 9},
@@ -216,6 +219,30 @@ def test_random_bytes_on_the_main_channel_are_a_wire_error(data: bytes) -> None:
         main_decoder().decode(data)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (wire.VERSION + 1, f"speaks version {wire.VERSION + 1}, this build {wire.VERSION}"),
+        (1, f"speaks version 1, this build {wire.VERSION}"),
+        (wire.VERSION, "unknown field `novelty`"),
+    ],
+)
+def test_a_hello_that_another_version_has_more_to_say_in_is_refused_by_its_version(
+    version: int, said: str, is_stream: bool
+) -> None:
+    hello = wire.Hello(version, SESSION, 4096, [], 2, "ram", True)
+    fields = msgspec.msgpack.decode(wire.encode(hello)) | {"novelty": [1, {"a": b"b"}]}
+    decoder: wire.Decoder[Any] = wire.Decoder(wire.Hello, wire.HELLO_BYTES_MAX, "main channel")
+    if is_stream:
+        decoder = wire.Decoder(wire.StreamHello, 2 * wire.HELLO_BYTES_MAX, "stream")
+        begin = msgspec.msgpack.decode(wire.encode(wire.StreamHello(hello, answers=False)))
+        fields = begin | {"hello": fields}
+
+    with pytest.raises(WireError, match=said):
+        decoder.decode(msgspec.msgpack.encode(fields))
+
+
 def test_the_longest_hello_is_not_too_long_for_a_stranger() -> None:
     block = wire.BlockShape("x" * 255, 2**63, 2**63)
     hello = wire.Hello(
@@ -260,7 +287,7 @@ def test_block_names_have_qemus_limits(name: str) -> None:
 
 
 def test_the_header_layout_is_frozen() -> None:
-    assert wire.HEADER.size == 80
+    assert wire.HEADER.size == 82
     assert open_packet().encode() == (
-        b"rfpk\x03\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(36)
+        b"rfpk\x04\x00\x01\x01" + SESSION + struct.pack("<HHIQI", 1, 1, 1, 1, 1) + bytes(38)
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from engine.compress.account import RATE_MAX, Account, Estimate, Why
 from engine.compress.codecs import Lz4, Zstd
 from engine.compress.drain import WINDOW_NS, Drain
 from engine.compress.policy import Arm, Done, Probe
@@ -109,8 +110,7 @@ class Auto:
         """:param channels: that do as this one does.
         :param cpu_percent: of `cpus` that encoding may take on all channels."""
         self.drain = Drain()
-        self._cpu_share = cpu_percent / 100 * cpus / channels
-        self._budget = Allowance(self._cpu_share, CPU_AT_ONCE_NS)
+        self.allow(channels, cpus, cpu_percent)
         self._probes = Allowance(PROBE_SHARE, PROBES_AT_ONCE_NS)
         self._share_left = self._share_seen = 1.0  #: of a CPU, that this thread may get, and gets
         self._arms = tuple(arm.made() for arm in LADDER)
@@ -123,6 +123,12 @@ class Auto:
         self._tries = 0
         self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
         self._probed_ns = 0  #: by the probe after the batch before
+        self._before, self._changes, self._why = 0, 0, Why.START  #: the last change
+
+    def allow(self, channels: int, cpus: int, cpu_percent: int) -> None:
+        """Other limits, as for a new one; what was learnt stays."""
+        self._cpu_share = cpu_percent / 100 * cpus / channels
+        self._budget = Allowance(self._cpu_share, CPU_AT_ONCE_NS)
 
     # -- choices ---------------------------------------------------------------------------------
 
@@ -146,7 +152,11 @@ class Auto:
         if trial is None and self.drain.is_full:
             trial = Trial(now_ns, self._current, self.drain.rate)
         self._trial = trial if trial is not None and index > trial.weaker else None
-        self._current, self._changed_ns = index, now_ns
+        self._take(index, now_ns, Why.STRONGER if index > self._current else Why.WEAKER)
+
+    def _take(self, index: int, now_ns: int, why: Why) -> None:
+        self._before, self._current, self._changed_ns = self._current, index, now_ns
+        self._changes, self._why = self._changes + 1, why
 
     def _judge(self, now_ns: int) -> None:
         """A channel is also full when the other side cannot decode as fast; then it drains less of
@@ -164,7 +174,7 @@ class Auto:
             return
         known.avoided_until_ns = now_ns + AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX)
         known.disproved += 1
-        self._current = trial.weaker
+        self._take(trial.weaker, now_ns, Why.DISPROVED)
         self._held_until_ns = now_ns + TRIAL_NS  # until the drain was seen with the weaker one
 
     def probe(self, now_ns: int) -> Arm | None:
@@ -236,6 +246,34 @@ class Auto:
         )
         if index != self._current:
             self._probes.spend(done.codec_ns)
+
+    def account(self) -> Account:
+        """What is known now, and why the current codec was chosen."""
+        return Account(
+            self._current,
+            self._before,
+            self._changes,
+            self._changed_ns,
+            self._why,
+            min(RATE_MAX, int(self.drain.rate * 1e9)),
+            self.drain.is_full,
+            int(min(self._share_left, self._share_seen) * 1000),
+            int(self._cpu_share * 1000),
+            int(self._worth * 1000),
+            tuple(self._estimate(index) for index in range(len(self._known))),
+        )
+
+    def _estimate(self, index: int) -> Estimate:
+        known = self._known[index]
+        if not known.times:
+            return Estimate()
+        rate = int(1e9 / max(1e-9, self._ns_per_byte(index)))
+        return Estimate(
+            known.times,
+            int(known.codec_ns * 1000),
+            int(known.left * 1e6),
+            min(RATE_MAX, rate) if self._worker_ns else 0,
+        )
 
     def learn_probe(self, probe: Probe) -> None:
         """The same pages by two codecs: what is known of the one in use says how unusual they

@@ -10,11 +10,16 @@ from engine.compress.policy import Arm, Fixed, Policy
 from engine.wire import Compress
 
 
-def policy_of(wanted: Compress, channels: int) -> Policy:
+def policy_of(wanted: Compress, channels: int, before: Policy | None = None) -> Policy:
     """:param wanted: its codec is `none`, `auto` or a name of `CODECS`.
-    :param channels: that share the CPUs that `auto` may use."""
+    :param channels: that share the CPUs that `auto` may use.
+    :param before: was followed so far; an `auto` goes on with what it knows."""
     if wanted.codec == "auto":
-        return Auto(channels, os.cpu_count() or 1, wanted.cpu_percent)
+        cpus = os.cpu_count() or 1
+        if isinstance(before, Auto):
+            before.allow(channels, cpus, wanted.cpu_percent)
+            return before
+        return Auto(channels, cpus, wanted.cpu_percent)
     levels = {
         "zlib": wanted.zlib_level,
         "zstd": wanted.zstd_level,

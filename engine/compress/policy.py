@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine.compress.codecs import Codec
+
+if TYPE_CHECKING:
+    from engine.compress.account import Account
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,9 @@ class Policy(Protocol):
 
     def learn_probe(self, probe: Probe) -> None: ...
 
+    def account(self) -> Account | None:
+        """What it knows and why it chose, if there is anything to say."""
+
 
 class Fixed:
     """Always the same, and never curious."""
@@ -111,3 +117,6 @@ class Fixed:
     def learn(self, done: Done) -> None: ...
 
     def learn_probe(self, probe: Probe) -> None: ...
+
+    def account(self) -> None:
+        return None

@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from engine import wire
+from engine.compress.account import Account, account_of, words_count
 from engine.compress.auto import LADDER
 from engine.compress.codecs import CODEC_IDS
 from engine.compress.delta import DeltaStatistics
+from engine.compress.policy import Arm
 from engine.control.host import Host
+from engine.control.statistics import MigrationNumbers
+from engine.guest.base import TrackerName
 from engine.multifd.progress import Count, Progress
 from engine.wire import CodecId
+
+log = logging.getLogger("ramferry.source")
 
 AUTO: Final = "auto"
 #: How `query-migrate` and `multifd-compression` call them.
@@ -33,6 +42,19 @@ def compression_of(host: Host) -> wire.Compress:
         settings.xbzrle_cache_size if host.capability("xbzrle") else 0,
         settings.x_elide_unchanged,
     )
+
+
+def note_what_is_without_effect(host: Host, numbers: MigrationNumbers) -> None:
+    """Say in the log, and in `query-migrate`, what is switched on and does nothing: content hashes
+    need a private copy of each page, which is compared with no cache and with nothing sent."""
+    without: list[str] = []
+    if numbers.tracker == TrackerName.HASH.value:
+        without += ["xbzrle"] * host.capability("xbzrle")
+        without += ["x-elide-unchanged"] * (host.parameters.x_elide_unchanged == "on")
+    if without and without != numbers.without_effect:
+        names = " and ".join(without)
+        log.warning("without effect with the tracker %s: %s", numbers.tracker, names)
+    numbers.without_effect = without
 
 
 def channels_of(host: Host) -> int:
@@ -96,4 +118,62 @@ def _channel(index: int, progress: Progress) -> dict[str, Any]:
         "batches": {
             name: count for wire_id, name in NAMES.items() if (count := progress.batches(wire_id))
         },
+        **_auto(progress),
     }
+
+
+def _auto(progress: Progress) -> dict[str, Any]:
+    """What `auto` knows on one channel, and why it chose; nothing of other policies."""
+    account = account_of(progress.account_words(words_count(LADDER)), LADDER)
+    return {"auto": auto_info(account, time.monotonic_ns())} if account is not None else {}
+
+
+def auto_info(account: Account, now_ns: int) -> dict[str, Any]:
+    """`x-compression`'s `auto`; parts are of 1."""
+    change = {
+        "from": arm_name(LADDER[account.before]),
+        "to": arm_name(LADDER[account.current]),
+        "age": max(0, now_ns - account.changed_ns),
+    }
+    return {
+        "codec": arm_name(LADDER[account.current]),
+        "reason": account.why.text,
+        "changes": account.changes,
+        **({"last-change": change} if account.changes else {}),
+        "drain-bytes-per-second": account.drain_rate,
+        "channel-is-full": account.is_full,
+        "cpu-share": account.cpu_share / 1000,
+        "cpu-budget": account.cpu_budget / 1000,
+        "worth-trying": account.worth / 1000,
+        "estimates": [
+            {
+                "codec": arm_name(arm),
+                "ns-per-byte": estimate.codec_ps / 1000,
+                "left": estimate.left_ppm / 1_000_000,
+                "ram-bytes-per-second": estimate.ram_rate,
+                "times": estimate.times,
+            }
+            for arm, estimate in zip(LADDER, account.estimates, strict=True)
+            if estimate.times
+        ],
+    }
+
+
+def arm_name(arm: Arm) -> str:
+    """`zstd:1`, or `none`."""
+    return f"{arm.name}:{arm.level}" if arm.kind is not None else arm.name
+
+
+def auto_line(compression: Mapping[str, Any]) -> str:
+    """What `auto` does on all channels and why, of `x-compression`; empty where it is not in use.
+
+    The reason is that of the channel which changed last."""
+    known = [one["auto"] for one in compression.get("channels", ()) if "auto" in one]
+    if not known:
+        return ""
+    codecs = Counter(one["codec"] for one in known)
+    chosen = ", ".join(f"{name} on {count}" for name, count in sorted(codecs.items()))
+    drain = sum(one["drain-bytes-per-second"] for one in known) / 1e6
+    drained = f"{drain:.0f} MB/s drained" if drain else "never full"
+    newest = min(known, key=lambda one: one.get("last-change", {}).get("age", float("inf")))
+    return f"{chosen} ({newest['reason']}; {drained})"

@@ -118,6 +118,7 @@ class MigrationNumbers:
     limit_throttle_us: int = 0  #: how long a vCPU sleeps in a second, by the dirty limit
     channels: list[ChannelSample] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)  #: as `query-migrate` shows it
+    without_effect: list[str] = field(default_factory=list)  #: of what is switched on
     xbzrle: XbzrleNumbers = field(default_factory=XbzrleNumbers)
     xbzrle_cache_bytes: int = 0  #: 0: without XBZRLE
     tracker: str = ""

@@ -184,7 +184,8 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
             }
             for index, sample in enumerate(numbers.channels)
         ],
-        "x-compression": numbers.compression,
+        "x-compression": numbers.compression
+        | ({"without-effect": numbers.without_effect} if numbers.without_effect else {}),
         "x-tracker": numbers.tracker,
         "x-tracker-reason": numbers.tracker_reason,
         "x-placement": numbers.placement,

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.api import Statistics
+from engine.control.compression import auto_line
 from engine.control.status import Status
 from engine.memory.blocks import PAGE_SIZE
 
@@ -106,8 +107,14 @@ def _plain(statistics: Statistics, faults: Faults | None) -> str:
     return (
         f"{statistics.status.value}: round {statistics.rounds}, "
         f"{bytes_text(statistics.remaining_bytes)} remaining, "
-        f"{rate_text(statistics.throughput_bytes_per_s)}"
+        f"{rate_text(statistics.throughput_bytes_per_s)}{_auto(statistics, ', auto: ')}"
     )
+
+
+def _auto(statistics: Statistics, before: str) -> str:
+    """What `auto` does and why, behind `before`; nothing where it does nothing."""
+    line = auto_line(statistics.compression)
+    return f"{before}{line}" if line else ""
 
 
 def picture(statistics: Statistics, width: int, faults: Faults | None = None) -> RenderableType:
@@ -125,6 +132,7 @@ def picture(statistics: Statistics, width: int, faults: Faults | None = None) ->
             )
         ),
         _channels(statistics, width),
+        *([Text(auto, style="dim")] if (auto := _auto(statistics, "auto: ")) else []),
         Text(ways if statistics.tracker else "", style="dim"),
     )
 

@@ -50,7 +50,13 @@ class Inserter:
         ]
 
     def check(
-        self, index: int, data_runs: bytes, encoded: int, gathered: int, zero_runs: bytes
+        self,
+        index: int,
+        data_runs: bytes,
+        planes: int,
+        encoded: int,
+        gathered: int,
+        zero_runs: bytes,
     ) -> None:
         """Check all runs of a packet before any of its pages is placed.
 
@@ -59,8 +65,9 @@ class Inserter:
         block = self._blocks[index]
         try:
             _native.packet_runs_check(
-                data_runs, encoded, gathered, zero_runs, block.page_count, unit_pages(block)
-            )
+                data_runs, planes, encoded, gathered, zero_runs, block.page_count,
+                unit_pages(block),
+            )  # fmt: skip
         except ValueError as exc:
             raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
 

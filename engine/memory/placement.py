@@ -63,7 +63,13 @@ class Placer:
         return "memcpy" if self._uffd < 0 else "UFFDIO_COPY"
 
     def check(
-        self, index: int, data_runs: bytes, encoded: int, gathered: int, zero_runs: bytes
+        self,
+        index: int,
+        data_runs: bytes,
+        planes: int,
+        encoded: int,
+        gathered: int,
+        zero_runs: bytes,
     ) -> None:
         """Check all runs of a packet before any of its pages is placed.
 
@@ -71,7 +77,9 @@ class Placer:
             has; nothing was written."""
         block = self._blocks[index]
         try:
-            _native.packet_runs_check(data_runs, encoded, gathered, zero_runs, block.page_count, 1)
+            _native.packet_runs_check(
+                data_runs, planes, encoded, gathered, zero_runs, block.page_count, 1
+            )
         except ValueError as exc:
             raise WireError(f"pages for RAM block '{block.name}': {exc}") from exc
 

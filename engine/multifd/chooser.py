@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from engine import wire
 from engine.compress.choice import policy_of
@@ -12,6 +12,9 @@ from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Payload
 from engine.multifd.progress import Budget, Count, Progress
+
+#: What a policy knows is shown so often: as often as somebody may ask.
+PUBLISH_NS: Final = 100_000_000
 
 
 class Clocks(NamedTuple):
@@ -34,11 +37,13 @@ class Chooser:
         self._policy: Policy = Fixed(Arm("none"))
         self._chosen_by: Policy = self._policy  #: of the batch that is on its way
         self._before = self._clocks()  #: at the end of the batch before
+        self._published_ns = 0
 
     def follow(self, order: wire.Compress) -> None:
         """Another policy from the next batch on."""
-        self._policy = policy_of(order, self._count)
+        self._policy = policy_of(order, self._count, self._policy)
         self._budget.used_cpu(self._index, time.process_time_ns())  # others may measure before us
+        self._publish()
 
     def begin_round(self) -> None:
         """What was between two rounds is nobody's cost."""
@@ -89,9 +94,17 @@ class Chooser:
                 ),
             )
         )
+        if now.at >= self._published_ns + PUBLISH_NS:
+            self._published_ns = now.at
+            self._publish()
         tried = payloads[0]
         if tried.tried and (other := self._chosen_by.probe(now.at)) is not None:
             self._probe(arm, other, tried)
+
+    def _publish(self) -> None:
+        """Show what the policy knows, or that it has nothing to say."""
+        account = self._policy.account()
+        self._progress.account(account.words() if account is not None else (0,))
 
     def _probe(self, used: Arm, other: Arm, payload: Payload) -> None:
         """Encode the pages of a batch once more, to learn; nothing of it is sent."""

@@ -37,6 +37,7 @@ class Payload:
     pages: int
     kind: wire.PacketKind = wire.PacketKind.PAGES
     codec: wire.CodecId = wire.CodecId.RAW
+    plane_runs: int = 0
     encoded_runs: int = 0
     gathered_runs: int = 0
     plain_bytes: int = 0
@@ -93,28 +94,33 @@ def copied_payload(
     if codec is None or not copy:
         return Payload([copy] if copy else [], runs, pages, gathered_runs=count, copied_pages=pages)
     parted = memoryview(bytearray(pages * wire.RUN.size))
-    good_runs, _, raw_runs = _native.split_compressible(copy, wire.RUN.pack(0, pages), 1, parted)
+    whole = wire.RUN.pack(0, pages)
+    planes, others, _, raw = _native.split_compressible(copy, whole, 1, parted)
+    good_runs = planes + others
     if not good_runs:
         return copied_payload(copy, taken, count)
-    if not raw_runs:
-        return _encoded_copy(copy, runs, count, codec)
-    rest = memoryview(parted)[good_runs * wire.RUN.size :]
+    rest = parted[good_runs * wire.RUN.size :]
     tables = [
         _pages_at(read_runs(places, places_count), read_runs(runs, count))
-        for places, places_count in ((parted, good_runs), (rest, raw_runs))
+        for places, places_count in (
+            (parted, planes),
+            (parted[planes * wire.RUN.size :], others),
+            (rest, raw),
+        )
     ]
-    good = _encoded_copy(
-        _native.gather(copy, parted, good_runs), table_of(tables[0]), len(tables[0]), codec
-    )
+    tried = copy if not planes + raw else _native.gather(copy, parted, good_runs, planes)
+    good = _encoded_copy(tried, table_of(tables[0] + tables[1]), codec, len(tables[0]))
     if not good.encoded_runs:  # in vain
-        raw = copied_payload(copy, taken, count)
-        return replace(raw, tried=good.tried, codec_ns=good.codec_ns)
+        plain = copied_payload(copy, taken, count)
+        return replace(plain, tried=good.tried, codec_ns=good.codec_ns)
+    if not raw:
+        return good
     return replace(
         good,
-        frames=[*good.frames, _native.gather(copy, rest, raw_runs)],
-        data_runs=good.data_runs + table_of(tables[1]),
+        frames=[*good.frames, _native.gather(copy, rest, raw)],
+        data_runs=good.data_runs + table_of(tables[2]),
         pages=pages,
-        gathered_runs=len(tables[1]),
+        gathered_runs=len(tables[2]),
         copied_pages=pages,
     )
 
@@ -124,20 +130,26 @@ def whole_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec |
     if codec is None or not count:
         return lent_payload(ram, taken, count)
     copy = _native.gather(ram, taken, count)
-    return _encoded_copy(copy, bytes(taken[: count * wire.RUN.size]), count, codec)
+    good = _encoded_copy(copy, bytes(taken[: count * wire.RUN.size]), codec, 0)
+    if good.encoded_runs:
+        return good
+    plain = copied_payload(copy, taken, count)
+    return replace(plain, tried=good.tried, codec_ns=good.codec_ns)
 
 
-def _encoded_copy(copy: bytes, runs: bytes, count: int, codec: Codec) -> Payload:
-    """All of `copy` in one frame, encoded if that helps."""
-    pages, began_ns = len(copy) // PAGE_SIZE, time.thread_time_ns()
-    encoded = codec.encode(copy)
+def _encoded_copy(tried: bytes, runs: bytes, codec: Codec, plane_runs: int) -> Payload:
+    """All of `tried` in one frame if that helps; if not, what it says of that only.
+
+    :param plane_runs: so many of the first runs are bit planes in it."""
+    pages, began_ns = len(tried) // PAGE_SIZE, time.thread_time_ns()
+    encoded = codec.encode(tried)
     codec_ns = time.thread_time_ns() - began_ns
     if encoded is None:
-        return Payload([copy], runs, pages, gathered_runs=count, copied_pages=pages,
-                       tried=copy, codec_ns=codec_ns)  # fmt: skip
+        return Payload([], b"", 0, tried=tried, codec_ns=codec_ns)
     return Payload(
-        [encoded], runs, pages, codec=codec.wire_id, encoded_runs=count, plain_bytes=len(copy),
-        copied_pages=pages, tried=copy, codec_ns=codec_ns,
+        [encoded], runs, pages, codec=codec.wire_id, plane_runs=plane_runs,
+        encoded_runs=len(runs) // wire.RUN.size, plain_bytes=len(tried), copied_pages=pages,
+        tried=tried, codec_ns=codec_ns,
     )  # fmt: skip
 
 
@@ -162,21 +174,24 @@ def _pages_at(places: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
 def encoded_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec) -> Payload:
     """What looks as if it would shrink is encoded in one frame, the rest goes as it is."""
     parted = memoryview(bytearray(wire.RUNS_MAX * wire.RUN.size))
-    good_runs, good_pages, raw_runs = _native.split_compressible(ram, taken, count, parted)
+    planes, others, good_pages, raw_runs = _native.split_compressible(ram, taken, count, parted)
+    good_runs = planes + others
     raw = lent_payload(ram, parted[good_runs * wire.RUN.size :], raw_runs)
     if not good_runs:
         return raw
-    copy = _native.gather(ram, parted, good_runs)
-    good = _encoded_copy(copy, bytes(parted[: good_runs * wire.RUN.size]), good_runs, codec)
+    tried = _native.gather(ram, parted, good_runs, planes)
+    good = _encoded_copy(tried, bytes(parted[: good_runs * wire.RUN.size]), codec, planes)
     if not good.encoded_runs:  # in vain, which is rare: one copy of all is as good
         raw = lent_payload(ram, taken, count)
         return replace(raw, tried=good.tried, codec_ns=good.codec_ns)
-    return Payload(
-        [*good.frames, *raw.frames], good.data_runs + raw.data_runs, good.pages + raw.pages,
-        codec=codec.wire_id, encoded_runs=good_runs, gathered_runs=raw.gathered_runs,
-        plain_bytes=good.plain_bytes, copied_pages=good_pages + raw.copied_pages,
-        tried=good.tried, codec_ns=good.codec_ns,
-    )  # fmt: skip
+    return replace(
+        good,
+        frames=[*good.frames, *raw.frames],
+        data_runs=good.data_runs + raw.data_runs,
+        pages=good.pages + raw.pages,
+        gathered_runs=raw.gathered_runs,
+        copied_pages=good_pages + raw.copied_pages,
+    )
 
 
 def deltas_payload(deltas: bytes, table: bytes, pages: int, codec: Codec | None) -> Payload:

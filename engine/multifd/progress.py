@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from engine import _native
@@ -43,6 +44,7 @@ class Count(enum.IntEnum):
     DELTA_UNCHANGED = 22  #: pages that the destination had as they were
     ELIDED_PAGES = 23  #: not sent again, for the destination has them as they are
     BATCHES = 24  #: batches by choice: word BATCHES + CodecId
+    ACCOUNT = 64  #: from here on: what `auto` knows (`engine.compress.account`)
 
 
 class Progress(SharedWords):
@@ -59,6 +61,15 @@ class Progress(SharedWords):
         """The next batch gets this codec. Only the worker that owns the page calls this."""
         self.words[Count.BATCHES + codec] += 1
         self.words[Count.CODEC], self.words[Count.LEVEL] = codec, level % 2**64
+
+    def account(self, words: Sequence[int]) -> None:
+        """Show what the policy knows. Only the worker that owns the page calls this."""
+        for index, word in enumerate(words):
+            self.words[Count.ACCOUNT + index] = word
+
+    def account_words(self, count: int) -> list[int]:
+        """The first words that `account` showed."""
+        return self.words[Count.ACCOUNT : Count.ACCOUNT + count].tolist()
 
     def add(self, count: Count, amount: int) -> None:
         """Only the worker that owns the page calls this."""

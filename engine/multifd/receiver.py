@@ -13,7 +13,7 @@ from typing import Final
 
 import zmq
 
-from engine import unixsocket, wire
+from engine import _native, unixsocket, wire
 from engine.compress.codecs import decoders
 from engine.errors import ChannelError, GuestError, MemoryRefused, UsageError, WireError
 from engine.memory.bitmaps import PageBitmaps
@@ -134,6 +134,7 @@ class Receiver:
                 raise WireError("message with too many frames or without a header")
             packet = wire.decode_packet(header)
             self._check_owner(packet)
+            _check_frames(packet, payload)
             if packet.kind is wire.PacketKind.OPEN:
                 self._open(identity, packet)
                 return
@@ -158,12 +159,14 @@ class Receiver:
                 return
             packet = wire.decode_packet(taken[0])
             self._check_owner(packet)
+            frames = frames_of(packet, taken[1])
+            _check_frames(packet, frames)
             if packet.kind is wire.PacketKind.OPEN and not self._sequence:
                 self._open(STREAM, packet)
             elif packet.kind is wire.PacketKind.OPEN or packet.incarnation != self._incarnation:
                 raise WireError(f"{packet.kind.name} of incarnation {packet.incarnation}")
             else:
-                self._use(packet, frames_of(packet, taken[1]))
+                self._use(packet, frames)
         except (ConnectionError, WireError) as exc:
             self._break(str(exc))
             stream.close()
@@ -213,8 +216,6 @@ class Receiver:
             return
         if packet.block_id > len(self._blocks):
             raise WireError(f"packet for RAM block {packet.block_id} of {len(self._blocks)}")
-        if [len(frame) for frame in payload] != packet.frame_sizes():
-            raise WireError("packet whose payload frames are not of the sizes that its runs say")
         self._place(packet, payload)
         self._packets += 1
         self._pages += packet.pages
@@ -242,8 +243,9 @@ class Receiver:
         """Place all pages; everything is checked and decoded before the first byte is written."""
         index, runs = packet.block_id - 1, memoryview(packet.data_runs)
         self._placer.check(
-            index, packet.data_runs, packet.encoded_runs, packet.gathered_runs, packet.zero_runs
-        )
+            index, packet.data_runs, packet.plane_runs, packet.encoded_runs, packet.gathered_runs,
+            packet.zero_runs,
+        )  # fmt: skip
         if packet.encoded_runs and packet.codec is not wire.CodecId.RAW:
             plain = self._decoders[packet.codec].decode(payload[0], packet.plain_bytes)
             payload[0] = memoryview(plain)
@@ -252,6 +254,9 @@ class Receiver:
             return
         groups = [1] * (len(runs) // wire.RUN.size - packet.encoded_runs - packet.gathered_runs)
         groups = [one for one in (packet.encoded_runs, packet.gathered_runs) if one] + groups
+        if packet.plane_runs:
+            payload[:1] = _restored(payload[0], packet.plane_pages)
+            groups[:1] = [packet.plane_runs, packet.encoded_runs - packet.plane_runs]
         fresh = start = 0
         for frame, count in zip(payload, groups, strict=True):
             end = start + count * wire.RUN.size
@@ -298,6 +303,19 @@ class Receiver:
         reason = wire.cut(reason)
         log.warning("channel %d is broken: %s", self._order.index, reason)
         self._inbox.report(wire.ChannelBroken(self._order.index, self._incarnation, reason))
+
+
+def _check_frames(packet: wire.Packet, payload: Sequence[memoryview]) -> None:
+    """:raise WireError: the frames are not what the header speaks of; those without pages have
+    none."""
+    if [len(frame) for frame in payload] != packet.frame_sizes():
+        raise WireError("packet whose payload frames are not of the sizes that its runs say")
+
+
+def _restored(plain: memoryview, plane_pages: int) -> list[memoryview]:
+    """A decoded frame as two: the pages that were bit planes, and the others."""
+    pages = _native.restore_planes(plain, plane_pages)
+    return [memoryview(pages), plain[len(pages) :]]
 
 
 def main(fd: int) -> None:

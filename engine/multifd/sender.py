@@ -339,6 +339,7 @@ class Sender:
             pages=payload.pages,
             zero_pages=taken.zero_pages if zero_runs else 0,
             payload_bytes=payload.payload_bytes,
+            plane_runs=payload.plane_runs,
             encoded_runs=payload.encoded_runs,
             gathered_runs=payload.gathered_runs,
             plain_bytes=payload.plain_bytes,

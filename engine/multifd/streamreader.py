@@ -41,8 +41,8 @@ class StreamReader:
 def frames_of(packet: wire.Packet, payload: memoryview) -> list[memoryview]:
     """The payload as the frames that the header speaks of; one frame where their sizes differ."""
     sizes = packet.frame_sizes()
-    if sum(sizes) != len(payload):
-        return [payload]
+    if sum(sizes) != len(payload) or not sizes:
+        return [payload] if payload else []
     frames, at = [], 0
     for size in sizes:
         frames.append(payload[at : at + size])

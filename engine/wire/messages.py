@@ -11,7 +11,7 @@ import msgspec
 from engine.errors import WireError
 from engine.memory.blocks import BLOCK_SIZE_MAX, PAGE_SIZE, RamBlock
 
-VERSION: Final = 3
+VERSION: Final = 4
 SESSION_BYTES: Final = 16
 #: A QEMU's is 0.3 to 0.9 MiB, and the memory of its display (16 MiB) with it.
 STATE_BYTES_MAX: Final = 32 * 1024 * 1024
@@ -94,8 +94,32 @@ class Decoder(Generic[T]):
         try:
             message: T = self._decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            if (version := _version_of(data)) != VERSION:
+                raise WireError(
+                    f"{self._where}: the peer speaks version {version}, this build {VERSION}"
+                ) from exc
             raise WireError(f"{self._where}: {exc}") from exc
         return message
+
+
+class _Versioned(msgspec.Struct):
+    """The one thing that messages of all versions have where they have it: Hello, Welcome, and the
+    Hello in a stream's first message."""
+
+    version: int = VERSION
+    hello: _Versioned | None = None
+
+
+_VERSIONED: Final = msgspec.msgpack.Decoder(_Versioned)
+
+
+def _version_of(data: bytes | memoryview) -> int:
+    """The version that a message names, whatever else it says; ours if it names none."""
+    try:
+        message = _VERSIONED.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return VERSION
+    return message.version if message.hello is None else message.hello.version
 
 
 def cut(reason: str) -> str:

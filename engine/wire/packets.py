@@ -16,7 +16,7 @@ from engine.memory.blocks import PAGE_SIZE
 from engine.wire.messages import VERSION
 
 MAGIC: Final = b"rfpk"
-HEADER: Final = struct.Struct("<4sHBB16sHHIQIHHHHIQQQ")
+HEADER: Final = struct.Struct("<4sHBB16sHHIQIHHHHHIQQQ")
 RUN: Final = struct.Struct("<II")
 BATCH_PAGES_MAX: Final = 512  #: 2 MiB: one stripe of 4 KiB pages
 ZERO_PAGES_MAX: Final = 16384  #: of one packet; what a sender looks at before it hears its orders
@@ -60,7 +60,8 @@ class Packet:
 
     In PAGES and DELTAS, `pages`, `zero_pages` and `payload_bytes` count this packet's; in
     ROUND_END, the channel's totals of the round. The payload of PAGES is the pages of `data_runs`
-    in order: those of the first `encoded_runs` runs in one frame encoded with `codec`, those of the
+    in order: those of the first `encoded_runs` runs in one frame encoded with `codec` (those of the
+    first `plane_runs` of these were made bit planes before, see `native/planes.h`), those of the
     next `gathered_runs` in one frame as they are, then one frame for each further run. The payload
     of DELTAS is one frame for the pages of `data_runs`, all of them `encoded_runs`: for each its
     length (u16) and its delta, the whole encoded with `codec`.
@@ -85,6 +86,7 @@ class Packet:
     pages: int = 0
     zero_pages: int = 0
     payload_bytes: int = 0
+    plane_runs: int = 0
     encoded_runs: int = 0
     gathered_runs: int = 0
     plain_bytes: int = 0
@@ -106,6 +108,7 @@ class Packet:
                     self.incarnation,
                     self.sequence,
                     self.round_number,
+                    self.plane_runs,
                     self.encoded_runs,
                     self.gathered_runs,
                     len(self.data_runs) // RUN.size,
@@ -120,8 +123,13 @@ class Packet:
             )
         )
 
+    @property
+    def plane_pages(self) -> int:
+        """The pages of the first `plane_runs` runs."""
+        return sum(_page_counts(self.data_runs)[: self.plane_runs])
+
     def frame_sizes(self) -> list[int]:
-        """Bytes of each payload frame that must follow a header with pages."""
+        """Bytes of each payload frame that must follow the header."""
         counts = _page_counts(self.data_runs)
         gathered_end = self.encoded_runs + self.gathered_runs
         sizes = [count * PAGE_SIZE for count in counts[gathered_end:]]
@@ -149,8 +157,8 @@ def decode_packet(frame: bytes | memoryview) -> Packet:
             f"packet header of {len(frame)} bytes; {HEADER.size} to {HEADER_BYTES_MAX} are allowed"
         )
     (magic, version, kind, codec, session, channel_id, block_id, incarnation, sequence,
-     round_number, encoded, gathered, data_count, zero_count, plain_bytes, pages, zero_pages,
-     payload_bytes,
+     round_number, planes, encoded, gathered, data_count, zero_count, plain_bytes, pages,
+     zero_pages, payload_bytes,
      ) = HEADER.unpack_from(frame)  # fmt: skip
     if magic != MAGIC:
         raise WireError(f"packet magic {bytes(magic)!r} expected {MAGIC!r}")
@@ -165,15 +173,16 @@ def decode_packet(frame: bytes | memoryview) -> Packet:
             f"packet header of {len(frame)} bytes does not hold its {data_count} data and "
             f"{zero_count} zero runs"
         )
-    if max(data_count, zero_count) > RUNS_MAX or encoded + gathered > data_count:
+    is_too_much = max(data_count, zero_count) > RUNS_MAX or encoded + gathered > data_count
+    if is_too_much or planes > encoded:
         raise WireError(
-            f"packet with {data_count} data runs ({encoded} encoded, {gathered} gathered), "
-            f"{zero_count} zero"
+            f"packet with {data_count} data runs ({planes} as planes, {encoded} encoded, "
+            f"{gathered} gathered), {zero_count} zero"
         )
     split = HEADER.size + data_count * RUN.size
     packet = Packet(
         PacketKind(kind), bytes(session), channel_id, incarnation, sequence, round_number, block_id,
-        CodecId(codec), pages, zero_pages, payload_bytes, encoded, gathered, plain_bytes,
+        CodecId(codec), pages, zero_pages, payload_bytes, planes, encoded, gathered, plain_bytes,
         bytes(frame[HEADER.size : split]), bytes(frame[split:]),
     )  # fmt: skip
     _check_counts(packet)
@@ -207,7 +216,7 @@ def _check_sizes(packet: Packet, encoded_pages: int) -> None:
     is_raw = packet.codec is CodecId.RAW
     encoded_bytes = packet.payload_bytes - (packet.pages - encoded_pages) * PAGE_SIZE
     if packet.kind is PacketKind.DELTAS:
-        is_right = encoded_pages == packet.pages and not packet.zero_pages
+        is_right = encoded_pages == packet.pages and not packet.zero_pages + packet.plane_runs
         least = encoded_pages * DELTA_BYTES_MIN
         is_right &= 0 < least <= packet.plain_bytes <= packet.pages * PAGE_SIZE
     else:

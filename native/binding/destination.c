@@ -4,6 +4,7 @@
 #include <errno.h>
 
 #include "placement.h"
+#include "planes.h"
 #include "userfault.h"
 
 static int fresh_address_fits(int uffd, uint64_t address)
@@ -104,28 +105,32 @@ static PyObject *native_packet_runs_check(PyObject *module, PyObject *args)
     Py_buffer data, zero;
     struct packet_runs runs;
     struct page_range bad;
-    uint64_t encoded_count, gathered_count, page_count, unit_pages;
+    uint64_t plane_count, encoded_count, gathered_count, page_count, unit_pages;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*O&O&y*O&O&:packet_runs_check", &data, to_u64, &encoded_count,
-                          to_u64, &gathered_count, &zero, to_u64, &page_count, to_size, &unit_pages))
+    if (!PyArg_ParseTuple(args, "y*O&O&O&y*O&O&:packet_runs_check", &data, to_u64, &plane_count, to_u64,
+                          &encoded_count, to_u64, &gathered_count, &zero, to_u64, &page_count, to_size,
+                          &unit_pages))
         return NULL;
     if (page_count_fits(page_count) && unit_fits(unit_pages) && run_count_fits(&data, "data_runs") &&
         run_count_fits(&zero, "zero_runs")) {
         size_t data_count = (size_t)data.len / RUN_BYTES;
 
-        if (encoded_count > data_count || gathered_count > data_count - encoded_count)
-            PyErr_Format(PyExc_ValueError, "%llu of %zu runs are encoded and %llu gathered",
+        if (encoded_count > data_count || gathered_count > data_count - encoded_count ||
+            plane_count > encoded_count)
+            PyErr_Format(PyExc_ValueError,
+                         "%llu of %zu runs are encoded, %llu of these as planes, and %llu gathered",
                          (unsigned long long)encoded_count, data_count,
-                         (unsigned long long)gathered_count);
+                         (unsigned long long)plane_count, (unsigned long long)gathered_count);
         else {
-            const unsigned char *encoded = data.buf;
-            const unsigned char *gathered = encoded + encoded_count * RUN_BYTES;
+            const unsigned char *planes = data.buf;
+            const unsigned char *encoded = planes + plane_count * RUN_BYTES;
+            const unsigned char *gathered = planes + encoded_count * RUN_BYTES;
             const unsigned char *direct = gathered + gathered_count * RUN_BYTES;
 
             runs = (struct packet_runs){
-                {encoded, gathered, direct, zero.buf},
-                {(size_t)encoded_count, (size_t)gathered_count,
+                {planes, encoded, gathered, direct, zero.buf},
+                {(size_t)plane_count, (size_t)(encoded_count - plane_count), (size_t)gathered_count,
                  data_count - (size_t)(encoded_count + gathered_count), (size_t)zero.len / RUN_BYTES},
             };
             if (packet_runs_check(&runs, page_count, unit_pages, &bad) < 0) /* some thousand instructions */
@@ -138,6 +143,28 @@ static PyObject *native_packet_runs_check(PyObject *module, PyObject *args)
     }
     RELEASE(&zero, &data);
     return none_or_error(0);
+}
+
+static PyObject *native_restore_planes(PyObject *module, PyObject *args)
+{
+    Py_buffer planes;
+    uint64_t page_count;
+    PyObject *result = NULL;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*O&:restore_planes", &planes, to_u64, &page_count))
+        return NULL;
+    if (pages_fit(&planes, "planes", page_count, PAGE_BYTES))
+        result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(page_count * PAGE_BYTES));
+    if (result) {
+        char *output = PyBytes_AsString(result);
+
+        Py_BEGIN_ALLOW_THREADS
+        restore_planes(planes.buf, page_count, (unsigned char *)output);
+        Py_END_ALLOW_THREADS
+    }
+    RELEASE(&planes);
+    return result;
 }
 
 static PyObject *native_punch_hole(PyObject *module, PyObject *args)
@@ -159,6 +186,7 @@ PyMethodDef DESTINATION_METHODS[] = {
     {"place", native_place, METH_VARARGS, NULL},
     {"clear", native_clear, METH_VARARGS, NULL},
     {"packet_runs_check", native_packet_runs_check, METH_VARARGS, NULL},
+    {"restore_planes", native_restore_planes, METH_VARARGS, NULL},
     {"punch_hole", native_punch_hole, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

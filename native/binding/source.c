@@ -5,6 +5,7 @@
 #include "compressibility.h"
 #include "elision.h"
 #include "page_hash.h"
+#include "planes.h"
 
 static int run_table_fits(const Py_buffer *runs, const char *what)
 {
@@ -69,13 +70,18 @@ static PyObject *native_take_batch(PyObject *module, PyObject *args)
 static PyObject *native_gather(PyObject *module, PyObject *args)
 {
     Py_buffer ram, runs;
-    uint64_t run_count, total;
+    uint64_t run_count, total, plane_runs = 0, plane_pages = 0;
     PyObject *result = NULL;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*O&:gather", &ram, &runs, to_u64, &run_count))
+    if (!PyArg_ParseTuple(args, "y*y*O&|O&:gather", &ram, &runs, to_u64, &run_count, to_u64,
+                          &plane_runs))
         return NULL;
-    if (runs_fit(&runs, run_count, (uint64_t)ram.len / PAGE_BYTES, &total)) {
+    if (plane_runs > run_count)
+        PyErr_Format(PyExc_ValueError, "plane_runs is %llu of %llu runs",
+                     (unsigned long long)plane_runs, (unsigned long long)run_count);
+    else if (runs_fit(&runs, plane_runs, (uint64_t)ram.len / PAGE_BYTES, &plane_pages) &&
+             runs_fit(&runs, run_count, (uint64_t)ram.len / PAGE_BYTES, &total)) {
         if (total > PY_SSIZE_T_MAX / PAGE_BYTES)
             PyErr_NoMemory();
         else
@@ -85,7 +91,9 @@ static PyObject *native_gather(PyObject *module, PyObject *args)
         char *output = PyBytes_AsString(result);
 
         Py_BEGIN_ALLOW_THREADS
-        gather(ram.buf, runs.buf, (size_t)run_count, (unsigned char *)output);
+        gather_planes(ram.buf, runs.buf, (size_t)plane_runs, (unsigned char *)output);
+        gather(ram.buf, (unsigned char *)runs.buf + plane_runs * RUN_BYTES,
+               (size_t)(run_count - plane_runs), (unsigned char *)output + plane_pages * PAGE_BYTES);
         Py_END_ALLOW_THREADS
     }
     RELEASE(&runs, &ram);
@@ -108,9 +116,10 @@ static PyObject *native_split_compressible(PyObject *module, PyObject *args)
         Py_BEGIN_ALLOW_THREADS
         split = split_compressible(ram.buf, runs.buf, (size_t)run_count, output.buf);
         Py_END_ALLOW_THREADS
-        result = Py_BuildValue("(nKn)", (Py_ssize_t)split.compressible_runs,
-                               (unsigned long long)split.compressible_pages,
-                               (Py_ssize_t)split.raw_runs);
+        result = Py_BuildValue(
+            "(nnKn)", (Py_ssize_t)split.runs[PAGE_OF_WORDS], (Py_ssize_t)split.runs[PAGE_OF_BYTES],
+            (unsigned long long)(split.pages[PAGE_OF_WORDS] + split.pages[PAGE_OF_BYTES]),
+            (Py_ssize_t)split.runs[PAGE_RAW]);
     }
     RELEASE(&output, &runs, &ram);
     return result;

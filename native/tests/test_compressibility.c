@@ -21,7 +21,7 @@ static void random_pages_are_raw(uint64_t *state)
 
     for (int i = 0; i < RANDOM_PAGES; ++i) {
         fill_random(page, state);
-        compressible += page_is_compressible(page);
+        compressible += page_kind(page) != PAGE_RAW;
     }
     CHECK(compressible <= RANDOM_PAGES / 10000);
 }
@@ -34,13 +34,13 @@ static void sparse_pages_are_compressible(uint64_t *state)
     for (size_t from = 0; from <= PAGE_BYTES / 2; from += 256) {
         fill_random(page, state);
         memset(page + from, 0, PAGE_BYTES / 2);
-        CHECK(page_is_compressible(page));
+        CHECK(page_kind(page) != PAGE_RAW);
     }
     for (size_t field = 0; field < 8; ++field) {
         fill_random(page, state);
         for (size_t at = field; at < PAGE_BYTES; at += 8)
             page[at] = 0x7f;
-        CHECK(page_is_compressible(page));
+        CHECK(page_kind(page) != PAGE_RAW);
     }
 }
 
@@ -54,7 +54,7 @@ static void repeats_are_compressible(uint64_t *state)
         fill_random(page, state);
         for (size_t at = periods[i]; at < PAGE_BYTES; ++at)
             page[at] = page[at - periods[i]];
-        CHECK(page_is_compressible(page));
+        CHECK(page_kind(page) != PAGE_RAW);
     }
 }
 
@@ -67,7 +67,7 @@ static void a_word_that_comes_again_is_seen(uint64_t *state)
         fill_random(page, state);
         for (size_t at = from + 8; at < from + 512; at += 8)
             memcpy(page + at, page + from, 8);
-        CHECK(page_is_compressible(page));
+        CHECK(page_kind(page) != PAGE_RAW);
     }
 }
 
@@ -95,18 +95,19 @@ static void runs_add_up(unsigned char *ram, uint64_t *state)
         asked += count;
     }
     split = split_compressible(ram, (unsigned char *)runs, run_count, (unsigned char *)runs);
-    for (size_t i = 0; i < split.compressible_runs + split.raw_runs; ++i) {
-        bool is_compressible = i < split.compressible_runs;
+    CHECK(split.runs[PAGE_OF_WORDS] == 0 && split.pages[PAGE_OF_WORDS] == 0);
+    for (size_t i = 0; i < split.runs[PAGE_OF_BYTES] + split.runs[PAGE_RAW]; ++i) {
+        bool is_compressible = i < split.runs[PAGE_OF_BYTES];
         uint32_t first = runs[2 * i], count = runs[2 * i + 1];
 
         for (uint32_t page = first; page < first + count; ++page) {
             CHECK(is_asked[page] && is_zero[page] == is_compressible);
             is_asked[page] = false; /* not twice */
         }
-        CHECK(i == 0 || i == split.compressible_runs || first > runs[2 * i - 2] + runs[2 * i - 1]);
+        CHECK(i == 0 || i == split.runs[PAGE_OF_BYTES] || first > runs[2 * i - 2] + runs[2 * i - 1]);
         found += count;
         if (is_compressible)
-            CHECK(found <= split.compressible_pages);
+            CHECK(found <= split.pages[PAGE_OF_BYTES]);
     }
     CHECK(found == asked);
 }

@@ -203,6 +203,13 @@ XBZRLE: Final = {
 }  # fmt: skip
 
 
+def test_what_auto_does_is_a_line_of_info_migrate() -> None:
+    auto = {"codec": "zstd:1", "reason": "because", "drain-bytes-per-second": 5_000_000}
+    info = {"x-compression": {"channels": [{"index": 0, "auto": auto}]}}
+    lines = list(views.migration(info, only_migratable=False))[7:]
+    assert lines == ["auto compression: zstd:1 on 1 (because; 5 MB/s drained)"]
+
+
 def test_every_line_of_info_migrate() -> None:
     info = {
         "blocked-reasons": ["non-migratable device: x"], "status": "active", "total-time": 1,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
-from engine import wire
+from engine import _native, wire
 from engine.compress.codecs import CODECS, decoders
 from engine.memory.blocks import PAGE_SIZE
 from tests.multifd.rig import SESSION
@@ -28,6 +28,15 @@ def text(page_count: int, seed: int = 1) -> bytes:
     return b"".join((line * (PAGE_SIZE // len(line) + 1))[:PAGE_SIZE] for line in pages)
 
 
+def numbers(page_count: int, seed: int = 1) -> bytes:
+    """Pages of words, which are encoded as bit planes."""
+    source = random.Random(seed)
+    return b"".join(
+        (0x5A00 << 32 | source.randrange(2**18)).to_bytes(8, "little")
+        for _ in range(page_count * PAGE_SIZE // 8)
+    )
+
+
 def table(runs: Sequence[Run]) -> bytes:
     return b"".join(wire.RUN.pack(*run) for run in runs)
 
@@ -44,7 +53,9 @@ def pages_of(packet: wire.Packet, payload: bytes) -> dict[int, bytes]:
     plain = payload
     if packet.encoded_runs:
         codec = decoders()[packet.codec]
-        plain = codec.decode(payload[: sizes[0]], packet.plain_bytes) + payload[sizes[0] :]
+        plain = codec.decode(payload[: sizes[0]], packet.plain_bytes)
+        restored = _native.restore_planes(plain, packet.plane_pages)
+        plain = restored + plain[len(restored) :] + payload[sizes[0] :]
     pages: dict[int, bytes] = {}
     position = 0
     for first, count in runs_of(packet):

@@ -18,16 +18,17 @@ from engine.multifd.payload import (
     encoded_payload,
     lent_payload,
 )
-from tests.multifd.encoded import noise, page_numbers, pages_of, runs_of, table, text
+from tests.multifd.encoded import noise, numbers, page_numbers, pages_of, runs_of, table, text
 from tests.multifd.rig import SESSION
 
 Run = tuple[int, int]
-#: Stretches of text and noise, with pages between them that are not sent; a batch at most.
+#: Stretches of text, numbers and noise, with pages between them that are not sent; a batch at most.
 stretches = st.lists(
-    st.tuples(st.sampled_from(["text", "noise", "gap"]), st.integers(1, 90)),
+    st.tuples(st.sampled_from(["text", "numbers", "noise", "gap"]), st.integers(1, 90)),
     min_size=1,
     max_size=5,
 ).filter(lambda drawn: any(kind != "gap" for kind, _ in drawn))
+FILL = {"noise": noise, "numbers": numbers}
 any_codec = pytest.mark.parametrize("name", CODECS)
 
 
@@ -36,11 +37,11 @@ def ram_of(drawn: Sequence[tuple[str, int]]) -> tuple[bytes, list[Run], set[int]
     ram, runs, good = b"", [], set()
     for kind, count in drawn:
         first = len(ram) // PAGE_SIZE
-        ram += noise(count, first) if kind == "noise" else text(count, first)
+        ram += FILL.get(kind, text)(count, first)
         if kind == "gap":
             continue
         runs.append((first, count))
-        good |= set(range(first, first + count)) if kind == "text" else set()
+        good |= set(range(first, first + count)) if kind != "noise" else set()
     return ram, merged(runs), good
 
 
@@ -59,13 +60,19 @@ def packet_of(payload: Payload, pages: int, page_count: int) -> wire.Packet:
     """As it goes over the wire: checked as a receiver checks it."""
     header = wire.Packet(
         wire.PacketKind.PAGES, SESSION, 1, 1, 2, codec=payload.codec, pages=pages,
-        payload_bytes=payload.payload_bytes, encoded_runs=payload.encoded_runs,
-        gathered_runs=payload.gathered_runs, plain_bytes=payload.plain_bytes,
-        data_runs=payload.data_runs,
+        payload_bytes=payload.payload_bytes, plane_runs=payload.plane_runs,
+        encoded_runs=payload.encoded_runs, gathered_runs=payload.gathered_runs,
+        plain_bytes=payload.plain_bytes, data_runs=payload.data_runs,
     ).encode()  # fmt: skip
     packet = wire.decode_packet(header)
     _native.packet_runs_check(
-        packet.data_runs, packet.encoded_runs, packet.gathered_runs, b"", page_count, 1
+        packet.data_runs,
+        packet.plane_runs,
+        packet.encoded_runs,
+        packet.gathered_runs,
+        b"",
+        page_count,
+        1,
     )
     assert [len(frame) for frame in payload.frames] == packet.frame_sizes()
     return packet
@@ -152,7 +159,7 @@ def test_what_was_encoded_in_vain_goes_as_it_is(drawn: list[tuple[str, int]]) ->
 
 @any_codec
 @pytest.mark.parametrize("pages", [1, wire.BATCH_PAGES_MAX])
-@pytest.mark.parametrize("content", [text, noise])
+@pytest.mark.parametrize("content", [text, numbers, noise])
 def test_the_smallest_and_the_largest_batch(name: str, pages: int, content: object) -> None:
     assert callable(content)
     ram, runs = content(pages), [(0, pages)]
@@ -161,4 +168,5 @@ def test_the_smallest_and_the_largest_batch(name: str, pages: int, content: obje
     payload = encoded_payload(memoryview(ram), memoryview(table(runs)), 1, codec)
 
     assert sent(payload, runs, ram)[1] == expected(runs, ram)
-    assert bool(payload.encoded_runs) is (content is text)
+    assert bool(payload.encoded_runs) is (content is not noise)
+    assert payload.plane_runs == (content is numbers)

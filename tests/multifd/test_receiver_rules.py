@@ -61,6 +61,16 @@ OUTSIDE = {"zero_pages": 1, "zero_runs": table((64, 1))}
             id="more-zero-pages-than-any-sender-sends",
         ),
         pytest.param(
+            [[round_end(2, 0, round_number=2), b"x"]],
+            "payload frames are not of the sizes",
+            id="the-end-with-a-payload",
+        ),
+        pytest.param(
+            [[packet(wire.PacketKind.OPEN, 1, incarnation=2).encode(), b"x"]],
+            "payload frames are not of the sizes",
+            id="open-with-a-payload",
+        ),
+        pytest.param(
             [[round_end(2, 0, round_number=2)], [round_end(3, 0, round_number=2)]],
             "round 2 after the end of 2",
             id="the-same-end-again",

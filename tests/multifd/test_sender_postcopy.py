@@ -297,7 +297,8 @@ def test_huge_pages_go_whole_however_little_of_them_is_dirty(codec: str, rate: i
                     assert [packet.zero_pages for packet in packets[:3]] == [0, 0, HUGE]
                     for packet in packets[:-1]:
                         _native.packet_runs_check(
-                            packet.data_runs, packet.encoded_runs, packet.gathered_runs,
+                            packet.data_runs, packet.plane_runs, packet.encoded_runs,
+                            packet.gathered_runs,
                             packet.zero_runs, block.page_count, HUGE,
                         )  # fmt: skip
                     assert (packets[0].encoded_runs == 1) == (codec == "zstd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import random
 import struct
@@ -19,12 +20,21 @@ Fill = Callable[[random.Random], bytes]
 
 
 def compressible_pages(ram: bytes, runs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """The pages of both parts."""
+    """The pages that are worth it, in their order, and the others."""
+    words, others, raw = split_pages(ram, runs)
+    return sorted(words + others), raw
+
+
+def split_pages(ram: bytes, runs: list[tuple[int, int]]) -> tuple[list[int], list[int], list[int]]:
+    """The pages of words, of bytes, and raw ones; each part's runs ascend and are merged."""
     output = bytearray(8 * sum(count for _, count in runs))
-    good, pages, raw = _native.split_compressible(ram, table_of(runs), len(runs), output)
-    split = runs_of(output, good + raw)
-    assert sum(count for _, count in split[:good]) == pages
-    return pages_in(split[:good]), pages_in(split[good:])
+    words, others, pages, raw = _native.split_compressible(ram, table_of(runs), len(runs), output)
+    table = runs_of(output, words + others + raw)
+    parts = (table[:words], table[words : words + others], table[words + others :])
+    for part in parts:
+        assert all(sum(left) < right[0] for left, right in itertools.pairwise(part))
+    assert sum(count for _, count in parts[0] + parts[1]) == pages
+    return pages_in(parts[0]), pages_in(parts[1]), pages_in(parts[2])
 
 
 def filled(contents: str, pages: int) -> bytes:
@@ -55,6 +65,18 @@ KINDS: dict[str, Fill] = {
     "zero": lambda r: bytes(PAGE),
 }
 
+#: Words that share their upper bytes; all but the first have what LZ finds.
+OBJECTS: dict[str, Fill] = {
+    "near": lambda r: words("Q", [0x7F5A00000000 + r.randrange(2**20) * 16 for _ in range(512)]),
+    "objects": lambda r: words(
+        "Q", [n for _ in range(128) for n in (1, 0x7F5A00001230, r.randrange(2**20) * 16, 0)]
+    ),
+    "strings": lambda r: b"".join(
+        r.choice([b"alpha", b"beta", b"gamma and delta", b"epsilon"]).ljust(16, b"\0")
+        for _ in range(256)
+    ),
+}
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_codecs_gain_on_is_compressible(kind: str) -> None:
@@ -65,6 +87,26 @@ def test_what_codecs_gain_on_is_compressible(kind: str) -> None:
 
     assert not raw
     assert good == list(range(400))
+
+
+@pytest.mark.parametrize(
+    ("kind", "are_words"),
+    [
+        ("counters", True), ("near", True), ("small-ints", False), ("pointers", False),
+        ("tagged", False),
+        ("objects", False), ("strings", False), ("sparse", False), ("hex", False), ("zero", False),
+    ],
+)  # fmt: skip
+def test_words_are_numbers_and_pointers_that_seldom_come_again(kind: str, are_words: bool) -> None:
+    """The others fill too many bits of a word, or have what LZ finds: `objects`, `strings`."""
+    source = random.Random(kind)
+    fill = {**KINDS, **OBJECTS}[kind]
+    ram = b"".join(fill(source) for _ in range(400))
+
+    words, others, raw = split_pages(ram, [(0, 400)])
+
+    assert not raw
+    assert len(words if are_words else others) >= 320
 
 
 @pytest.mark.parametrize("contents", ["text", "heap"])
@@ -117,5 +159,5 @@ def test_the_runs_may_be_split_in_their_own_table() -> None:
     ram = random.Random(5).randbytes(PAGE) + bytes(PAGE) + random.Random(6).randbytes(PAGE)
     table = bytearray(table_of([(0, 3)]) + bytes(16))
 
-    assert _native.split_compressible(ram, table, 1, table) == (1, 1, 2)
+    assert _native.split_compressible(ram, table, 1, table) == (0, 1, 1, 2)
     assert runs_of(table, 3) == [(1, 1), (0, 1), (2, 1)]

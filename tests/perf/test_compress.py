@@ -8,11 +8,14 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from engine.errors import UsageError
 from perf.codec import parse_codec
 from perf.compress import (
     LOOPBACK_RATE,
@@ -20,11 +23,14 @@ from perf.compress import (
     Row,
     as_data,
     by_row,
+    cells_of,
     compress_rate,
     judge,
     lacking,
+    merged,
     rows_of,
     seconds,
+    took_s,
 )
 from perf.compresstable import heat_map, slowdowns, table
 from perf.links import UNSHAPED
@@ -49,7 +55,7 @@ def cell(row: Row, who: str, *times_ms: int) -> Cell:
 @pytest.mark.parametrize(
     ("rate", "size", "moved"),
     [
-        (10**8, 2 * GIB, 256 * MIB),
+        (10**8, 2 * GIB, 128 * MIB),
         (10**8, 64 * MIB, 64 * MIB),
         (10**6, GIB, 64 * MIB),
         (GIGABIT, 2 * GIB, 2 * GIB),
@@ -70,8 +76,8 @@ def test_figures_of_a_smaller_image_are_scaled_medians() -> None:
 
     one = cell(row, "ramferry none", 1000, 9000, 2000)
 
-    assert seconds(one) == 2.0 * 8
-    assert one.median("wire_bytes") == 2_000_000 * 8
+    assert seconds(one) == 2.0 * 16
+    assert one.median("wire_bytes") == 2_000_000 * 16
 
 
 def test_rates_are_of_links_or_the_loopback() -> None:
@@ -133,7 +139,29 @@ def test_the_table_leaves_a_place_empty_where_an_engine_lacks_the_codec() -> Non
 
     lines = [line for line in output.getvalue().splitlines() if "bit/s" in line]
     fields = [[field.strip() for field in line.strip("│").split("│")] for line in lines]
-    assert fields == [["100 Mbit/s, mixed*", "8.00", ""], ["1 Gbit/s, mixed", "4.00", "4.50"]]
+    assert fields == [["100 Mbit/s, mixed*", "16.00", ""], ["1 Gbit/s, mixed", "4.00", "4.50"]]
+
+
+def test_a_matrix_may_be_measured_in_pieces() -> None:
+    slow, fast = Row(10**8, "text", 2 * GIB), Row(LOOPBACK_RATE, "text", GIB)
+    whole = [cell(slow, "ramferry none", 1000, 3000), cell(slow, "qemu zstd:1", 2000)]
+    whole = [replace(one, took_s=7.0) for one in whole]
+    again = [replace(cell(slow, "qemu zstd:1", 5), took_s=1.0)]
+    more = [replace(cell(fast, "ramferry auto", 9), took_s=2.0)]
+
+    first = cells_of(json.loads(json.dumps(as_data(whole, {}))))
+    both = merged(merged(first, more), again)
+
+    assert first == whole
+    assert both == [whole[0], again[0], more[0]]
+    assert took_s(both) == 10
+    assert merged(more, whole) == [*whole, *more]
+
+
+@pytest.mark.parametrize("wrong", [{}, {"rows": [1]}, {"rows": [{"image": "text"}]}, []])
+def test_what_is_no_result_is_refused(wrong: Any) -> None:
+    with pytest.raises(UsageError, match="no results of `bench compress`"):
+        cells_of(wrong)
 
 
 def test_data_for_a_file_is_as_measured_with_its_scale_and_what_lacks() -> None:
@@ -143,8 +171,8 @@ def test_data_for_a_file_is_as_measured_with_its_scale_and_what_lacks() -> None:
     data = json.loads(json.dumps(as_data(cells, {contender("qemu lz4"): "unknown"})))
 
     (found,) = data["rows"]
-    assert found["scale"] == 8
-    assert found["moved_size_bytes"] == 256 * MIB
+    assert found["scale"] == 16
+    assert found["moved_size_bytes"] == 128 * MIB
     assert found["contenders"][0]["total_time_ms"]["median"] == 2000
     assert found["contenders"][0]["total_time_ms"]["n"] == 2
     assert found["qemu_best_to_ramferry_ratio"] == 1

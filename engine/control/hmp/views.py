@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from engine.control.compression import auto_line
+
 Json = Mapping[str, Any]
 
 KIB: Final = 1024
@@ -38,6 +40,8 @@ def migration(info: Json, *, only_migratable: bool) -> Iterator[str]:
         yield from _ram(info["ram"])
     if "xbzrle-cache" in info:
         yield from _xbzrle(info["xbzrle-cache"])
+    if line := auto_line(info.get("x-compression", {})):
+        yield f"auto compression: {line}"
     for member, text in (
         ("cpu-throttle-percentage", "cpu throttle percentage: {}"),
         ("dirty-limit-throttle-time-per-round", "dirty-limit throttle time: {} us"),
