@@ -135,7 +135,7 @@ def test_a_receiver_that_replaces_another_inserts_from_its_first_packet_on() -> 
     async def scenario() -> None:
         async with inserting() as (rig, made, socket):
             await socket.send_multipart(pages(2, 0, first))
-            await rig.until(lambda: made.received.count() == 8)
+            await rig.until(lambda: rig.progress[Count.FRESH_PAGES] == 8)  # placed, and counted
             made.ram[:5] = b"guest"
             os.kill(rig.worker.pid, signal.SIGKILL)
             await rig.worker.end()
