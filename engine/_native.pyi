@@ -531,5 +531,5 @@ def pages_run(service: PageService, channel: int, wake_fd: int, wait_ms: int) ->
 def pages_reason(service: PageService) -> str: ...
 def schedule_slice(slice_ns: int) -> None:
     """Ask the scheduler for turns of `slice_ns` for this thread: short ones come sooner after a
-    wake-up. Needs no privilege; resets the thread's nice value. Kernels before Linux 6.12 take no
-    notice."""
+    wake-up. Needs no privilege; resets the thread's nice value; not inherited. Kernels before
+    Linux 6.12 take no notice."""

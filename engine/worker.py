@@ -141,7 +141,15 @@ def _schedule(is_prompt: bool) -> None:
         if not is_prompt:  # pre-empt each other and vCPUs less: 6 % less CPU time
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             return
+        answer_promptly()
+
+
+def answer_promptly() -> None:
+    """This process goes before others when it is woken, but not what it starts."""
+    with contextlib.suppress(OSError):
         try:
+            policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
+            os.sched_setscheduler(0, policy, os.sched_param(0))
             os.setpriority(os.PRIO_PROCESS, 0, PROMPT_NICE)
         except PermissionError:
             _native.schedule_slice(PROMPT_SLICE_NS)

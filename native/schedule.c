@@ -24,12 +24,16 @@ struct attributes {
     uint64_t period;
 };
 
+#define RESET_ON_FORK UINT64_C(1) /* SCHED_FLAG_RESET_ON_FORK of linux/sched.h */
+
 _Static_assert(sizeof(struct attributes) == 48, "SCHED_ATTR_SIZE_VER0");
 
 int schedule_slice(uint64_t slice_ns)
 {
-    struct attributes attributes = {
-        .size = sizeof attributes, .policy = SCHED_OTHER, .runtime = slice_ns};
+    struct attributes attributes = {.size = sizeof attributes,
+                                    .policy = SCHED_OTHER,
+                                    .flags = RESET_ON_FORK,
+                                    .runtime = slice_ns};
 
     return syscall(SYS_sched_setattr, 0, &attributes, 0) < 0 ? -errno : 0;
 }

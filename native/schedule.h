@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Ask for turns of `slice_ns` in the caller's normal scheduling: a short one comes sooner, and needs no
- * privilege. Kernels before Linux 6.12 take no notice. Returns 0 or -errno. */
+ * privilege. What it starts has normal ones. Kernels before Linux 6.12 take no notice. Returns 0 or -errno. */
 int schedule_slice(uint64_t slice_ns);
 
 /* How long `poll_soon` may look again and again here: 0 where there is one processor only. */

@@ -208,6 +208,20 @@ async def ask_for_ever(control: engine.Control) -> None:
         await control.query_guest()
 
 
+def test_the_control_process_goes_first_but_not_what_it_starts() -> None:
+    async def scenario() -> tuple[int, set[int]]:
+        async with engine.Control.start(TINY) as control:
+            pid = control.pid
+            started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            assert started
+            nice = {os.getpriority(os.PRIO_PROCESS, int(child)) for child in started}
+            return os.getpriority(os.PRIO_PROCESS, pid), nice
+
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    first = -20 if os.geteuid() == 0 else ours
+    assert asyncio.run(scenario()) == (first, {ours})
+
+
 def test_closing_ends_a_guest_whose_control_process_was_killed() -> None:
     async def scenario() -> tuple[bool, int]:
         async with engine.Control.start(f"{TINY},rate=5M") as control:

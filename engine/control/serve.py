@@ -27,6 +27,7 @@ from engine.guest.rundir import default_rundir
 from engine.guest.spec import GuestSpec, WorkloadSpec, open_guest, parse_guest_spec
 from engine.guest.workload import WorkloadGuest
 from engine.memory.blocks import check_page_size
+from engine.worker import answer_promptly
 
 log = logging.getLogger("ramferry")
 
@@ -66,6 +67,7 @@ def run(options: ServeOptions) -> int:
     :raise MigrationError: the guest or a monitor could not be started; all was given back."""
     logging.basicConfig(format="ramferry: %(message)s", stream=sys.stderr, level=logging.INFO)
     _allow_descriptors()
+    answer_promptly()
     inherited = _inherited()
     return asyncio.run(_serve(options, inherited))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -212,6 +213,45 @@ def test_a_round_that_begins_in_the_instant_of_opening_is_ordered_once() -> None
 
     orders = asyncio.run(scenario())
     assert orders == ["PrepareSender", "Compress", "SendRound", "OpenChannel", "SendRound"]
+
+
+def test_all_data_is_found_beside_the_loop_and_before_anything_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_look = threading.Event()
+    found: list[int] = []
+
+    async def scenario() -> tuple[bool, bool]:
+        block, worker = ram_block(), PlayedWorker()
+        pool = cast(Pool[wire.SenderReport], SimpleNamespace(take=lambda _index: worker))
+        group = SenderGroup([block], pool, b"s" * 16, ["tcp://127.0.0.1:1"], lambda *_: None)
+        set_data = group.dirty.set_data
+
+        def look() -> None:
+            may_look.wait(60)
+            found.append(set_data())
+
+        monkeypatch.setattr(group.dirty, "set_data", look)
+        tracking = Tracking(TrackerName.UFFD, (TrackedBlock(block.fd, PAGE_SIZE),), "a test")
+        start = asyncio.ensure_future(group.start(tracking, detect_zero=True))
+        await settle()
+        worker.on_report(wire.Opened(1))
+        await settle()
+        has_started = start.done()
+        start.cancel()
+        end = asyncio.ensure_future(group.end())
+        await settle()
+        has_ended = end.done()
+        may_look.set()
+        await end
+        os.close(block.fd)
+        return has_started, has_ended
+
+    try:
+        assert asyncio.run(scenario()) == (False, False)
+        assert found == [PAGES]
+    finally:
+        may_look.set()
 
 
 def test_what_was_lost_is_dirty_before_the_round_is_ordered_again() -> None:
