@@ -44,7 +44,15 @@ def compression_of(host: Host) -> wire.Compress:
     )
 
 
-def note_what_is_without_effect(host: Host, numbers: MigrationNumbers) -> None:
+def compression_now(host: Host, numbers: MigrationNumbers) -> wire.Compress:
+    """`compression_of`, and `numbers` say so."""
+    if host.capability("xbzrle"):
+        numbers.xbzrle_cache_bytes = host.parameters.xbzrle_cache_size
+    _note_what_is_without_effect(host, numbers)
+    return compression_of(host)
+
+
+def _note_what_is_without_effect(host: Host, numbers: MigrationNumbers) -> None:
     """Say in the log, and in `query-migrate`, what is switched on and does nothing: content hashes
     need a private copy of each page, which is compared with no cache and with nothing sent."""
     without: list[str] = []

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from engine import wire
 from engine.control import machine, policy
-from engine.control.compression import compression_of, note_what_is_without_effect
+from engine.control.compression import compression_now
 from engine.control.convergence import Convergence
 from engine.control.conversation import Conversation
 from engine.control.dirtysync import DirtySync
@@ -450,10 +450,7 @@ class OutgoingMigration(Driver):
             self._postcopy.bandwidth_changed()
         elif not self.is_switching_over:
             self._senders.budget.rate_bytes_per_s = self.host.parameters.max_bandwidth
-        if self.host.capability("xbzrle"):
-            self.numbers.xbzrle_cache_bytes = self.host.parameters.xbzrle_cache_size
-        note_what_is_without_effect(self.host, self.numbers)
-        self._senders.compress(compression_of(self.host), self._codecs)
+        self._senders.compress(compression_now(self.host, self.numbers), self._codecs)
 
     def worker_pids(self) -> dict[int, int]:
         """Process ids of the senders at work, by channel."""

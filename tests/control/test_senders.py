@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from engine import _native, wire
-from engine.control import senders
+from engine.control import senders, watch
 from engine.control.lane import HarvestTotals, Lane
 from engine.control.pool import Pool
 from engine.control.senders import SenderGroup
@@ -367,7 +367,9 @@ class Clock:
         self, monkeypatch: pytest.MonkeyPatch, rig: Played, each_wait: Callable[[int], None]
     ) -> None:
         self.now_ns, self._waits, self._each_wait = 0, 0, each_wait
-        monkeypatch.setattr(senders, "time", SimpleNamespace(monotonic_ns=lambda: self.now_ns))
+        clock = SimpleNamespace(monotonic_ns=lambda: self.now_ns)
+        for module in (senders, watch):
+            monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(rig.group, "_news", self._news)
 
     async def _news(self) -> None:
