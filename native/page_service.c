@@ -10,7 +10,7 @@
 #include "fault_statistics.h"
 #include "zero_scan.h"
 
-/* What a destination may have open: see DEMANDS_MAX and ADVANCES_MAX in native/faults.c. */
+/* What a destination may have open: see DEMANDS_MAX and ADVANCES_MAX in native/fault_service.h. */
 #define DEMANDS_MAX ((size_t)1024)
 #define ADVANCES_MAX ((size_t)64)
 
