@@ -80,6 +80,12 @@ class Driver(ABC):
         finally:
             self._is_handling = False
 
+    def fail_at_once(self, reason: str) -> None:
+        """Before the work that the last event began has run: it never does."""
+        if self._work is not None:
+            self._work.cancel()
+        self.handle(machine.Failure(reason))
+
     def _take(self, event: machine.Event) -> None:
         before = self.machine.status
         try:
