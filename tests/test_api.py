@@ -6,11 +6,12 @@ import asyncio
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -60,6 +61,60 @@ def test_qmp_shell_drives_a_migration_as_the_readme_says() -> None:
     assert at_source.count('{"return": {}}') == 2
     assert '"status": "running"' in at_destination
     assert '"wrong-pages": 0' in at_destination
+
+
+#: Its arguments are a program that joins stdin and stdout to the monitor, as socat does.
+SCRIPT: Final = r"""
+coproc "$@"
+printf '%s\n' '{"execute":"qmp_capabilities"}' \
+    '{"execute":"migrate-set-capabilities","arguments":{"capabilities":[
+        {"capability":"events","state":true}]}}' \
+    '{"execute":"migrate","arguments":{"uri":"'"$URI"'"}}' >&"${COPROC[1]}"
+while read -r line <&"${COPROC[0]}"; do
+    echo "$line"
+    case "$line" in
+        *'"status":"completed"'*) exit 0 ;;
+        *'"status":"failed"'* | *'"error"'*) exit 1 ;;
+    esac
+done
+exit 2
+"""
+#: socat, for machines that have none.
+JOIN: Final = """
+import os, socket, sys, threading
+there = socket.socket(socket.AF_UNIX)
+there.connect(sys.argv[1])
+def answers():
+    while data := there.recv(65536):
+        os.write(1, data)
+threading.Thread(target=answers, daemon=True).start()
+while data := os.read(0, 65536):
+    there.sendall(data)
+"""
+
+
+def test_a_plain_script_with_socat_drives_a_migration() -> None:
+    def script(control: engine.Control, uri: str) -> list[str]:
+        join = [sys.executable, "-c", JOIN, control.qmp_path]
+        if socat := shutil.which("socat"):
+            join = [socat, "-", f"UNIX-CONNECT:{control.qmp_path}"]
+        done = subprocess.run(
+            ["bash", "-c", SCRIPT, "script", *join], env={**os.environ, "URI": uri},
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        return done.stdout.splitlines()
+
+    async def scenario() -> tuple[list[str], engine.Verdict]:
+        source = engine.Control.start(f"{TINY},rate=5M")
+        destination = engine.Control.start(TINY, incoming="tcp:127.0.0.1:0")
+        async with source, destination:
+            said = await asyncio.to_thread(script, source, await destination.address())
+            return said, await engine.verify(source, destination)
+
+    said, verdict = asyncio.run(scenario())
+    assert said[0].startswith('{"QMP":')
+    assert said.count('{"return":{}}') == 3
+    assert verdict.is_right
 
 
 def test_statistics_are_typed_and_add_up() -> None:

@@ -79,7 +79,7 @@ CAPABILITIES: Final[tuple[Capability, ...]] = (
     ),
     Capability("dirty-limit", "limit each vCPU's dirty rate to vcpu-dirty-limit", acts=True),
     Capability(
-        "mapped-ram", "fixed page offsets in a file", refusal=_NOT_YET.format("file migration")
+        "mapped-ram", "fixed page offsets in a file", refusal=_NOT_YET.format("mapped-ram files")
     ),
     Capability(
         "compress",

@@ -80,6 +80,12 @@ class Driver(ABC):
         finally:
             self._is_handling = False
 
+    def fail_at_once(self, reason: str) -> None:
+        """Before the work that the last event began has run: it never does."""
+        if self._work is not None:
+            self._work.cancel()
+        self.handle(machine.Failure(reason))
+
     def _take(self, event: machine.Event) -> None:
         before = self.machine.status
         try:
@@ -96,12 +102,18 @@ class Driver(ABC):
             self._carry_out(effect)
         if self.machine.phase is Phase.ENDED and not self.numbers.ended_ns:
             self._end()
-        if self.machine.phase is Phase.ENDED and not effects:
+        if self.machine.phase is Phase.ENDED and not effects and self._is_at_rest:
             self.ended.set()
         self._tell(before, Moment.AFTER)
         self.changed.set()
         if veto is not None:
             self.handle(machine.Failure(veto))
+
+    @property
+    def _is_at_rest(self) -> bool:
+        """No work goes on, but for what says so itself: nothing has to be given back any more."""
+        work = self._work
+        return work is None or work.done() or work is asyncio.current_task()
 
     def _tell(self, before: Status, moment: Moment) -> str | None:
         """Notify of a change, if there was one; a veto is returned."""

@@ -99,7 +99,7 @@ class OutgoingMigration(Driver):
             self._route.open()
         except (MigrationError, OSError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else exc
-            self.handle(machine.Failure(str(reason)))
+            self.fail_at_once(str(reason))
             raise exc if isinstance(exc, MigrationError) else MigrationError(reason) from exc
 
     def stop_waiting(self) -> None:

@@ -8,6 +8,7 @@ blocks: it is for a thread. Whoever begins owns the object until `close`.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import threading
@@ -20,8 +21,8 @@ from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.tracking import HASH_BYTES
 
 GIB: Final = 2**30
-#: QEMU's MIN_RAMBLOCK_SIZE: sampling tells nothing about blocks that are smaller.
-BLOCK_BYTES_MIN: Final = 128 * 2**20
+#: Smaller blocks are not sampled. QEMU's MIN_RAMBLOCK_SIZE is meant in MiB, and compared in KiB.
+BLOCK_BYTES_MIN: Final = 128 * 2**10
 BATCH_PAGES: Final = 256  #: 1 MiB at a time, so that an order to stop is heard soon
 SEED_BITS: Final = 63
 
@@ -121,7 +122,8 @@ class SampledPages(_Comparison):
     :ivar sample_count: how many pages are looked at."""
 
     def __init__(self, blocks: Sequence[RamBlock], pages_per_gib: int) -> None:
-        super().__init__([block for block in blocks if block.size >= BLOCK_BYTES_MIN])
+        smallest = max(BLOCK_BYTES_MIN, math.ceil(GIB / pages_per_gib))
+        super().__init__([block for block in blocks if block.size >= smallest])
         self.sampled_bytes = sum(block.size for block in self._blocks)
         self._counts = [block.size * pages_per_gib // GIB for block in self._blocks]
         self.sample_count = sum(self._counts)

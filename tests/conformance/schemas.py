@@ -51,6 +51,18 @@ class Schema:
         """The arguments of a command, or what an event carries."""
         return self.kind(self._by_name[command]["arg-type"])
 
+    def features_of_values(self, command: str) -> dict[str, list[str]]:
+        """Of the values of enums anywhere in the arguments of a command, those that are marked."""
+        marked: dict[str, list[str]] = {}
+        names = [self._by_name[command]["arg-type"]]
+        for name in names:
+            entity = self._by_name[name]
+            parts = entity.get("members", [])
+            names += [part["type"] for part in parts if part.get("type") not in (None, *names)]
+            names += [entity["element-type"]] if "element-type" in entity else []
+            marked |= {part["name"]: part["features"] for part in parts if part.get("features")}
+        return marked
+
     def answer(self, command: str) -> Any:
         """What a command answers."""
         return self.kind(self._by_name[command]["ret-type"])

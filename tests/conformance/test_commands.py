@@ -439,6 +439,37 @@ def test_what_neither_has_is_refused_alike(peers: Peers) -> None:
     )
 
 
+def test_bitmaps_of_devices_that_nobody_has_are_refused_alike(peers: Peers) -> None:
+    one = {"node": "n", "name": "b"}
+    wrong: list[dict[str, Any]] = [
+        {}, {"node": "n"}, one, {"node": "", "name": ""}, {"node": 1}, one | {"x": 1},
+    ]  # fmt: skip
+    added: list[dict[str, Any]] = [
+        {"granularity": 3}, {"granularity": -1}, {"granularity": 2**32}, {"granularity": "1"},
+        {"granularity": 3, "name": ""}, {"persistent": 1}, {"disabled": True}, {"disabled": "x"},
+    ]  # fmt: skip
+    merged: list[Any] = [
+        1, None, {}, [], ["a"], ["a", 1], [None], [[]], [{}], [{"node": "a"}], [one],
+        [{"node": 1, "name": "b"}], [one | {"x": 1}],
+    ]  # fmt: skip
+    verbs = ("add", "remove", "clear", "enable", "disable")
+    asked = [(verb, arguments) for verb in verbs for arguments in wrong]
+    asked += [("add", one | more) for more in added]
+    asked += [("merge", {"node": "n", "target": "t", "bitmaps": names}) for names in merged]
+    asked.append(("merge", {}))
+    check(
+        peers,
+        [
+            {"execute": f"block-dirty-bitmap-{verb}", "arguments": arguments}
+            for verb, arguments in asked
+        ],
+    )
+
+
+def test_a_guest_that_does_not_sleep_is_not_woken(peers: Peers) -> None:
+    check(peers, [command("system_wakeup"), command("system_wakeup", x=1)])
+
+
 def test_name_and_uuid(peers: Peers) -> None:
     check(peers, [command("query-name"), command("query-uuid"), command("query-name", x=1)])
 
@@ -458,7 +489,9 @@ MIGRATION_COMMANDS: Final = (
     "getfd", "closefd", "add-fd", "remove-fd", "query-fdsets", "object-add", "object-del", "stop",
     "cont", "query-status", "client_migrate_info", "query-jobs", "job-cancel", "job-dismiss",
     "query-name", "query-uuid", "query-version", "query-commands", "query-qmp-schema", "quit",
-    "qmp_capabilities",
+    "qmp_capabilities", "system_wakeup", "block-dirty-bitmap-add", "block-dirty-bitmap-remove",
+    "block-dirty-bitmap-clear", "block-dirty-bitmap-enable", "block-dirty-bitmap-disable",
+    "block-dirty-bitmap-merge",
 )  # fmt: skip
 #: QEMU's events that a guest here can have.
 EVENTS: Final = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "RESUME", "STOP")
@@ -472,6 +505,17 @@ def schemas(peers: Peers) -> tuple[Schema, Schema]:
 def test_the_schema_mentions_nothing_that_is_not_in_it(peers: Peers) -> None:
     for schema in schemas(peers):
         schema.check()
+
+
+def test_capabilities_are_marked_as_qemu_marks_them(peers: Peers) -> None:
+    """Deprecated ones, the old ones that only we keep, too; and what may change."""
+    features = []
+    for schema in schemas(peers):
+        features.append(schema.features_of_values("migrate-set-capabilities"))
+    theirs, own = features
+    assert own.pop("compress") == ["deprecated"]
+    assert own == theirs
+    assert own["zero-blocks"] == ["deprecated"]
 
 
 def test_every_migration_command_has_the_arguments_that_qemu_declares(peers: Peers) -> None:

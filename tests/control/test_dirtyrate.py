@@ -217,7 +217,7 @@ def test_a_measurement_that_is_given_up_leaves_nothing() -> None:
 
 
 def test_sampled_pages_tell_the_share_that_has_changed_and_allocate_nothing() -> None:
-    block, small = block_of(256 * MIB), block_of(127 * MIB)
+    block, small = block_of(256 * MIB), block_of(124 * 1024)
     try:
         os.pwrite(block.fd, b"x" * MIB, 64 * MIB)
         before = allocated_bytes(block)
@@ -236,6 +236,27 @@ def test_sampled_pages_tell_the_share_that_has_changed_and_allocate_nothing() ->
     finally:
         os.close(block.fd)
         os.close(small.fd)
+
+
+@pytest.mark.parametrize(
+    ("size", "pages_per_gib", "count"),
+    [(32 * MIB, 512, 16), (258048, 4161, 0), (MIB, 1024, 1), (MIB, 1023, 0), (128 * 1024, 16384, 2),
+     (124 * 1024, 16384, 0)],
+)  # fmt: skip
+def test_a_small_guest_is_sampled_as_qemu_samples_it(
+    size: int, pages_per_gib: int, count: int
+) -> None:
+    block = block_of(size)
+    try:
+        pages = SampledPages([block], pages_per_gib)
+        assert pages.sample_count == count
+        assert pages.sampled_bytes == (size if count else 0)
+        pages.begin()
+        os.pwrite(block.fd, b"y" * size, 0)
+        assert pages.count_changed() == count
+        pages.close()
+    finally:
+        os.close(block.fd)
 
 
 def test_all_pages_tell_exactly_which_have_changed() -> None:

@@ -106,12 +106,12 @@ TIMING: Final = {
             "migrate_set_parameter downtime-limit 2",
             [("migrate-set-parameters", {"downtime-limit": 2})],
         ),
-        ("migrate_set_speed 3", [("migrate-set-parameters", {"max-bandwidth": 3 * 2**20})]),
+        ("migrate_set_speed 3", [("migrate_set_speed", {"value": 3 * 2**20})]),
         ("migrate_set_downtime 0.25", [("migrate_set_downtime", {"value": 0.25})]),
         ("migrate_set_downtime 30ms", [("migrate_set_downtime", {"value": 0.03})]),
         (
             "migrate_set_cache_size 100000B",
-            [("migrate-set-parameters", {"xbzrle-cache-size": 65536})],
+            [("migrate-set-cache-size", {"value": 65536})],
         ),
         (
             "calc_dirty_rate 2",

@@ -156,6 +156,35 @@ def test_who_is_told_of_the_end_knows_that_the_outcome_is_unknown() -> None:
     assert {is_unknown for _, is_unknown in seen[1:]} == {True}
 
 
+@pytest.mark.parametrize("late", [machine.Cancel(), machine.Failure("late"), None])
+def test_it_ends_when_all_is_given_back_whatever_comes_late(late: machine.Event | None) -> None:
+    """None: giving back fails itself."""
+
+    async def scenario() -> None:
+        host, may_end = SilentHost(), asyncio.Event()
+        outgoing = OutgoingMigration(cast(Host, host), Conversation(Address("127.0.0.1", 1)))
+
+        async def give_back(_: object) -> None:
+            await may_end.wait()
+            if late is None:
+                raise MigrationError("it does not want to go")
+
+        outgoing._give_back = give_back  # type: ignore[method-assign,assignment]
+        outgoing._hand_over = _for_ever  # type: ignore[method-assign]
+        outgoing.machine.phase, outgoing.machine.status = machine.Phase.ARMING, Status.DEVICE
+        outgoing.handle(machine.DestinationArmed())
+        outgoing.handle(machine.HandedOver(Handover.TAKEN))
+        assert outgoing.status is Status.COMPLETED
+        if late is not None:
+            outgoing.handle(late)
+        assert not outgoing.ended.is_set()
+        may_end.set()
+        await asyncio.wait_for(outgoing.ended.wait(), 10)
+        assert host.events[-1] == "completed"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("is_asked", [False, True])
 def test_armed_is_an_answer_to_arm_alone(is_asked: bool) -> None:
     async def scenario() -> bool:

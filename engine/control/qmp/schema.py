@@ -11,10 +11,18 @@ from typing import Any, Final
 
 import msgspec
 
+from engine.control.capabilities import CAPABILITIES, Capability
 from engine.control.parameter_table import PARAMETERS, Kind, Parameter
 from engine.control.qmp.answers import EVENTS, MigrationInfo, Negotiation
 from engine.control.qmp.registry import Command, CommandRegistry
-from engine.control.qmp.visitor import UINT64, Arguments, NoArguments, Union, plain
+from engine.control.qmp.visitor import (
+    UINT64,
+    Alternate,
+    Arguments,
+    NoArguments,
+    Union,
+    plain,
+)
 
 Json = dict[str, Any]
 
@@ -114,10 +122,12 @@ class _Builder:
 
     def _type(self, type_: Any) -> str:
         """The name of a type; it is described if it was not yet."""
+        type_ = plain(type_)
         if typing.get_origin(type_) is typing.Annotated:
             note = typing.get_args(type_)[1]
+            if isinstance(note, Alternate):
+                return self._alternate(str, note.object)
             return self._type(int if note == UINT64 else note)
-        type_ = plain(type_)
         if typing.get_origin(type_) is list:
             return self._array(self._type(typing.get_args(type_)[0]))
         if typing.get_origin(type_) is dict:
@@ -152,8 +162,13 @@ class _Builder:
         return name
 
     def _enum(self, values: tuple[str, ...]) -> str:
-        members = [{"name": value} for value in values]
+        marked = _CAPABILITY_FEATURES if values == tuple(_CAPABILITY_FEATURES) else {}
+        members = [{"name": value} | _features(marked.get(value, ())) for value in values]
         return self._once(values, lambda: {"members": members, "values": list(values)}, "enum")
+
+    def _alternate(self, *types: Any) -> str:
+        members = [{"type": self._type(one)} for one in types]
+        return self._once(("alternate", *types), lambda: {"members": members}, "alternate")
 
     def _members(self, type_: type[Arguments], besides: Iterable[str] = ()) -> list[Json]:
         hints = typing.get_type_hints(type_, include_extras=True)
@@ -194,7 +209,7 @@ class _Builder:
             return {
                 "members": [
                     _member(one.name, self._parameter(one, is_read=is_read), True)
-                    | _features(_parameter_features(one))
+                    | _features(_member_features(one))
                     for one in PARAMETERS
                 ]
             }
@@ -215,8 +230,7 @@ class _Builder:
                 return self._type(list[str])
             case Kind.MAPPING:
                 return self._type(list[NodeAlias])
-        members = [{"type": self._type(str)}, {"type": self._type(type(None))}]
-        return self._once("string-or-null", lambda: {"members": members}, "alternate")
+        return self._alternate(str, type(None))
 
 
 def _member(name: str, type_: str, is_optional: bool) -> Json:
@@ -228,9 +242,13 @@ def _features(names: tuple[str, ...]) -> Json:
     return {"features": list(names)} if names else {}
 
 
-def _parameter_features(parameter: Parameter) -> tuple[str, ...]:
-    deprecated = ("deprecated",) if parameter.deprecated else ()
-    return (*deprecated, "unstable") if parameter.name.startswith("x-") else deprecated
+def _member_features(one: Parameter | Capability) -> tuple[str, ...]:
+    deprecated = ("deprecated",) if one.deprecated else ()
+    return (*deprecated, "unstable") if one.name.startswith("x-") else deprecated
+
+
+#: QEMU marks the values of its MigrationCapability, too.
+_CAPABILITY_FEATURES: Final = {one.name: _member_features(one) for one in CAPABILITIES}
 
 
 def _common(union: Union) -> frozenset[str]:

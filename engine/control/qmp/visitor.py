@@ -51,6 +51,18 @@ class Union:
     branches: Mapping[str, type[Arguments] | Union]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Alternate:
+    """An alternate of QAPI between a string and an object, for `Annotated[Any, Alternate(...)]`.
+
+    :ivar name: QAPI's, which its text says.
+    :ivar object: the members of the object.
+    """
+
+    name: str
+    object: type[Arguments]
+
+
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 UINT64: Final = "uint64"
@@ -117,13 +129,15 @@ def visit(type_: Any, value: Any, path: str) -> Any:
 
     :param path: how a text names it, `channels[0].addr`.
     :raise QmpError: it is of a wrong type, or a member of it is."""
+    type_ = plain(type_)
     if typing.get_origin(type_) is typing.Annotated:
         note = typing.get_args(type_)[1]
         if note == UINT64:
             return _visit_uint64(value, path)
+        if isinstance(note, Alternate):
+            return _visit_alternate(note, value, path)
         assert isinstance(note, Union), note
         return _visit_union(note, _of_type(dict, value, path, "object"), f"{path}.")
-    type_ = plain(type_)
     if type_ is Any:
         return value
     if typing.get_origin(type_) is list:
@@ -174,12 +188,25 @@ def _visit_uint64(value: Any, path: str) -> int:
 
 
 def _visit_enum(type_: type[enum.Enum], value: str, path: str) -> enum.Enum:
-    """QAPI names the member alone, without its path, and has no name for an element of a list."""
     try:
         return type_(value)
     except ValueError:
-        name = "null" if path.endswith("]") else path.rpartition(".")[2]
-        raise QmpError(f"Parameter '{name}' does not accept value '{shown(value)}'") from None
+        raise QmpError(
+            f"Parameter '{_member_name(path)}' does not accept value '{shown(value)}'"
+        ) from None
+
+
+def _member_name(path: str) -> str:
+    """QAPI names the member alone, without its path, and has no name for an element of a list."""
+    return "null" if path.endswith("]") else path.rpartition(".")[2]
+
+
+def _visit_alternate(alternate: Alternate, value: Any, path: str) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return _visit_object(alternate.object, value, f"{path}.")
+    raise QmpError(f"Invalid parameter type for '{_member_name(path)}', expected: {alternate.name}")
 
 
 def _visit_union(union: Union, given: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -503,6 +503,20 @@ def test_a_file_is_its_owners_alone_and_can_come_in_on_stdin(tmp_path: Path) -> 
             process.terminate()
 
 
+@pytest.mark.parametrize("uri", ["fd:nope", "file:/nonexistent/x"])
+def test_a_stream_that_cannot_be_opened_fails_at_once_and_nothing_else_is_tried(uri: str) -> None:
+    async def scenario() -> None:
+        async with engine.Control.start("workload:size=1M") as source:
+            with pytest.raises(MigrationError):
+                await source.migrate(uri)
+            assert await status_of(source) == "failed"
+            with pytest.raises(engine.MigrationFailed):
+                await (await source.migrate("tcp:127.0.0.1:1")).result()
+        assert "internal error" not in source.stderr
+
+    asyncio.run(scenario())
+
+
 def test_numbers_that_nobody_gave_the_process_are_no_streams() -> None:
     async def scenario() -> None:
         async with engine.Control.start("ram:size=1M", "defer") as control:

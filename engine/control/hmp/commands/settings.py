@@ -32,9 +32,6 @@ class Settings:
     async def set_parameter(self, console: Console, values: Values) -> None:
         name = str(values["parameter"])
         value = parse_hmp_value(name, str(values["value"]))
-        await self._set(name, value)
-
-    async def _set(self, name: str, value: object) -> None:
         await self._context.ask("migrate-set-parameters", **{name: value})
 
     async def capabilities(self, console: Console, values: Values) -> None:
@@ -46,7 +43,7 @@ class Settings:
     # -- until QEMU 6.0 --------------------------------------------------------------------------
 
     async def set_speed(self, console: Console, values: Values) -> None:
-        await self._set("max-bandwidth", values["value"])
+        await self._context.ask("migrate_set_speed", value=values["value"])
 
     async def set_downtime(self, console: Console, values: Values) -> None:
         await self._context.ask("migrate_set_downtime", value=values["value"])
@@ -54,11 +51,12 @@ class Settings:
     async def set_cache_size(self, console: Console, values: Values) -> None:
         """Rounded down to a power of two, as it was then."""
         size = int(values["value"])
-        await self._set("xbzrle-cache-size", 1 << size.bit_length() - 1 if size else 0)
+        rounded = 1 << size.bit_length() - 1 if size else 0
+        await self._context.ask("migrate-set-cache-size", value=rounded)
 
     async def cache_size(self, console: Console, values: Values) -> None:
-        parameters = await self._context.ask("query-migrate-parameters")
-        console.print(f"xbzrel cache size: {parameters['xbzrle-cache-size'] // KIB} kbytes")
+        size = await self._context.ask("query-migrate-cache-size")
+        console.print(f"xbzrel cache size: {size // KIB} kbytes")
 
 
 def commands(context: Context) -> list[HmpCommand]:

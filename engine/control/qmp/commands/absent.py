@@ -1,17 +1,25 @@
-"""What QEMU has and ramferry has not: spice, COLO, Xen. The commands are there, with QEMU's
-arguments, and say so; those that only ask answer what a QEMU without the feature answers.
+"""What QEMU has and ramferry has not: spice, COLO, Xen, block devices, guests that sleep. The
+commands are there, with QEMU's arguments, and say so; those that only ask answer what a QEMU
+without the feature answers.
 """
 
 from __future__ import annotations
 
 import enum
+from typing import Annotated, Any, Final
 
 from engine.control.process import ControlProcess
 from engine.control.qmp.registry import Arguments, CommandRegistry, Handler, QmpError
+from engine.control.qmp.visitor import Alternate, UInt64
+from engine.errors import shown
 
 NO_XEN = "ramferry has no Xen: its guests are neither Xen's nor replicated"
 NO_XEN_EVENTS = "Xen event channel emulation not enabled"
 NO_DEVICES = "ramferry keeps no devices' state in files; 'migrate' moves the guest as a whole"
+
+
+NOT_SUSPENDED: Final = "Unable to wake up: guest is not in suspended state"
+UINT32_MAX: Final = 2**32 - 1
 
 
 class ClientMigrateInfo(Arguments, frozen=True):
@@ -89,6 +97,29 @@ class XenEventInject(Arguments, frozen=True):
     port: int
 
 
+class BlockDirtyBitmap(Arguments, frozen=True):
+    """QAPI BlockDirtyBitmap."""
+
+    node: str
+    name: str
+
+
+class BlockDirtyBitmapAdd(BlockDirtyBitmap, frozen=True):
+    """QAPI BlockDirtyBitmapAdd."""
+
+    granularity: UInt64 | None = None
+    persistent: bool | None = None
+    disabled: bool | None = None
+
+
+class BlockDirtyBitmapMerge(Arguments, frozen=True):
+    """QAPI BlockDirtyBitmapMerge."""
+
+    node: str
+    target: str
+    bitmaps: list[Annotated[Any, Alternate("BlockDirtyBitmapOrStr", BlockDirtyBitmap)]]
+
+
 def _refuse(text: str) -> Handler:
     async def refuse(_: object) -> None:
         raise QmpError(text)
@@ -110,6 +141,19 @@ async def _query_replication_status(_: object) -> object:
     return {"error": False}
 
 
+async def _no_node(asked: BlockDirtyBitmap | BlockDirtyBitmapMerge) -> None:
+    raise QmpError(f"Node '{shown(asked.node)}' not found")
+
+
+async def _add_dirty_bitmap(asked: BlockDirtyBitmapAdd) -> None:
+    if (asked.granularity or 0) > UINT32_MAX:
+        raise QmpError("Parameter 'granularity' expects uint32_t")
+    if not asked.name:
+        raise QmpError("Bitmap name cannot be empty")
+    node = shown(asked.node)
+    raise QmpError(f"Cannot find device='{node}' nor node-name='{node}'")
+
+
 def register(registry: CommandRegistry, _process: ControlProcess) -> None:
     """Add this subject's commands."""
     add = registry.add
@@ -124,3 +168,8 @@ def register(registry: CommandRegistry, _process: ControlProcess) -> None:
     add("xen-colo-do-checkpoint", _refuse(NO_XEN))
     add("xen-event-list", _refuse(NO_XEN_EVENTS))
     add("xen-event-inject", _refuse(NO_XEN_EVENTS), XenEventInject)
+    add("block-dirty-bitmap-add", _add_dirty_bitmap, BlockDirtyBitmapAdd)
+    for verb in ("remove", "clear", "enable", "disable"):
+        add(f"block-dirty-bitmap-{verb}", _no_node, BlockDirtyBitmap)
+    add("block-dirty-bitmap-merge", _no_node, BlockDirtyBitmapMerge)
+    add("system_wakeup", _refuse(NOT_SUSPENDED))
