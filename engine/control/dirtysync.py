@@ -111,7 +111,7 @@ class DirtySync:
             await self._limit(settings.vcpu_dirty_limit)
         if percent != self._numbers.throttle_percent:
             self._numbers.throttle_percent = percent
-            await self._host.guest.throttle(percent)
+            self._numbers.throttle_way = await self._host.guest.throttle(percent)
 
     async def _limit(self, mib_per_s: int) -> None:
         """Limit every vCPU (QEMU: migration_dirty_limit_guest); what they dirtied until now says
