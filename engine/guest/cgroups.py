@@ -145,18 +145,33 @@ class ThreadQuotas:
         (group / "cpu.cfs_period_us").write_text(str(period_us))
         (group / "cpu.cfs_quota_us").write_text(str(quota_us))
 
+    def relax(self) -> None:
+        """No quota, until the next `limit`: much sooner than `undo`, which waits for all CPUs.
+
+        :raise OSError: the kernel refuses."""
+        name, text = ("cpu.max", "max") if self.version == 2 else ("cpu.cfs_quota_us", "-1")
+        for group in self._ours():
+            (group / name).write_text(text)
+
+    def _ours(self) -> list[Path]:
+        return [
+            each
+            for above in self._above
+            for each in above.glob(f"{self._prefix}*")
+            if each.is_dir()
+        ]
+
     def undo(self) -> None:
         """Every thread back to where it was, and no group of ours any more. Idempotent.
 
         :raise OSError: not all could be undone; the kernel says why."""
         self._look()
-        for above in self._above:
-            ours = [each for each in above.glob(f"{self._prefix}*") if each.is_dir()]
-            for group in ours:
-                self._remove(group)
-            if any(each.name.endswith(SWITCHED_ON) for each in ours):
-                with contextlib.suppress(OSError):  # somebody else has use of it by now
-                    (above / "cgroup.subtree_control").write_text("-cpu")
+        ours = self._ours()
+        for group in ours:
+            self._remove(group)
+        for above in {each.parent for each in ours if each.name.endswith(SWITCHED_ON)}:
+            with contextlib.suppress(OSError):  # somebody else has use of it by now
+                (above / "cgroup.subtree_control").write_text("-cpu")
 
     def _remove(self, group: Path) -> None:
         for attempts_left in reversed(range(UNDO_ATTEMPTS)):

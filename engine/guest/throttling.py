@@ -25,6 +25,7 @@ log = logging.getLogger("ramferry.guest")
 
 PERCENT_MAX: Final = 99
 CYCLE_S: Final = 0.01
+STAND_S_MAX: Final = 0.1  #: at once; enough for who ran 1 ms and shall have 1 percent
 STAND_STATES: Final = "Tt"  #: of /proc/PID/stat: stopped, traced
 
 
@@ -64,7 +65,7 @@ class Throttle:
 
         :raise GuestError: the process is gone."""
         if not self._percent:
-            self.lift()
+            self.close()
         elif self._stops is not None:
             self._stops.percent = self._percent
         elif not self._limit():
@@ -95,7 +96,11 @@ class Throttle:
             self._stops.close()
             self._stops = None
         if self._is_limited:
-            self._undo_quotas()
+            assert self._quotas is not None, "it is limited by them"
+            try:
+                self._quotas.relax()
+            except OSError:
+                self._undo_quotas()
 
     def _undo_quotas(self) -> None:
         assert self._quotas is not None, "it is limited by them"
@@ -106,13 +111,15 @@ class Throttle:
             log.error("the CPU quota of process %d could not be taken back: %s", self._pid, exc)
 
     def close(self) -> None:
-        """Never again. Idempotent."""
+        """All is as if it had never been throttled. Idempotent."""
         self._percent = 0
         self.lift()
+        if self._is_limited:
+            self._undo_quotas()
 
 
 class StopCycle:
-    """Stops a process for its share of each period; owns a thread and a pidfd."""
+    """Stops a process for its share of each cycle; owns a thread and a pidfd."""
 
     def __init__(self, pid: int, percent: int) -> None:
         """:raise GuestError: the process is gone."""
@@ -127,18 +134,20 @@ class StopCycle:
         self._thread.start()
 
     def _run(self) -> None:
-        """Until told to end, or the process has ended."""
-        stand_s = CYCLE_S * self.percent / 100
+        """Until told to end, or the process has ended. It stands in proportion to how long it ran,
+        which on a busy machine is longer than it was meant to."""
+        began = time.monotonic()
         with contextlib.suppress(OSError):
-            while not self._ended.wait(CYCLE_S - stand_s):
-                stand_s = CYCLE_S * self.percent / 100
+            while not self._ended.wait(CYCLE_S * (100 - self.percent) / 100):
                 if stands(self._pid):  # by somebody else, who will continue it
                     continue
                 try:
                     signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
-                    time.sleep(stand_s)
+                    ran_s = time.monotonic() - began
+                    self._ended.wait(min(ran_s * self.percent / (100 - self.percent), STAND_S_MAX))
                 finally:
                     signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+                    began = time.monotonic()
 
     def close(self) -> None:
         """It runs, and is stopped no more."""
