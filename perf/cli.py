@@ -14,7 +14,7 @@ import click
 
 from engine.errors import UsageError
 from engine.sizes import parse_size
-from perf import adapt, compress, compresstable, delta, live, peer, postcopyreport, transport
+from perf import adapt, compress, compresstable, delta, live, peer, postcopyreport, transport, vmm
 from perf import clients as crowd
 from perf.codec import parse_codec
 from perf.image import KINDS
@@ -385,3 +385,56 @@ def bench_transport(count: int, runs: int, as_json: bool) -> None:
             figures[f"{kind}_p50_us"].append(took[count // 2] / 1e3)
             figures[f"{kind}_p99_us"].append(took[count * 99 // 100] / 1e3)
     publish("transport", figures, as_json=as_json, count=count)
+
+
+@bench.command("vmm")
+@click.option(
+    "--show", "parts", multiple=True, type=click.Choice(["live", "empty"]), default=("live",),
+    show_default=True, help="a guest that sweeps its memory; one that never touched most of it",
+)  # fmt: skip
+@click.option("--size", default="1G", show_default=True, help="live: of RAM")
+@click.option("--swept", default="510M", show_default=True, help="live: of it, at full speed")
+@click.option("--empty-size", default="16G", show_default=True)
+@click.option("--touched", default="1G", show_default=True, help="empty: once; 8M are swept")
+@click.option("--limit", default=300, show_default=True, help="downtime-limit of both, ms")
+@click.option("--channels", default=2, show_default=True, type=click.IntRange(1, 255))
+@click.option("--codec", default="none", show_default=True, help="of both: none, zlib, zstd")
+@click.option("--auto-converge", is_flag=True, help="of both")
+@click.option("--xbzrle", is_flag=True, help="of ramferry; QEMU's multifd cannot have it")
+@click.option("--pairs", default=5, show_default=True, type=click.IntRange(1))
+@as_json
+def bench_vmm(
+    parts: tuple[str, ...],
+    size: str,
+    swept: str,
+    empty_size: str,
+    touched: str,
+    limit: int,
+    channels: int,
+    codec: str,
+    auto_converge: bool,
+    xbzrle: bool,
+    pairs: int,
+    as_json: bool,
+) -> None:
+    """A running QEMU and its guest migrated by QEMU's own multifd and by ramferry, in turn.
+
+    Both over the loopback. Downtime is seen from outside, at the guest's serial port, and as each
+    engine tells it. --show empty wants as much free memory as the guest has RAM, for QEMU."""
+    if shutil.which(QEMU) is None:
+        raise UsageError(f"{QEMU} is not installed; on Debian: apt install qemu-system-x86")
+    shapes = {
+        "live": vmm.shape_of(parse_size(size), parse_size(swept), parse_size(swept)),
+        "empty": vmm.shape_of(
+            parse_size(empty_size), parse_size(touched), min(parse_size(touched), 8 << 20)
+        ),
+    }
+    for part in parts:
+        plan = vmm.Plan(shapes[part], limit, channels, codec, auto_converge, xbzrle)
+        figures, firsts = vmm.measure(plan, pairs)
+        context = {
+            "show": part, "size_mib": plan.shape.size >> 20, "swept_mib": plan.shape.swept >> 20,
+            "limit_ms": limit, "channels": channels, "codec": codec, "xbzrle": xbzrle,
+            "auto_converge": auto_converge, "first_of_each_pair": ",".join(firsts),
+        }  # fmt: skip
+        publish("vmm", figures, as_json=as_json, **context)

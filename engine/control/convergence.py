@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Final
 
 from engine.control import policy
 from engine.control.host import Host
@@ -11,6 +12,8 @@ from engine.control.stall import OnStall, StallDetector, describe
 from engine.control.statistics import MigrationNumbers
 
 log = logging.getLogger("ramferry.source")
+
+HELPS: Final = 0.75  #: a round that leaves more of what it sent brings the end no nearer
 
 
 class Convergence:
@@ -20,11 +23,18 @@ class Convergence:
         self._host, self._numbers = host, numbers
         self._model = policy.PauseModel()
         self._stall = StallDetector()
+        self._sent_bytes = 0  #: of RAM, by the last round
+        self.looks_ahead = False  #: the last round left about as much dirty as it sent
         self.is_forced = False  #: the switchover comes now, however long it takes
 
     def learn(self, done: policy.Round) -> None:
         """A round was acknowledged."""
         self._model.learn(done)
+        self._sent_bytes = done.sent_bytes
+
+    def left(self, dirty_bytes: int) -> None:
+        """So much was dirty after that round."""
+        self.looks_ahead = dirty_bytes > self._sent_bytes * HELPS
 
     def may_pause(self, dirty_bytes: int) -> bool:
         """Stopping the guest now ends inside the limit; `expected-downtime` is set."""

@@ -38,7 +38,7 @@ class DirtySync:
         self._limit_mib_per_s = 0  #: what every vCPU may dirty now; 0: no limit
         self.throttles_always = False  #: also without the capability `auto-converge`
         self._one_at_a_time = asyncio.Lock()
-        self._number = 0
+        self._number = self._found_pages = 0  #: found since the throttle was last looked at
         self._sent_bytes = 0  #: of RAM at the last collection
         self._collected_ns = time.monotonic_ns()
 
@@ -55,14 +55,21 @@ class DirtySync:
             else:
                 dirty_pages, found_pages = await self._harvest()
             self._numbers.dirtied(found_pages)
+            self._found_pages += found_pages
             self._collected_ns = time.monotonic_ns()
             if throttles:
-                await self._converge(found_pages * PAGE_SIZE)
+                found_bytes, self._found_pages = self._found_pages * PAGE_SIZE, 0
+                await self._converge(found_bytes)
             return dirty_pages * PAGE_SIZE
+
+    @property
+    def is_cheap(self) -> bool:
+        """It may be done within a round."""
+        return self._tracker in CHEAP
 
     async def now_and_then(self, is_sending: Callable[[], bool]) -> None:
         """Collect whenever a round has gone on for a period without; until cancelled."""
-        while self._tracker in CHEAP:
+        while self.is_cheap:
             due_s = PERIOD_S - (time.monotonic_ns() - self._collected_ns) / 1e9
             if due_s > 0:
                 await asyncio.sleep(due_s)
@@ -111,7 +118,7 @@ class DirtySync:
             await self._limit(settings.vcpu_dirty_limit)
         if percent != self._numbers.throttle_percent:
             self._numbers.throttle_percent = percent
-            await self._host.guest.throttle(percent)
+            self._numbers.throttle_way = await self._host.guest.throttle(percent)
 
     async def _limit(self, mib_per_s: int) -> None:
         """Limit every vCPU (QEMU: migration_dirty_limit_guest); what they dirtied until now says

@@ -21,6 +21,7 @@ from engine.control.conversation import Conversation
 from engine.control.dirtysync import DirtySync
 from engine.control.driver import Driver, Work
 from engine.control.host import Host
+from engine.control.lookahead import LookAhead
 from engine.control.machine import Effect, Outgoing, Phase
 from engine.control.notifiers import Side
 from engine.control.postcopy.source import PostcopySource
@@ -57,6 +58,7 @@ class OutgoingMigration(Driver):
         self._codecs: tuple[int, ...] = ()  #: that the destination can decode
         self._sync: DirtySync | None = None
         self._convergence = Convergence(host, self.numbers)
+        self._ahead = LookAhead(self._convergence, self.numbers)
         self._postcopy: PostcopySource | None = None
         self._is_held = False  #: the engine has stopped the guest, or tried to
         self._pause_began_ns = self._stood_ns = 0
@@ -126,6 +128,7 @@ class OutgoingMigration(Driver):
         self._sync = DirtySync(self.host, senders, self.numbers, tracking.name)
         sync, is_sending = self._sync, lambda: self.machine.phase is Phase.SENDING
         self._spawn(lambda: sync.now_and_then(is_sending))
+        self._spawn(lambda: self._ahead.run(sync, is_sending, self.refresh, self._end_round))
         self.numbers.expected_downtime_ns = settings.downtime_limit * 1_000_000
         self.numbers.total_bytes = sum(block.size for block in guest.blocks)
         self.begin_pass()
@@ -174,7 +177,8 @@ class OutgoingMigration(Driver):
         self.handle(machine.RoundAcknowledged())
 
     async def _harvest(self) -> None:
-        dirty_bytes = await self.sync.collect()
+        if (dirty_bytes := self._ahead.take()) is None:
+            self._convergence.left(dirty_bytes := await self.sync.collect())
         self.begin_pass()
         fits = self._convergence.may_pause(dirty_bytes)
         if not fits and (action := self._convergence.stalls(dirty_bytes)) is not None:
@@ -454,7 +458,7 @@ class OutgoingMigration(Driver):
 
     def worker_pids(self) -> dict[int, int]:
         """Process ids of the senders at work, by channel."""
-        lanes = self._senders.lanes if self._senders is not None else []
+        lanes = [] if self._senders is None else self._senders.lanes
         return {lane.index: lane.worker.pid for lane in lanes if lane.worker is not None}
 
     @property

@@ -115,6 +115,7 @@ class MigrationNumbers:
     undone_pauses: int = 0
     longest_undone_pause_ns: int = 0
     throttle_percent: int = 0
+    throttle_way: str = ""  #: how; stays when it has been taken back
     limit_throttle_us: int = 0  #: how long a vCPU sleeps in a second, by the dirty limit
     channels: list[ChannelSample] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)  #: as `query-migrate` shows it

@@ -190,4 +190,4 @@ def _extensions(numbers: MigrationNumbers) -> dict[str, Any]:
         "x-tracker-reason": numbers.tracker_reason,
         "x-placement": numbers.placement,
         "x-heals": numbers.heals,
-    }
+    } | ({"x-throttle": numbers.throttle_way} if numbers.throttle_way else {})

@@ -296,7 +296,7 @@ class Agent:
     async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
             self._need_machine().throttle(request.percent)
-            return Reply(messages.Done(request.id))
+            return Reply(messages.Throttled(request.id, "vCPUs that sleep"))
 
     async def _writes(self, request: messages.Writes, _fds: list[int]) -> Reply:
         return Reply(messages.Count(request.id, self._need_machine().writes()))

@@ -54,8 +54,10 @@ class AgentGuest:
         self._is_running, self._is_stopped_by_user = at.running, at.stopped
         return at.at_ns
 
-    async def throttle(self, percent: int) -> None:
-        await self._do(messages.Throttle(self._link.next_id(), percent))
+    async def throttle(self, percent: int) -> str:
+        request = messages.Throttle(self._link.next_id(), percent)
+        throttled, _ = await self._link.ask(request, messages.Throttled)
+        return throttled.way
 
     # -- tracking --------------------------------------------------------------------------------
 

@@ -168,8 +168,8 @@ class Guest(Protocol):
         :raise GuestError: it runs at the destination, or waits for a migration."""
         ...
 
-    async def throttle(self, percent: int) -> None:
-        """Take `percent` (0 to 99) of the vCPUs' time away."""
+    async def throttle(self, percent: int) -> str:
+        """Take `percent` (0 to 99) of the vCPUs' time away; return how that is done, in words."""
         ...
 
     async def writes(self) -> int | None:

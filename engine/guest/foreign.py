@@ -132,6 +132,10 @@ class ForeignMachine(Protocol):
         """Have it run, without waiting: that happens whatever becomes of this process."""
         ...
 
+    def vcpus(self) -> list[int]:
+        """Threads that a throttle is meant for, as of now."""
+        ...
+
     def confirm(self) -> None:
         """Wait for what became of the last `resume`, if there was one."""
         ...

@@ -23,6 +23,7 @@ from engine.guest.foreign import REASON, ForeignMachine
 from engine.guest.messages import Reply
 from engine.guest.process_machine import ProcessMachine
 from engine.guest.qemu_machine import QemuMachine
+from engine.guest.throttling import Throttle
 from engine.memory.tracking import TrackerName
 
 
@@ -33,6 +34,7 @@ class ForeignAgent(Agent):
         super().__init__(control)
         self._foreign: ForeignMachine | None = None
         self._pidfd = -1
+        self._throttling: Throttle | None = None
 
     def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
         handler = FOREIGN_HANDLERS.get(type(request))
@@ -99,7 +101,9 @@ class ForeignAgent(Agent):
         self._foreign.close()
 
     def _free(self) -> None:
-        """The engine's reasons to hold the guest have ended with it."""
+        """The engine's reasons to hold the guest have ended with it, and those to slow it down."""
+        if self._throttling is not None:
+            self._throttling.close()
         if self.role is Role.OWNER and self._standing.by_engine:
             self._standing.by_engine = False
             with contextlib.suppress(MigrationError):
@@ -121,7 +125,7 @@ class ForeignAgent(Agent):
     # -- running ---------------------------------------------------------------------------------
 
     def _apply(self) -> None:
-        if self.role is Role.OWNER and self._standing.may_run:
+        if self._is_free:
             self._need_foreign().resume()
 
     def _at(self, request_id: int, at_ns: int) -> messages.At:
@@ -146,6 +150,7 @@ class ForeignAgent(Agent):
     async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
         foreign = self._need_foreign()
         async with self._one_at_a_time:
+            await self._threads.run(self._lift)
             if not self._standing.by_engine:  # its operator has monitors of his own
                 self._standing.by_user = not await self._threads.run(foreign.looks_running)
             self._standing.change(stands=True, for_migration=request.for_migration)
@@ -154,14 +159,34 @@ class ForeignAgent(Agent):
     async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
         reply = await super()._resume_asked(request, _fds)
         await self._threads.run(self._need_foreign().confirm)
+        async with self._one_at_a_time:
+            if self._throttling is not None and self._is_free:
+                await self._threads.run(self._throttling.put_on)
         return reply
 
     async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
-        if request.percent:
-            raise GuestError(
-                f"{self._need_foreign().what} cannot be throttled yet; auto-converge=off"
-            )
-        return Reply(messages.Done(request.id))
+        async with self._one_at_a_time:
+            throttle = self._need_throttle()
+            throttle.set(request.percent)
+            if self._is_free:
+                await self._threads.run(throttle.put_on)
+            way = throttle.way.value if throttle.way is not None else ""
+            return Reply(messages.Throttled(request.id, way))
+
+    def _need_throttle(self) -> Throttle:
+        if self._throttling is None:
+            foreign = self._need_foreign()
+            self._throttling = Throttle(foreign.pid, foreign.vcpus)
+        return self._throttling
+
+    def _lift(self) -> None:
+        """What is told to stand, and asked whether it does, is not throttled meanwhile."""
+        if self._throttling is not None:
+            self._throttling.lift()
+
+    @property
+    def _is_free(self) -> bool:
+        return self.role is Role.OWNER and self._standing.may_run
 
     # -- tracking and device state ---------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from engine.guest.agentguest import AgentGuest
 from engine.guest.base import Handover, Missing, TrackedBlock, TrackerName, Tracking
 from engine.guest.link import AgentLink, start_agent
 from engine.guest.qmpclient import QmpClient
+from engine.guest.throttling import Undoing
 from engine.memory.blocks import RamBlock
 from engine.wire import STATE_BYTES_MAX
 
@@ -43,6 +44,7 @@ class ForeignGuest(AgentGuest):
         :param proceed: has the process run, without an agent."""
         super().__init__(link, running=started.running, stopped=not started.running)
         self._kind, self._proceed, self.pid = kind, proceed, started.pid
+        self._undoing: Undoing | None = None  #: of a throttle, if its agent is killed
         self._is_held = False  #: stopped for a migration, and still its own
         self._rescuing: asyncio.Task[None] | None = None
         shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
@@ -66,6 +68,13 @@ class ForeignGuest(AgentGuest):
     async def resume(self, *, for_migration: bool) -> None:
         await super().resume(for_migration=for_migration)
         self._is_held = self._is_held and not for_migration
+
+    async def throttle(self, percent: int) -> str:
+        if self._undoing is None and percent:
+            self._undoing = await asyncio.to_thread(Undoing, self.pid)
+        way = await super().throttle(percent)
+        log.info("%s (pid %d): throttle of %d percent by %s", self._kind, self.pid, percent, way)
+        return way
 
     async def open_missing(self) -> Missing:
         """Not built yet."""
@@ -133,9 +142,11 @@ class ForeignGuest(AgentGuest):
         return f"{self._kind} (pid {self.pid}) or its agent is gone: {reason}"
 
     async def _rescue(self) -> None:
-        """An agent that was killed leaves what it had stopped: continue it in its place.
+        """An agent that was killed leaves what it had slowed down or stopped: undo it in its place.
 
         Nobody else can have it: the right to run had not been given away."""
+        if self._undoing is not None and self._is_running:
+            await asyncio.to_thread(self._undoing.undo)
         if not self._is_held or self._is_stopped_by_user or not self._is_open:
             return
         self._is_held = False
@@ -154,6 +165,8 @@ class ForeignGuest(AgentGuest):
         await self._stop_telling()
         if self._rescuing is not None:
             await self._rescuing
+        if self._undoing is not None:
+            self._undoing.close()
         self._close_tracking_fd()
         for block in self._blocks:
             os.close(block.fd)

@@ -103,7 +103,7 @@ class Resume(Request, frozen=True):
 
 
 class Throttle(Request, frozen=True):
-    """Answer: Done."""
+    """Answer: Throttled."""
 
     percent: int
 
@@ -276,6 +276,12 @@ class At(Answer, frozen=True):
     stopped: bool
 
 
+class Throttled(Answer, frozen=True):
+    """It is throttled, or free again; `way` says how that is done."""
+
+    way: Text
+
+
 class Count(Answer, frozen=True):
     """A number."""
 
@@ -430,6 +436,7 @@ AnyAnswer = (
     Done
     | Failed
     | At
+    | Throttled
     | Count
     | Dirtied
     | Times

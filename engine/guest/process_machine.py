@@ -13,6 +13,7 @@ import time
 from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, shown
+from engine.guest.cgroups import threads_of
 from engine.guest.foreign import (
     ForeignBlock,
     ForeignTracker,
@@ -120,6 +121,15 @@ class ProcessMachine:
 
     def confirm(self) -> None:
         """A signal needs no answer."""
+
+    def vcpus(self) -> list[int]:
+        """All of its threads.
+
+        :raise GuestError: it has ended."""
+        try:
+            return threads_of(self.pid)
+        except OSError as exc:
+            raise GuestError(f"process {self.pid} has ended") from exc
 
     def _signal(self, number: signal.Signals) -> None:
         try:

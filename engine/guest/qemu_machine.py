@@ -119,6 +119,10 @@ class QemuMachine:
             self.is_running = False
             raise
 
+    def vcpus(self) -> list[int]:
+        """:raise GuestError: QEMU does not answer."""
+        return [int(each["thread-id"]) for each in self._qmp.execute("query-cpus-fast")]
+
     # -- device state ----------------------------------------------------------------------------
 
     def save(self) -> tuple[int, int]:

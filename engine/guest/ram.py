@@ -98,9 +98,10 @@ class RamGuest:
             raise GuestError("the guest is migrated as it stands; wait for the end, or cancel")
         self._standing.change(stands=False, for_migration=for_migration)
 
-    async def throttle(self, percent: int) -> None:
+    async def throttle(self, percent: int) -> str:
         if not 0 <= percent <= 99:
             raise GuestError(f"throttle of {percent} percent; 0 to 99 are allowed")
+        return "nothing: it has no vCPUs"
 
     async def writes(self) -> int | None:
         return None
