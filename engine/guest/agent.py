@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from engine.errors import ChannelError, GuestError, MigrationError, NotHandedOver, WireError
 from engine.guest import dirtying, messages
-from engine.guest.adoption import Adoption, say_where, state_of
+from engine.guest.adoption import Adoption, listen_alone, state_of
 from engine.guest.base import Handover, Role, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.guest.messages import Reply
@@ -200,11 +200,7 @@ class Agent:
     def _listen_alone(self, machine: Machine) -> None:
         """Wait to be adopted; say where on stderr."""
         state = state_of(self.role, machine, is_unknown=self._is_unknown)
-        try:
-            self._adoption = Adoption(self._rundir, self._serve)
-            say_where(state, self._adoption.path)
-        except OSError as exc:
-            say_where(state, None, str(exc.strerror))
+        self._adoption = listen_alone(self._rundir, self._serve, state)
 
     # -- requests: each returns the answer and the descriptors beside it -------------------------
 
@@ -350,7 +346,7 @@ class Agent:
             raise GuestError("only a guest that waits for a migration can miss pages")
         lent = [machine.open_missing()]
         vcpus = machine.options.vcpus
-        return Reply(messages.MissingOpened(request.id, machine.address, vcpus), lent)
+        return Reply(messages.MissingOpened(request.id, [machine.address], vcpus), lent)
 
     async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
         self._need_machine().close_missing()
