@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
 import engine
 from engine.control.status import Status
+from tests.kernel import has_userfaultfd
 from tests.support import WAIT_S
 from tests.vmm.machines import Vm
 
@@ -18,6 +21,9 @@ ON: Final = ("postcopy-ram=on", "multifd-channels=2")
 #: No round before it ends, and the background brings a part of the guest in each second.
 SLOW: Final = ("max-bandwidth=8M", "downtime-limit=1", "max-postcopy-bandwidth=2M")
 PAUSED: Final = Status.POSTCOPY_PAUSED
+needs_kernel_faults = pytest.mark.skipif(
+    not has_userfaultfd(0), reason="needs root, or vm.unprivileged_userfaultfd=1"
+)
 
 
 async def until(control: engine.Control, *statuses: Status) -> dict[str, Any]:

@@ -13,11 +13,18 @@ import engine
 from engine.control.status import Status
 from engine.memory.blocks import PAGE_SIZE
 from tests.vmm.machines import MIB, Vm, needs_qemu, pair
-from tests.vmm.postcopy_rig import couple, eventually, in_postcopy, lacks_pages, until
+from tests.vmm.postcopy_rig import (
+    couple,
+    eventually,
+    in_postcopy,
+    lacks_pages,
+    needs_kernel_faults,
+    until,
+)
 from tests.vmm.test_end_to_end import is_let_go, stand_as
 from tests.vmm.test_injection import left_open
 
-pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
+pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu, needs_kernel_faults]
 
 #: So fast that a round takes half a second, in which the sweeper writes all again.
 ROUNDS: Final = ("max-bandwidth=128M", "downtime-limit=1")

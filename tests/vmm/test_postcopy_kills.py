@@ -27,6 +27,7 @@ from tests.vmm.postcopy_rig import (
     eventually,
     in_postcopy,
     lacks_pages,
+    needs_kernel_faults,
     start_destination,
     start_source,
     until,
@@ -34,7 +35,7 @@ from tests.vmm.postcopy_rig import (
 from tests.vmm.test_end_to_end import agents_of, stand_as
 from tests.vmm.test_injection import left_open
 
-pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
+pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu, needs_kernel_faults]
 
 MAIN, OTHERS = (
     0,
