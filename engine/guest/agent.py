@@ -44,6 +44,8 @@ REQUESTS_MAX: Final = 64  #: unanswered at once; a control process that wants mo
 class Agent:
     """The process: one machine, one control connection or a listener for the next one."""
 
+    is_guest = True  #: the guest lives in this very process
+
     def __init__(self, control: socket.socket) -> None:
         self.role = Role.NEW
         self._control: socket.socket | None = None
@@ -381,7 +383,7 @@ class Agent:
             raise GuestError("the guest is being handed over")
         if self.role is not Role.OWNER:
             raise NotHandedOver(f"the guest ({self.role.value}) cannot be handed over")
-        source = SourceEnd(request.session)
+        source = SourceEnd(request.session, dies_with_taker=self.is_guest)
         await source.connect(request.endpoint)
         self._forget_source()
         self._source = source

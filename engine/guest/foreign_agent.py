@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOv
 from engine.guest import messages
 from engine.guest.adoption import listen_alone, say, state_of
 from engine.guest.agent import Agent, main
-from engine.guest.base import Role
+from engine.guest.base import Role, Standing
 from engine.guest.foreign import REASON, ForeignMachine
 from engine.guest.foreign_missing import Range, end_missing, open_foreign_missing
 from engine.guest.messages import Reply
@@ -34,6 +35,8 @@ from engine.memory.tracking import TrackerName
 
 class ForeignAgent(Agent):
     """One process, one control connection."""
+
+    is_guest = False
 
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
@@ -169,7 +172,12 @@ class ForeignAgent(Agent):
         return messages.At(request_id, at_ns, running, self._standing.by_user)
 
     def _taken(self) -> None:
-        super()._taken()
+        """Control knows first: if we are killed in between, the process stands, and is not taken
+        for one that may not run."""
+        self.role = Role.OWNER
+        self._standing = Standing(by_user=not self._run_when_taken)
+        self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken))
+        self._apply()
         task = asyncio.get_running_loop().create_task(self._confirm_taken())
         self._requests.add(task)
         task.add_done_callback(self._answered)

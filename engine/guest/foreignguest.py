@@ -76,21 +76,15 @@ class ForeignGuest(AgentGuest):
         self._is_held = self._is_held and not for_migration
 
     async def close_missing(self) -> None:
-        """As every guest does. Without its agent it goes on only if it is known to have every page:
-        else the process has its own userfaultfds, and waits."""
+        """As every guest does. Its agent may have been killed: then the process has taken over, and
+        we were told, or it does not run."""
         if self._link.is_alive:
             await super().close_missing()
         elif self._missing is not None:
             uffds = self._missing.uffds
             places = list(zip(self._blocks, self._missing.addresses, strict=True))
-            if self._is_taken_in_part:
-                await asyncio.to_thread(end_missing, self.pid, uffds, places)
-                self.is_missing_open = False
-            else:
-                log.error(
-                    "%s (pid %d) waits where it touches memory, for its agent was killed: end it",
-                    self.kind, self.pid,
-                )  # fmt: skip
+            await asyncio.to_thread(end_missing, self.pid, uffds, places)
+            self.is_missing_open = False
             self._close_lent()
 
     def _taken(self, event: messages.Taken) -> None:
@@ -195,6 +189,11 @@ class ForeignGuest(AgentGuest):
             return
         self._is_open = False
         self._is_running = False
+        if self._is_taken_in_part and self.is_missing_open and not self._has_ended.is_set():
+            log.warning(
+                "%s (pid %d) waits for ever where it touches memory that has not come",
+                self.kind, self.pid,
+            )  # fmt: skip
         await self._link.end()
         await self._give_back()
 
