@@ -14,6 +14,7 @@ import pytest
 
 import engine
 from engine.control.status import Status
+from engine.errors import UsageError
 from tests.support import WAIT_S
 from tests.support import eventually as soon
 from tests.survival.proxy import LISTEN, TARGET, proxy
@@ -224,6 +225,28 @@ def test_a_main_channel_that_is_cut_is_a_pause_and_recovery_brings_the_rest() ->
             await check_arrived(both, source, destination)
 
     with pair(is_filled=True) as (source, destination):
+        asyncio.run(scenario(source, destination))
+
+        check_ended(source, destination)
+
+
+def test_a_stop_that_would_wait_for_a_page_for_too_long_is_taken_back() -> None:
+    """A vCPU stops when its page has come; until then QEMU obeys nobody."""
+
+    async def scenario(source: Vm, destination: Vm) -> None:
+        async with in_postcopy(source.spec, destination.spec) as both:
+            await both.migration.pause()
+            await both.paused()
+            await both.there.execute("cont")
+            await eventually(lambda: stands_still(destination))
+            with pytest.raises(UsageError, match="QEMU did not answer 'stop'"):
+                await both.there.execute("stop")
+            await both.recover()
+            await both.finish()
+            assert await asyncio.to_thread(destination.goes_on)
+            assert (await both.there.execute("query-status"))["status"] == "running"
+
+    with pair() as (source, destination):
         asyncio.run(scenario(source, destination))
 
         check_ended(source, destination)
