@@ -43,7 +43,7 @@ class ForeignGuest(AgentGuest):
         self._qmp_path, self.pid = started.qmp_path, started.pid
         self.is_outcome_unknown = started.unknown
         self.is_missing_open, self.is_gone = started.missing, started.gone
-        #: Pages were missing when the token came: from then on the process needs no agent to live.
+        #: The token came while pages were missing: until the last one the process needs no agent.
         self._is_taken_in_part = started.missing
         self._is_held = False  #: stopped for a migration, and still its own
         self._rescuing: asyncio.Task[None] | None = None
@@ -80,6 +80,7 @@ class ForeignGuest(AgentGuest):
         we were told, or it does not run."""
         if self._link.is_alive:
             await super().close_missing()
+            self._is_taken_in_part = False
         elif self._missing is not None:
             uffds = self._missing.uffds
             places = list(zip(self._blocks, self._missing.addresses, strict=True))

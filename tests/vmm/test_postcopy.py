@@ -12,13 +12,14 @@ import pytest
 import engine
 from engine.control.status import Status
 from engine.memory.blocks import PAGE_SIZE
-from tests.vmm.machines import MIB, Vm, needs_qemu, pair
+from tests.vmm.machines import MIB, Vm, needs_qemu, pair, vm
 from tests.vmm.postcopy_rig import (
     couple,
     eventually,
     in_postcopy,
     lacks_pages,
     needs_kernel_faults,
+    start_destination,
     until,
 )
 from tests.vmm.test_end_to_end import is_let_go, stand_as
@@ -129,6 +130,28 @@ def test_it_runs_while_pages_are_missing_and_what_it_touches_comes_first() -> No
         assert counts["demand-pages"] + counts["prefetch-pages"] > 0
         assert destination.goes_on()
         assert not lacks_pages(destination)
+
+
+def test_a_guest_that_has_all_its_pages_goes_on_to_a_third_host() -> None:
+    async def scenario(first: Vm, second: Vm, third: Vm) -> None:
+        async with couple(first.spec, second.spec, *ROUNDS) as both:
+            await both.migration.start_postcopy()
+            await both.finish()
+            await eventually(second.goes_on)
+            async with start_destination(third.spec) as last:
+                migration = await both.there.migrate(last, max_bandwidth=128 * MIB)
+                await until(both.there, Status.ACTIVE)
+                await migration.start_postcopy()
+                await migration.result()
+                await until(last, Status.COMPLETED)
+
+    with pair() as (first, second), vm("-incoming", "defer") as third:
+        asyncio.run(scenario(first, second, third))
+
+        assert stand_as(second, third, "running")
+        assert third.goes_on()
+        assert is_let_go(second)
+        assert not lacks_pages(third)
 
 
 def test_a_stop_in_postcopy_is_kept_and_cont_ends_it() -> None:
