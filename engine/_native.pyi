@@ -256,14 +256,22 @@ def uffd_negotiate(uffd: int, features: int) -> None:
 def uffd_register(uffd: int, address: int, size: int, mode: int) -> None: ...
 def uffd_unregister(uffd: int, address: int, size: int) -> None: ...
 def inject_userfaultfd(
-    pid: int, flags: int, wait_ns: int
+    pid: int, flags: int, wait_ns: int, keeps: bool = False
 ) -> tuple[int, int, int, int, int, int, int]:
     """Have process `pid` open a userfaultfd of its own memory, without its help, and fetch it; see
     `native/inject.h`.
 
-    :return: (INJECT_*, the descriptor or -1, its number in the process if it could not be closed
-        there or -1, errno, the thread that was stopped, for how many ns, attempts).
+    :param keeps: it stays open in the process, too.
+    :return: (INJECT_*, the descriptor or -1, its number in the process if it is open there or -1,
+        errno, the thread that was stopped, for how many ns, attempts).
     """
+
+def inject_close(
+    pid: int, number: int, fd: int, wait_ns: int
+) -> tuple[int, int, int, int, int, int, int]:
+    """Have process `pid` close its descriptor `number`, if that is our `fd`.
+
+    :return: as `inject_userfaultfd`; the third is -1 when it was closed."""
 
 # -- destination --------------------------------------------------------------------------------
 

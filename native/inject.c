@@ -38,6 +38,7 @@
 struct job {
     pid_t pid;
     int flags, pidfd;
+    int keeps; /* what is opened stays open there */
     int64_t deadline_ns;
     struct frame_code code;
     struct injection *result;
@@ -308,7 +309,8 @@ static enum outcome use(struct job *job, struct held *held)
         outcome = fetch(job, held);
     if (outcome == OUTCOME_AGAIN)
         return outcome; /* let go already */
-    if (job->result->left_open >= 0 && close_there(job, held) == OUTCOME_AGAIN)
+    if (job->result->left_open >= 0 && !(job->keeps && job->result->uffd >= 0) &&
+        close_there(job, held) == OUTCOME_AGAIN)
         return outcome == OUTCOME_DONE ? OUTCOME_AGAIN : outcome; /* here, too */
     resumed = frame_resumed(&held->registers);
     let_go(held, &resumed, 0);
@@ -447,30 +449,45 @@ static int has_ended(int pidfd)
     return poll(&(struct pollfd){.fd = pidfd, .events = POLLIN}, 1, 0) > 0;
 }
 
-enum inject_obstacle inject_userfaultfd(pid_t pid, int flags, int64_t wait_ns,
-                                        struct injection *injection)
+static enum inject_obstacle run(struct job *job)
 {
-    struct job job = {.pid = pid, .flags = flags, .deadline_ns = now_ns() + wait_ns,
-                      .result = injection};
     pthread_t thread;
     int error;
 
-    *injection = (struct injection){.uffd = -1, .left_open = -1};
-    job.pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-    if (job.pidfd < 0) {
-        injection->error = errno;
+    job->pidfd = (int)syscall(SYS_pidfd_open, job->pid, 0);
+    if (job->pidfd < 0) {
+        job->result->error = errno;
         return errno == ESRCH || errno == EINVAL ? INJECT_GONE
                : errno == ENOSYS                 ? INJECT_TOO_OLD
                                                  : INJECT_FAILED;
     }
-    if (target_tracer(pid) > 0)
-        obstacle(&job, INJECT_TRACED, 0);
-    else if ((error = pthread_create(&thread, NULL, inject_in_thread, &job)) != 0)
-        obstacle(&job, INJECT_FAILED, error);
+    if (target_tracer(job->pid) > 0)
+        obstacle(job, INJECT_TRACED, 0);
+    else if ((error = pthread_create(&thread, NULL, inject_in_thread, job)) != 0)
+        obstacle(job, INJECT_FAILED, error);
     else
         pthread_join(thread, NULL);
-    if (job.obstacle != INJECT_DONE && has_ended(job.pidfd))
-        obstacle(&job, INJECT_GONE, 0);
-    close(job.pidfd);
-    return job.obstacle;
+    if (job->obstacle != INJECT_DONE && has_ended(job->pidfd))
+        obstacle(job, INJECT_GONE, 0);
+    close(job->pidfd);
+    return job->obstacle;
+}
+
+enum inject_obstacle inject_userfaultfd(pid_t pid, int flags, int keeps, int64_t wait_ns,
+                                        struct injection *injection)
+{
+    struct job job = {.pid = pid, .flags = flags, .keeps = keeps,
+                      .deadline_ns = now_ns() + wait_ns, .result = injection};
+
+    *injection = (struct injection){.uffd = -1, .left_open = -1};
+    return run(&job);
+}
+
+enum inject_obstacle inject_close(pid_t pid, int number, int fd, int64_t wait_ns,
+                                  struct injection *injection)
+{
+    struct job job = {.pid = pid, .deadline_ns = now_ns() + wait_ns, .result = injection};
+
+    *injection = (struct injection){.uffd = fd, .left_open = number};
+    return run(&job);
 }

@@ -39,12 +39,18 @@ struct injection {
     uint32_t attempts;     /* a thread that is not at a safe place is let go, and another one tried */
 };
 
-/* Have process `pid` call userfaultfd(`flags` | O_CLOEXEC | O_NONBLOCK), fetch the descriptor, close
- * it there. Only pages of the process that `flags` allow can fault; see userfaultfd(2). No other
- * thread of ours may trace the process. Gives up after `wait_ns`.
+/* Have process `pid` call userfaultfd(`flags` | O_CLOEXEC | O_NONBLOCK), fetch the descriptor, and
+ * close it there; or, when `keeps`, leave it open there as `left_open`, so that it outlives us. Only
+ * pages of the process that `flags` allow can fault; see userfaultfd(2). No other thread of ours may
+ * trace the process. Gives up after `wait_ns`.
  *
  * Runs in a thread of its own, because the end of a thread ends all its tracing. */
-enum inject_obstacle inject_userfaultfd(pid_t pid, int flags, int64_t wait_ns,
+enum inject_obstacle inject_userfaultfd(pid_t pid, int flags, int keeps, int64_t wait_ns,
                                         struct injection *injection);
+
+/* Have it close its descriptor `number`, if that is our `fd`, which stays open here. `left_open` is -1
+ * when that was done, and `number` else. */
+enum inject_obstacle inject_close(pid_t pid, int number, int fd, int64_t wait_ns,
+                                  struct injection *injection);
 
 #endif

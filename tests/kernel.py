@@ -24,10 +24,10 @@ def has_pagemap_scan() -> bool:
     return release() >= (6, 7)
 
 
-def has_userfaultfd() -> bool:
-    """Whether this user may have one."""
+def has_userfaultfd(flags: int = USER_MODE_ONLY) -> bool:
+    """Whether this user may have one; without flags: also for what the kernel does."""
     libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(USERFAULTFD[platform.machine()], os.O_CLOEXEC | USER_MODE_ONLY)
+    fd = libc.syscall(USERFAULTFD[platform.machine()], os.O_CLOEXEC | flags)
     if fd >= 0:
         os.close(fd)
     return bool(fd >= 0)

@@ -66,6 +66,7 @@ class FrameStream(asyncio.Protocol):
         self._is_lost = False  #: nothing more comes, nothing more can be sent
         self._is_closing = False  #: our side is done: what comes is thrown away
         self._changed = asyncio.Event()  #: something came, or the end
+        self._ended = asyncio.Event()  #: as `_is_lost`
         self._writable = asyncio.Event()  #: the write buffer has room, or the connection is lost
         self._turn = asyncio.Lock()
         self._sends = 0  #: never above SENDS_MAX
@@ -102,6 +103,7 @@ class FrameStream(asyncio.Protocol):
 
     def _lose(self) -> None:
         self._is_lost = True
+        self._ended.set()
         self._changed.set()
         self._writable.set()
 
@@ -141,6 +143,14 @@ class FrameStream(asyncio.Protocol):
         del self._buffer[: head + size]
         self._wanted_bytes = READ_AHEAD_BYTES
         return frame
+
+    async def lost(self) -> None:
+        """Wait for the end of the connection, while nobody receives.
+
+        :raise ConnectionLost: always."""
+        self._need_transport().resume_reading()
+        await self._ended.wait()
+        raise ConnectionLost(self._lost_text)
 
     # -- sending ---------------------------------------------------------------------------------
 

@@ -370,11 +370,14 @@ class IncomingMigration:
     async def _reopen(self, _main: Main, message: wire.Reopen) -> None:
         self.receivers.reopen(message.index, message.incarnation)
 
-    async def _load_state(self, _main: Main, message: wire.DeviceState) -> None:
+    async def _load_state(self, main: Main, message: wire.DeviceState) -> None:
         self._check_not_promised()
         if len(message.state) > wire.STATE_BYTES_MAX:
             raise WireError(f"device state of {len(message.state)} bytes")
-        await self.host.guest.load_state(message.state)
+        if self.postcopy is not None and isinstance(main, DestinationEnd):
+            await self.postcopy.load_state(message.state, main.lost())
+        else:
+            await self.host.guest.load_state(message.state)
         self._has_state = True
 
     async def _arm(self, main: Main, message: wire.Arm) -> None:

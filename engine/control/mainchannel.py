@@ -234,6 +234,12 @@ class DestinationEnd(Generic[F]):
         :raise WireError: the source does not speak our language."""
         return self._decoder.decode(await self._need_peer().receive(wire.MAIN_BYTES_MAX))
 
+    async def lost(self) -> None:
+        """Wait for the end of the source's connection, while nobody receives.
+
+        :raise ConnectionLost: always."""
+        await self._need_peer().lost()
+
     def _need_peer(self) -> FrameStream:
         if self._peer is None:
             raise ConnectionLost("no source is connected")

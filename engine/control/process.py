@@ -47,6 +47,7 @@ from engine.control.streams.opening import Sources, no_names
 from engine.control.streams.source import StreamRoute
 from engine.control.uri import Address, Target
 from engine.errors import MigrationError, UsageError, shown
+from engine.guest.agentguest import AgentGuest
 from engine.guest.base import DirtyMeter, Guest
 from engine.guest.judgement import Judgement
 from engine.guest.workload import WorkloadGuest
@@ -489,7 +490,7 @@ class ControlProcess:
         await asyncio.gather(self._watcher, return_exceptions=True)
         pools = (self.senders, self.receivers, self.pages, self.faults)
         await asyncio.gather(*(pool.close() for pool in pools))
-        if self.leaves_guest and isinstance(self.guest, WorkloadGuest):
+        if self.leaves_guest and isinstance(self.guest, AgentGuest):
             await self.guest.leave()
         await self.guest.quit()
         if self._judgement is not None:

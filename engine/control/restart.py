@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +17,11 @@ from engine.control.journal import Found, start_time
 from engine.control.notifiers import Side
 from engine.control.status import Status
 from engine.errors import UsageError
+from engine.guest.agentguest import AgentGuest
 from engine.guest.base import Guest, Handover
+from engine.guest.foreignguest import adopt_foreign
 from engine.guest.spec import GuestSpec, ProcessSpec, QemuSpec, RamSpec, WorkloadSpec
-from engine.guest.workload import WorkloadGuest, adopt_workload
+from engine.guest.workload import adopt_workload
 
 #: A guest that has lost its control process may ask the destination first who has the right to run.
 GUEST_WAIT_S: Final = 30.0
@@ -78,7 +80,7 @@ async def plan(found: Found | None, spec: GuestSpec, *, incoming: bool) -> Plan:
     if isinstance(spec, WorkloadSpec):
         return await _plan_workload(found, spec, incoming=incoming)
     if isinstance(spec, QemuSpec | ProcessSpec):
-        return _plan_foreign(found, spec, incoming=incoming)
+        return await _plan_foreign(found, spec, incoming=incoming)
     return _plan_ram(found, spec, incoming=incoming)
 
 
@@ -165,7 +167,7 @@ def paused_of(start: Plan, guest: Guest) -> tuple[Paused | None, str]:
     """The postcopy that is paused, now that the guest was opened by the plan, which knows best;
     and what people must know of it, or nothing."""
     paused = start.paused
-    if isinstance(guest, WorkloadGuest):
+    if isinstance(guest, AgentGuest):
         is_source = guest.is_gone or guest.is_outcome_unknown
         if paused is not None and paused.side is Side.SOURCE and not is_source:
             paused = None  #: the token was refused
@@ -197,7 +199,9 @@ async def _end_source(found: Found) -> None:
     path = await _orphan(found)
     if path is None:
         return
-    guest = await adopt_workload(path, None)
+    is_workload = found.began.guest_kind == KINDS[WorkloadSpec]
+    guest: AgentGuest
+    guest = await (adopt_workload(path, None) if is_workload else adopt_foreign(path))
     if guest.is_gone:
         await guest.quit()
     else:
@@ -212,8 +216,20 @@ def _at_destination_in_part(found: Found) -> UsageError:
     )
 
 
-def _plan_foreign(found: Found, spec: QemuSpec | ProcessSpec, *, incoming: bool) -> Plan:
-    """It goes on by itself; whether it waits, runs or stands is looked at anew."""
+async def _plan_foreign(found: Found, spec: QemuSpec | ProcessSpec, *, incoming: bool) -> Plan:
+    """It goes on by itself; whether it waits, runs or stands is looked at anew. In postcopy its
+    agent has lived on."""
+    path = await _orphan(found)
+    if path is not None:
+        return Plan(
+            replace(spec, socket=path),
+            False,
+            paused=_paused(found),
+            is_whole=found.destination is Status.COMPLETED,
+            text=f"{found.story}; its guest lives and is taken over",
+        )
+    if found.source_session is not None and found.promised is not Side.SOURCE:
+        raise _at_destination_in_part(found)
     text = f"{found.story}; its guest is attached to anew"
     if found.is_unknown:
         text += ", and nobody has said whether the guest runs on the other side: look there first"

@@ -22,10 +22,10 @@ from engine.control.qmp.server import QmpServer
 from engine.control.restart import paused_of, plan
 from engine.control.status import RunState
 from engine.control.uri import parse_listen_address, parse_uri
+from engine.guest.agentguest import AgentGuest
 from engine.guest.base import Guest
 from engine.guest.rundir import default_rundir
-from engine.guest.spec import GuestSpec, WorkloadSpec, open_guest, parse_guest_spec
-from engine.guest.workload import WorkloadGuest
+from engine.guest.spec import GuestSpec, RamSpec, WorkloadSpec, open_guest, parse_guest_spec
 from engine.memory.blocks import check_page_size
 from engine.worker import answer_promptly
 
@@ -110,9 +110,9 @@ async def _serve(options: ServeOptions, inherited: frozenset[int]) -> int:
         paused, advice = paused_of(start, guest)
         if advice:
             log.warning("%s", advice)
-        is_adopted = isinstance(start.spec, WorkloadSpec) and start.spec.socket is not None
+        is_adopted = not isinstance(start.spec, RamSpec) and start.spec.socket is not None
         is_unknown = start.is_unknown or (
-            isinstance(guest, WorkloadGuest) and guest.is_outcome_unknown
+            isinstance(guest, AgentGuest) and guest.is_outcome_unknown
         )
         process = ControlProcess(
             guest,
@@ -174,8 +174,8 @@ def _begin(journal: Journal, process: ControlProcess, record: Began) -> None:
 def _record(guest: Guest, spec: GuestSpec, *, incoming: bool) -> Began:
     """What another process must know to find this guest again."""
     pid, rundir = None, ""
-    if isinstance(guest, WorkloadGuest):
-        pid = guest.pid
+    if isinstance(guest, AgentGuest):
+        pid = guest.agent_pid
         rundir = (isinstance(spec, WorkloadSpec) and spec.rundir) or default_rundir()
     started = start_time(pid) if pid is not None else None
     return Began(os.getpid(), guest.kind, pid, started, rundir, incoming)

@@ -9,10 +9,10 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from typing import Protocol
 
 from engine.guest.base import Role
 from engine.guest.rundir import open_rundir, remove_file
-from engine.guest.vcpus import Machine
 
 
 class Adoption:
@@ -47,25 +47,50 @@ class Adoption:
             self._listener.close()
 
 
-def state_of(role: Role, machine: Machine, *, is_unknown: bool) -> str:
+class Left(Protocol):
+    """What is told of a guest without its control process."""
+
+    @property
+    def is_running(self) -> bool: ...
+    @property
+    def is_missing_open(self) -> bool: ...
+
+
+def state_of(role: Role, guest: Left, *, is_unknown: bool) -> str:
     """What a guest does without its control process."""
     if role is Role.GONE:
         return "runs at the destination, which has not all of the memory yet: it is kept here"
-    state = "runs on" if machine.is_running else "stays stopped"
+    state = "runs on" if guest.is_running else "stays stopped"
     if is_unknown:
         return f"{state}, for nobody has said whether it runs at the destination"
-    if machine.is_missing_open:
+    if guest.is_missing_open:
         state += ", and waits where it touches memory that has not come from the source yet"
     return state
 
 
-def say_where(state: str, path: str | None, reason: str = "") -> None:
-    """Tell people on stderr what the guest does without its control process, and what they can."""
-    text = f"ramferry guest[{os.getpid()}]: its control process is gone; it {state}"
-    if path is not None:
-        text += f"; adopt it with --guest workload:socket={path}"
-    else:
-        text += f"; nobody can adopt it: {reason}"
-    text += f"; end it with: kill {os.getpid()}\n"
-    with contextlib.suppress(OSError):  # stderr may have gone with control
-        os.write(sys.stderr.fileno(), text.encode())
+def listen_alone(
+    rundir: str,
+    on_adopted: Callable[[socket.socket], None],
+    state: str,
+    *,
+    who: str = "it",
+    kind: str = "workload",
+) -> Adoption | None:
+    """Wait to be adopted, if that can be; say on stderr what the guest does, and what people can.
+
+    :param who: process that does it, if it is not this one."""
+    text = f"guest[{os.getpid()}]: its control process is gone; {who} {state}; "
+    ending = f"; {'end' if who == 'it' else 'leave'} it with: kill {os.getpid()}"
+    try:
+        adoption = Adoption(rundir, on_adopted)
+    except OSError as exc:
+        say(f"{text}nobody can adopt it: {exc.strerror}{ending}")
+        return None
+    say(f"{text}adopt it with --guest {kind}:socket={adoption.path}{ending}")
+    return adoption
+
+
+def say(text: str) -> None:
+    """Tell people on stderr, which may have gone with control."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f"ramferry {text}\n".encode())

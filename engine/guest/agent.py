@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from engine.errors import ChannelError, GuestError, MigrationError, NotHandedOver, WireError
 from engine.guest import dirtying, messages
-from engine.guest.adoption import Adoption, say_where, state_of
+from engine.guest.adoption import Adoption, listen_alone, state_of
 from engine.guest.base import Handover, Role, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.guest.messages import Reply
@@ -43,6 +43,8 @@ REQUESTS_MAX: Final = 64  #: unanswered at once; a control process that wants mo
 
 class Agent:
     """The process: one machine, one control connection or a listener for the next one."""
+
+    is_guest = True  #: the guest lives in this very process
 
     def __init__(self, control: socket.socket) -> None:
         self.role = Role.NEW
@@ -200,11 +202,7 @@ class Agent:
     def _listen_alone(self, machine: Machine) -> None:
         """Wait to be adopted; say where on stderr."""
         state = state_of(self.role, machine, is_unknown=self._is_unknown)
-        try:
-            self._adoption = Adoption(self._rundir, self._serve)
-            say_where(state, self._adoption.path)
-        except OSError as exc:
-            say_where(state, None, str(exc.strerror))
+        self._adoption = listen_alone(self._rundir, self._serve, state)
 
     # -- requests: each returns the answer and the descriptors beside it -------------------------
 
@@ -350,7 +348,7 @@ class Agent:
             raise GuestError("only a guest that waits for a migration can miss pages")
         lent = [machine.open_missing()]
         vcpus = machine.options.vcpus
-        return Reply(messages.MissingOpened(request.id, machine.address, vcpus), lent)
+        return Reply(messages.MissingOpened(request.id, [machine.address], vcpus), lent)
 
     async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
         self._need_machine().close_missing()
@@ -385,7 +383,7 @@ class Agent:
             raise GuestError("the guest is being handed over")
         if self.role is not Role.OWNER:
             raise NotHandedOver(f"the guest ({self.role.value}) cannot be handed over")
-        source = SourceEnd(request.session)
+        source = SourceEnd(request.session, dies_with_taker=self.is_guest)
         await source.connect(request.endpoint)
         self._forget_source()
         self._source = source

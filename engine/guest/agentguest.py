@@ -6,14 +6,17 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 
+from engine.errors import GuestError
 from engine.guest import messages
-from engine.guest.base import Handover
+from engine.guest.base import Handover, Missing
 from engine.guest.link import ANSWER_WAIT_S, AgentLink
 
 
 class AgentGuest:
-    """Run state and the right to run, asked of an agent; owns the link and the tracker's
-    descriptor."""
+    """Run state, the right to run and missing pages, asked of an agent; owns the link and the
+    descriptors that the agent lends."""
+
+    _missing_wait_s = ANSWER_WAIT_S
 
     def __init__(self, link: AgentLink, *, running: bool, stopped: bool) -> None:
         """Take the link over."""
@@ -22,9 +25,18 @@ class AgentGuest:
         self._is_stopped_by_user = stopped
         self._is_open = True
         self._tracking_fd = -1
+        self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
+        self.is_missing_open = False  #: its pages are missing until `close_missing`
+        self.is_gone = False  #: it runs at the destination, and keeps its RAM until `release_ram`
+        self._missing: Missing | None = None
         self._when_taken: Callable[[int], Awaitable[None]] | None = None
         self._telling: set[asyncio.Task[None]] = set()
         link.on_taken = self._taken
+
+    @property
+    def agent_pid(self) -> int:
+        """Of the process that lives on where this one may not."""
+        return self._link.pid
 
     @property
     def is_running(self) -> bool:
@@ -76,6 +88,31 @@ class AgentGuest:
         :raise MemoryRefused: another tracker is in use."""
         await self._do(messages.ClearSoftDirty(self._link.next_id()))
 
+    # -- missing pages ---------------------------------------------------------------------------
+
+    async def open_missing(self) -> Missing:
+        if self._missing is None:
+            request = messages.OpenMissing(self._link.next_id())
+            opened, fds = await self._link.ask(
+                request, messages.MissingOpened, wait_s=self._missing_wait_s
+            )
+            if not fds or len(fds) != len(opened.addresses):
+                messages.close_all(fds)
+                raise GuestError("the guest waits for missing pages without a userfaultfd")
+            self._missing = Missing(tuple(fds), tuple(opened.addresses), opened.vcpus)
+            self.is_missing_open = True
+        return self._missing
+
+    async def close_missing(self) -> None:
+        self._close_lent()
+        await self._do(messages.CloseMissing(self._link.next_id()), self._missing_wait_s)
+        self.is_missing_open = False
+
+    def _close_lent(self) -> None:
+        if self._missing is not None:
+            messages.close_all(self._missing.uffds)
+            self._missing = None
+
     # -- handover --------------------------------------------------------------------------------
 
     async def listen_handover(self, host_uri: str) -> str:
@@ -114,7 +151,12 @@ class AgentGuest:
         request = messages.HandOver(self._link.next_id(), wait_ns, keeps_ram)
         wait_s = wait_ns / 1e9 + ANSWER_WAIT_S
         outcome, _ = await self._link.ask(request, messages.HandedOver, wait_s=wait_s)
-        return Handover(outcome.outcome)
+        found = Handover(outcome.outcome)
+        self.is_gone = found is Handover.TAKEN
+        return found
+
+    async def release_ram(self) -> None:
+        await self._do(messages.ReleaseRam(self._link.next_id()))
 
     async def give_away(self) -> None:
         await self._do(messages.GiveAway(self._link.next_id()))
@@ -135,6 +177,15 @@ class AgentGuest:
 
     async def died(self) -> str:
         return await self._link.died()
+
+    async def quit(self) -> None:
+        """End the agent, and give everything of ours back. Idempotent."""
+        raise NotImplementedError
+
+    async def leave(self) -> None:
+        """Give everything of ours back; the agent goes on, and listens to be adopted. Idempotent,
+        and then `quit` does nothing."""
+        raise NotImplementedError
 
     async def _stop_telling(self) -> None:
         for task in self._telling:

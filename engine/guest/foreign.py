@@ -111,6 +111,8 @@ class ForeignMachine(Protocol):
     """What an agent drives: a guest in a process that others have started. No event loop; all but
     `resume` may take long. All raise MigrationError when it cannot be done."""
 
+    kind: str  #: as in `--guest`
+    qmp_path: str  #: of a QEMU's socket, else empty
     pid: int
     blocks: list[ForeignBlock]
     is_running: bool  #: as of the last look or order
@@ -146,6 +148,10 @@ class ForeignMachine(Protocol):
 
     def load(self, state_fd: int, size: int) -> None:
         """Take a device state over: the guest is whole then, and stands."""
+        ...
+
+    def count_vcpus(self) -> int:
+        """Threads that must wait for "all wait"; 0: nobody can say."""
         ...
 
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
@@ -227,13 +233,14 @@ def check_alone(files: set[tuple[int, int]], pid: int) -> None:
         )
 
 
-def open_foreign_uffd(pid: int, flags: int) -> tuple[int, int]:
+def open_foreign_uffd(pid: int, flags: int, *, keeps: bool = False) -> tuple[int, int]:
     """A fresh userfaultfd of the process's memory, the caller's; and for how many ns one of its
     threads stood.
 
+    :param keeps: the process keeps it open, too.
     :raise CannotInject: says why not; the process is as before."""
     obstacle, uffd, left_open, error, thread, stopped_ns, attempts = _native.inject_userfaultfd(
-        pid, flags, INJECT_WAIT_NS
+        pid, flags, INJECT_WAIT_NS, keeps
     )
     if obstacle != _native.INJECT_DONE:
         raise CannotInject(obstacle, pid, error)
@@ -241,7 +248,7 @@ def open_foreign_uffd(pid: int, flags: int) -> tuple[int, int]:
         "userfaultfd of process %d: thread %d stood for %d us, %d attempts",
         pid, thread, stopped_ns // 1000, attempts,
     )  # fmt: skip
-    if left_open >= 0:
+    if left_open >= 0 and not keeps:
         log.warning("descriptor %d stays open in process %d, unused", left_open, pid)
     return uffd, stopped_ns
 

@@ -2,24 +2,31 @@
 
 It is between control, which starts it, and a QEMU or another process. It holds the right to run and
 the userfaultfd, so a death of control leaves a source guest that runs untracked. It never ends the
-process, and does not wait to be adopted: a new control process attaches anew.
+process, and a new control process attaches anew; but in postcopy, where the guest lacks pages or
+its RAM is kept, the agent listens to be adopted.
+
+Where pages are missing the process has the userfaultfds itself, too: when all of us are gone, it
+waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import socket
-import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOver
 from engine.guest import messages
+from engine.guest.adoption import listen_alone, say, state_of
 from engine.guest.agent import Agent, main
-from engine.guest.base import Role
+from engine.guest.base import Role, Standing
 from engine.guest.foreign import REASON, ForeignMachine
+from engine.guest.foreign_missing import Range, end_missing, open_foreign_missing
 from engine.guest.messages import Reply
 from engine.guest.process_machine import ProcessMachine
 from engine.guest.qemu_machine import QemuMachine
@@ -30,9 +37,13 @@ from engine.memory.tracking import TrackerName
 class ForeignAgent(Agent):
     """One process, one control connection."""
 
+    is_guest = False
+
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
         self._foreign: ForeignMachine | None = None
+        self._missing: list[int] = []  #: userfaultfds, one a block, while pages are missing
+        self._vcpus = 0
         self._pidfd = -1
         self._throttling: Throttle | None = None
 
@@ -63,18 +74,30 @@ class ForeignAgent(Agent):
         if self.role is not Role.NEW or self._foreign is not None:
             raise GuestError("the agent is attached already")
         machine: ForeignMachine = await self._threads.run(open_machine)
-        self._foreign = machine
+        self._foreign, self._rundir = machine, request.rundir
         self._watch(machine.pid)
         self.role = Role.INCOMING if request.incoming else Role.OWNER
         self._standing.by_user = not machine.is_running
-        blocks = [each.block for each in machine.blocks]
+        return self._started(request.id)
+
+    async def _attach(self, request: messages.Attach, _fds: list[int]) -> Reply:
+        return self._started(request.id)
+
+    def _started(self, request_id: int) -> Reply:
+        foreign = self._need_foreign()
+        blocks = [each.block for each in foreign.blocks]
         started = messages.ForeignStarted(
-            request.id,
-            machine.pid,
+            request_id,
+            foreign.qmp_path,
+            foreign.pid,
             [block.name for block in blocks],
             [block.size for block in blocks],
             [block.backing_page_size for block in blocks],
-            machine.is_running,
+            foreign.is_running,
+            self._standing.by_user,
+            self._is_unknown,
+            bool(self._missing),
+            self.role is Role.GONE,
         )
         return Reply(started, [block.fd for block in blocks])
 
@@ -89,7 +112,10 @@ class ForeignAgent(Agent):
     async def _give_back(self) -> None:
         if self._foreign is not None:
             self._foreign.end()
+        if self.role is Role.INCOMING and self._destination.disarm():
+            await self._end_missing()  # first: a thread of QEMU may wait, and we for it
         await super()._give_back()
+        messages.close_all(self._missing)  # of an owner: it has its own, and waits
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -112,15 +138,32 @@ class ForeignAgent(Agent):
     async def _go_on_alone(self) -> None:
         await asyncio.gather(*self._requests, return_exceptions=True)
         self._free()
-        if self._is_unknown:
-            text = (
-                f"ramferry agent[{os.getpid()}]: its control process is gone, and nobody has "
-                "said whether the guest runs at the destination; "
-                f"{self._need_foreign().what} stays stopped. Look there before you continue it\n"
+        foreign = self._need_foreign()
+        is_kept = self._keeps_ram and self.role in (Role.GONE, Role.HANDING_OVER)
+        if self._missing or is_kept:
+            self._adoption = listen_alone(
+                self._rundir,
+                self._serve,
+                state_of(self.role, self, is_unknown=self._is_unknown),
+                who=foreign.what,
+                kind=foreign.kind,
             )
-            with contextlib.suppress(OSError):  # stderr may have gone with control
-                os.write(sys.stderr.fileno(), text.encode())
+            return
+        if self._is_unknown:
+            say(
+                f"agent[{os.getpid()}]: its control process is gone, and nobody has said whether "
+                f"the guest runs at the destination; {foreign.what} stays stopped. Look there "
+                "before you continue it"
+            )
         self._end.set()
+
+    @property
+    def is_running(self) -> bool:
+        return self._need_foreign().is_running
+
+    @property
+    def is_missing_open(self) -> bool:
+        return bool(self._missing)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -133,7 +176,12 @@ class ForeignAgent(Agent):
         return messages.At(request_id, at_ns, running, self._standing.by_user)
 
     def _taken(self) -> None:
-        super()._taken()
+        """Control knows first: if we are killed in between, the process stands, and is not taken
+        for one that may not run."""
+        self.role = Role.OWNER
+        self._standing = Standing(by_user=not self._run_when_taken)
+        self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken))
+        self._apply()
         task = asyncio.get_running_loop().create_task(self._confirm_taken())
         self._requests.add(task)
         task.add_done_callback(self._answered)
@@ -143,9 +191,7 @@ class ForeignAgent(Agent):
         try:
             await self._threads.run(self._need_foreign().confirm)
         except MigrationError as exc:
-            text = f"ramferry agent[{os.getpid()}]: the guest is here and stands: {exc}\n"
-            with contextlib.suppress(OSError):
-                os.write(sys.stderr.fileno(), text.encode())
+            say(f"agent[{os.getpid()}]: the guest is here and may stand: {exc}")
 
     async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
         foreign = self._need_foreign()
@@ -153,8 +199,16 @@ class ForeignAgent(Agent):
             await self._threads.run(self._lift)
             if not self._standing.by_engine:  # its operator has monitors of his own
                 self._standing.by_user = not await self._threads.run(foreign.looks_running)
+            before = dataclasses.replace(self._standing)
             self._standing.change(stands=True, for_migration=request.for_migration)
-            return Reply(self._at(request.id, await self._threads.run(foreign.pause)))
+            try:
+                at_ns = await self._threads.run(foreign.pause)
+            except GuestError:
+                if self._missing:  # it obeys when the page has come: take the order back
+                    self._standing = before
+                    self._apply()
+                raise
+            return Reply(self._at(request.id, at_ns))
 
     async def _resume_asked(self, request: messages.Resume, _fds: list[int]) -> Reply:
         reply = await super()._resume_asked(request, _fds)
@@ -192,6 +246,11 @@ class ForeignAgent(Agent):
 
     async def _start_tracking(self, request: messages.StartTracking, _fds: list[int]) -> Reply:
         foreign = self._need_foreign()
+        if self._missing:
+            raise MemoryRefused(
+                "what the guest writes cannot be told while pages of it are missing; wait for the "
+                "end of its postcopy migration"
+            )
         try:
             wanted = TrackerName(request.wanted) if request.wanted else None
         except ValueError as exc:
@@ -222,6 +281,44 @@ class ForeignAgent(Agent):
             await self._threads.run(lambda: self._need_foreign().load(fds[0], request.size))
         return Reply(messages.Done(request.id))
 
+    # -- missing pages ---------------------------------------------------------------------------
+
+    async def _open_missing(self, request: messages.OpenMissing, _fds: list[int]) -> Reply:
+        foreign = self._need_foreign()
+        if not self._missing:
+            if self.role is not Role.INCOMING:
+                raise GuestError("only a guest that waits for a migration can miss pages")
+            async with self._one_at_a_time:
+                self._vcpus = await self._threads.run(foreign.count_vcpus)
+                self._missing = await self._threads.run(
+                    lambda: open_foreign_missing(foreign.pid, _ranges(foreign))
+                )
+        addresses = [each.address for each in foreign.blocks]
+        return Reply(messages.MissingOpened(request.id, addresses, self._vcpus), self._missing)
+
+    async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
+        """Waits for nobody, who may wait for a page."""
+        if self.role is Role.INCOMING and not self._destination.disarm():
+            raise GuestError("the guest is being taken over; its pages cannot be given up")
+        await self._end_missing()
+        return Reply(messages.Done(request.id))
+
+    async def _end_missing(self) -> None:
+        foreign, uffds = self._foreign, self._missing
+        if foreign is not None and uffds:
+            self._missing = []
+            try:
+                await self._threads.run(lambda: end_missing(foreign.pid, uffds, _ranges(foreign)))
+            finally:
+                messages.close_all(uffds)
+
+    # -- handover --------------------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        if self._missing:
+            raise NotHandedOver("pages of the guest have not come yet; it cannot be handed on")
+        super()._give_up()
+
     async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
         if await self._threads.run(self._need_foreign().looks_running):
             raise NotHandedOver("somebody else continued the guest behind the last round")
@@ -231,11 +328,16 @@ class ForeignAgent(Agent):
         raise GuestError(f"{type(request).__name__} is not for {self._need_foreign().what}")
 
 
+def _ranges(foreign: ForeignMachine) -> list[Range]:
+    return [(each.block, each.address) for each in foreign.blocks]
+
+
 FOREIGN_HANDLERS: Final[
     Mapping[type, Callable[[ForeignAgent, Any, list[int]], Awaitable[Reply]]]
 ] = {
     messages.StartQemu: ForeignAgent._start_qemu,
     messages.StartProcess: ForeignAgent._start_process,
+    messages.Attach: ForeignAgent._attach,
     messages.Pause: ForeignAgent._pause,
     messages.Resume: ForeignAgent._resume_asked,
     messages.Throttle: ForeignAgent._throttle,
@@ -243,11 +345,12 @@ FOREIGN_HANDLERS: Final[
     messages.StopTracking: ForeignAgent._stop_tracking,
     messages.SaveState: ForeignAgent._save,
     messages.LoadLongState: ForeignAgent._load_long,
+    messages.OpenMissing: ForeignAgent._open_missing,
+    messages.CloseMissing: ForeignAgent._close_missing,
     messages.HandOver: ForeignAgent._hand_over,
     **dict.fromkeys(
         (
             messages.Start,
-            messages.Attach,
             messages.Writes,
             messages.ClearSoftDirty,
             messages.StartCounting,
@@ -257,8 +360,6 @@ FOREIGN_HANDLERS: Final[
             messages.ReadDirtied,
             messages.LoadState,
             messages.Judge,
-            messages.OpenMissing,
-            messages.CloseMissing,
         ),
         ForeignAgent._refuse,
     ),

@@ -6,15 +6,16 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
 from typing import Final
 
-from engine.errors import GuestError, MemoryRefused, MigrationError
+from engine.errors import GuestError, MigrationError
 from engine.guest import messages
 from engine.guest.agentguest import AgentGuest
-from engine.guest.base import Handover, Missing, TrackedBlock, TrackerName, Tracking
-from engine.guest.link import AgentLink, start_agent
+from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
+from engine.guest.foreign_missing import end_missing
+from engine.guest.link import ADOPT_WAIT_S, AgentLink, adopt_agent, start_agent
 from engine.guest.qmpclient import QmpClient
+from engine.guest.rundir import default_rundir
 from engine.guest.throttling import Undoing
 from engine.memory.blocks import RamBlock
 from engine.wire import STATE_BYTES_MAX
@@ -31,28 +32,35 @@ class ForeignGuest(AgentGuest):
     """A process that others have started and will end; owns the agent's process and the descriptors
     of RAM."""
 
+    _missing_wait_s = LONG_WAIT_S
+
     def __init__(
-        self,
-        kind: str,
-        proceed: Callable[[], None],
-        link: AgentLink,
-        started: messages.ForeignStarted,
-        fds: list[int],
+        self, link: AgentLink, started: messages.ForeignStarted, fds: list[int], pidfd: int
     ) -> None:
         """Take link and descriptors over.
 
-        :param proceed: has the process run, without an agent."""
-        super().__init__(link, running=started.running, stopped=not started.running)
-        self._kind, self._proceed, self.pid = kind, proceed, started.pid
+        :param pidfd: of the process."""
+        super().__init__(link, running=started.running, stopped=started.stopped)
+        self._qmp_path, self.pid = started.qmp_path, started.pid
+        self.is_outcome_unknown = started.unknown
+        self.is_missing_open, self.is_gone = started.missing, started.gone
+        #: The token came while pages were missing: until the last one the process needs no agent.
+        self._is_taken_in_part = started.missing
         self._undoing: Undoing | None = None  #: of a throttle, if its agent is killed
         self._is_held = False  #: stopped for a migration, and still its own
         self._rescuing: asyncio.Task[None] | None = None
         shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
         self._blocks = tuple(RamBlock(*shape) for shape in shapes)
+        self._pidfd, self._has_ended = pidfd, asyncio.Event()
+        asyncio.get_running_loop().add_reader(pidfd, self._process_ended)
+
+    def _process_ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._has_ended.set()
 
     @property
     def kind(self) -> str:
-        return self._kind
+        return "qemu" if self._qmp_path else "process"
 
     @property
     def blocks(self) -> tuple[RamBlock, ...]:
@@ -73,26 +81,37 @@ class ForeignGuest(AgentGuest):
         if self._undoing is None and percent:
             self._undoing = await asyncio.to_thread(Undoing, self.pid)
         way = await super().throttle(percent)
-        log.info("%s (pid %d): throttle of %d percent by %s", self._kind, self.pid, percent, way)
+        log.info("%s (pid %d): throttle of %d percent by %s", self.kind, self.pid, percent, way)
         return way
 
-    async def open_missing(self) -> Missing:
-        """Not built yet."""
-        raise MemoryRefused(
-            f"{self._kind} (pid {self.pid}) cannot run before all of its memory is there, for "
-            "postcopy of such a guest is not built yet; postcopy needs a workload guest"
-        )
-
     async def close_missing(self) -> None:
-        """Nothing was opened."""
+        """As every guest does. Its agent may have been killed: then the process has taken over, and
+        we were told, or it does not run."""
+        if self._link.is_alive:
+            await super().close_missing()
+            self._is_taken_in_part = False
+        elif self._missing is not None:
+            uffds = self._missing.uffds
+            places = list(zip(self._blocks, self._missing.addresses, strict=True))
+            await asyncio.to_thread(end_missing, self.pid, uffds, places)
+            self.is_missing_open = False
+            self._close_lent()
 
-    async def release_ram(self) -> None:
-        """RAM is the process's, and stays as long as it lives."""
+    def _taken(self, event: messages.Taken) -> None:
+        self._is_taken_in_part = self._missing is not None
+        super()._taken(event)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._is_open and (self._link.is_alive or self._lives_alone)
+
+    @property
+    def _lives_alone(self) -> bool:
+        return self._is_taken_in_part and not self._has_ended.is_set()
 
     async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
-        """As every guest does; its RAM stays, `keeps_ram` or not."""
         self._is_held = False  # from here on only an answer tells whose it is
-        outcome = await super().hand_over(wait_ns)
+        outcome = await super().hand_over(wait_ns, keeps_ram=keeps_ram)
         self._is_held = outcome is Handover.REFUSED
         return outcome
 
@@ -136,10 +155,17 @@ class ForeignGuest(AgentGuest):
 
     async def died(self) -> str:
         reason = await self._link.died()
+        if self._lives_alone:
+            log.error(
+                "%s (pid %d) goes on without its agent (%s), and gets its pages; only a new "
+                "control process can stop or migrate it",
+                self.kind, self.pid, reason,
+            )  # fmt: skip
+            await self._has_ended.wait()
         if self._rescuing is None:
             self._rescuing = asyncio.get_running_loop().create_task(self._rescue())
         await asyncio.shield(self._rescuing)
-        return f"{self._kind} (pid {self.pid}) or its agent is gone: {reason}"
+        return f"{self.kind} (pid {self.pid}) or its agent is gone: {reason}"
 
     async def _rescue(self) -> None:
         """An agent that was killed leaves what it had slowed down or stopped: undo it in its place.
@@ -153,7 +179,21 @@ class ForeignGuest(AgentGuest):
         try:
             await asyncio.to_thread(self._proceed)
         except (MigrationError, OSError) as exc:
-            log.error("%s (pid %d) stands, and its agent is gone: %s", self._kind, self.pid, exc)
+            log.error("%s (pid %d) stands, and its agent is gone: %s", self.kind, self.pid, exc)
+
+    def _proceed(self) -> None:
+        """Have the process run, without an agent.
+
+        :raise GuestError: QEMU is gone, or does not do it.
+        :raise OSError: the process is gone."""
+        if not self._qmp_path:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+            return
+        qmp = QmpClient(self._qmp_path)
+        try:
+            qmp.execute("cont")
+        finally:
+            qmp.close()
 
     async def quit(self) -> None:
         """Let go of the process, which lives on."""
@@ -161,59 +201,88 @@ class ForeignGuest(AgentGuest):
             return
         self._is_open = False
         self._is_running = False
+        if self._is_taken_in_part and self.is_missing_open and not self._has_ended.is_set():
+            log.warning(
+                "%s (pid %d) waits for ever where it touches memory that has not come",
+                self.kind, self.pid,
+            )  # fmt: skip
         await self._link.end()
+        await self._give_back()
+
+    async def leave(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._link.leave()
+        await self._give_back()
+
+    async def _give_back(self) -> None:
         await self._stop_telling()
         if self._rescuing is not None:
             await self._rescuing
         if self._undoing is not None:
             self._undoing.close()
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
         self._close_tracking_fd()
+        self._close_lent()
         for block in self._blocks:
             os.close(block.fd)
-
-
-def _continue_qemu(path: str) -> None:
-    """:raise GuestError: QEMU is gone, or does not do it."""
-    qmp = QmpClient(path)
-    try:
-        qmp.execute("cont")
-    finally:
-        qmp.close()
 
 
 async def attach_qemu(path: str, *, incoming: bool) -> ForeignGuest:
     """Attach to the QEMU whose QMP server listens at `path`; it runs or stands as before.
 
     :raise MigrationError: one line that says what is missing; the QEMU is as before."""
-    where = os.path.abspath(path)
-    link = start_agent(AGENT)
-    request = messages.StartQemu(link.next_id(), where, incoming)
-    return await _attach("qemu", lambda: _continue_qemu(where), link, request)
+    link, where = start_agent(AGENT), os.path.abspath(path)
+    request = messages.StartQemu(link.next_id(), where, incoming, default_rundir())
+    return await _attach(link, request)
 
 
 async def attach_process(pid: int, path: str, *, incoming: bool) -> ForeignGuest:
     """Attach to a process that maps the file; one that takes a memory over stands until then.
 
     :raise MigrationError: one line that says what is missing; the process is as before."""
-    link = start_agent(AGENT)
-    request = messages.StartProcess(link.next_id(), pid, os.path.abspath(path), incoming)
-    return await _attach("process", lambda: os.kill(pid, signal.SIGCONT), link, request)
+    link, where = start_agent(AGENT), os.path.abspath(path)
+    request = messages.StartProcess(link.next_id(), pid, where, incoming, default_rundir())
+    return await _attach(link, request)
+
+
+async def adopt_foreign(path: str) -> ForeignGuest:
+    """Take over a process in postcopy whose control process died; it goes on as it is.
+
+    :raise UsageError: no agent waits there.
+    :raise GuestError: it does not answer; it is left alone."""
+    link = adopt_agent(path)
+    try:
+        return await _started(link, messages.Attach(link.next_id()), ADOPT_WAIT_S)
+    except (MigrationError, asyncio.CancelledError):
+        link.leave()
+        raise
 
 
 async def _attach(
-    kind: str,
-    proceed: Callable[[], None],
-    link: AgentLink,
-    request: messages.StartQemu | messages.StartProcess,
+    link: AgentLink, request: messages.StartQemu | messages.StartProcess
 ) -> ForeignGuest:
     """Take the link over, also on failure."""
     try:
-        started, fds = await link.ask(request, messages.ForeignStarted, wait_s=ATTACH_WAIT_S)
+        return await _started(link, request, ATTACH_WAIT_S)
     except (MigrationError, asyncio.CancelledError):
         await link.end()
         raise
-    if len(fds) != len(started.names):
+
+
+async def _started(link: AgentLink, request: messages.Request, wait_s: float) -> ForeignGuest:
+    """The link stays the caller's on failure."""
+    started, fds = await link.ask(request, messages.ForeignStarted, wait_s=wait_s)
+    try:
+        if len(fds) != len(started.names):
+            raise GuestError("the agent did not hand RAM over")
+        pidfd = os.pidfd_open(started.pid)
+    except OSError as exc:
         messages.close_all(fds)
-        await link.end()
-        raise GuestError("the agent did not hand RAM over")
-    return ForeignGuest(kind, proceed, link, started, fds)
+        raise GuestError(f"process {started.pid} has ended") from exc
+    except GuestError:
+        messages.close_all(fds)
+        raise
+    return ForeignGuest(link, started, fds, pidfd)

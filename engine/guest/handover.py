@@ -290,8 +290,11 @@ class DestinationEnd:
 class SourceEnd:
     """A source guest's connection to the destination guest, for one session; owns it."""
 
-    def __init__(self, session: bytes) -> None:
-        self._session = session
+    def __init__(self, session: bytes, *, dies_with_taker: bool = True) -> None:
+        """
+        :param dies_with_taker: a guest has no life beside the process that takes its token, so that
+            this host's kernel can prove that it runs nowhere."""
+        self._session, self._dies_with_taker = session, dies_with_taker
         self._addresses: list[tuple[int, Any]] = []
         self._connection: socket.socket | None = None
         self._token = SourceToken()
@@ -388,7 +391,7 @@ class SourceEnd:
                     try:
                         outcome = await self._try_once()
                     except NobodyListens as exc:
-                        if exc.is_proof:
+                        if exc.is_proof and self._dies_with_taker:
                             return self._token.nobody_listens()
                         if loop.time() > refused_until:
                             return self._token.gave_up()

@@ -7,8 +7,10 @@ import contextlib
 import itertools
 import logging
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from engine.guest import messages
 log = logging.getLogger("ramferry.guest")
 
 ANSWER_WAIT_S: Final = 10.0
+ADOPT_WAIT_S: Final = 5.0
 END_WAIT_S: Final = 2.0
 DEATH_WAIT_S: Final = 0.5  #: from the end of the connection to that of the process
 AnswerT = TypeVar("AnswerT", bound=messages.Answer)
@@ -160,6 +163,9 @@ class AgentLink:
     # -- the end ---------------------------------------------------------------------------------
 
     def _reap(self) -> None:
+        """What it said before its end counts: `Taken` may be among it."""
+        while self._socket is not None and _can_be_read(self._socket):
+            self._read()
         asyncio.get_running_loop().remove_reader(self._pidfd)
         code = self._child.wait() if self._child is not None else None
         if self._is_ending:
@@ -208,6 +214,12 @@ class AgentLink:
         os.close(self._pidfd)
 
 
+def _can_be_read(connection: socket.socket) -> bool:
+    waiting = select.poll()
+    waiting.register(connection, select.POLLIN)
+    return bool(waiting.poll(0))
+
+
 def _signal_name(number: int) -> str:
     """SIGKILL and the like; real-time signals have no name."""
     try:
@@ -234,3 +246,18 @@ def start_agent(module: str = "engine.guest.agent") -> AgentLink:
             ours.close()
             raise GuestError("the guest's process cannot be started") from exc
     return AgentLink(ours, child.pid, child)
+
+
+def adopt_agent(path: str) -> AgentLink:
+    """Connect to an agent whose control process died.
+
+    :raise UsageError: there is none.
+    :raise GuestError: it has just ended."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        connection.connect(path)
+    except OSError as exc:
+        connection.close()
+        raise UsageError(f"no guest waits at '{path}': {exc.strerror}") from exc
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return AgentLink(connection, struct.unpack("3i", credentials)[0], None)

@@ -66,28 +66,33 @@ class Start(Request, frozen=True):
 
 
 class Attach(Request, frozen=True):
-    """First request to an orphaned agent. Answer: Attached."""
+    """First request to an orphaned agent. Answer: Attached; of a process that others have started
+    ForeignStarted."""
 
 
 class StartQemu(Request, frozen=True):
     """First request to a new agent, for a QEMU. Answer: ForeignStarted.
 
     :ivar qmp: path of its socket, for us alone.
-    :ivar incoming: it was started with `-incoming defer`, and shall take a guest over."""
+    :ivar incoming: it was started with `-incoming defer`, and shall take a guest over.
+    :ivar rundir: where an agent listens that must outlive its control process."""
 
     qmp: Text
     incoming: bool
+    rundir: Text
 
 
 class StartProcess(Request, frozen=True):
     """First request to a new agent, for any process. Answer: ForeignStarted.
 
     :ivar path: of the file that it maps as its memory.
-    :ivar incoming: it shall take a memory over, and stands until then."""
+    :ivar incoming: it shall take a memory over, and stands until then.
+    :ivar rundir: as of a QEMU."""
 
     pid: Annotated[int, msgspec.Meta(ge=1)]
     path: Text
     incoming: bool
+    rundir: Text
 
 
 class Pause(Request, frozen=True):
@@ -323,13 +328,20 @@ class Attached(Answer, frozen=True):
 
 
 class ForeignStarted(Answer, frozen=True):
-    """A process and its RAM blocks; beside it their descriptors, in this order."""
+    """A process and its RAM blocks; beside it their descriptors, in this order. `stopped` and what
+    follows: as `Attached`. `qmp_path`: of a QEMU's socket; else
+    empty."""
 
+    qmp_path: str
     pid: int
     names: list[str]
     sizes: list[int]
     page_sizes: list[int]
     running: bool
+    stopped: bool
+    unknown: bool
+    missing: bool
+    gone: bool
 
 
 class TrackedBlocks(Answer, frozen=True):
@@ -370,9 +382,10 @@ class Judged(Answer, frozen=True):
 
 
 class MissingOpened(Answer, frozen=True):
-    """Beside it the userfaultfd. `address`: of RAM; `vcpus`: as many as there are now."""
+    """Beside it a userfaultfd for each block. `addresses`: of the blocks; `vcpus`: as many as there
+    are now, 0 if nobody can say."""
 
-    address: int
+    addresses: list[int]
     vcpus: int
 
 
@@ -396,62 +409,16 @@ class Taken(Answer, frozen=True):
 
 
 AnyRequest = (
-    Start
-    | StartQemu
-    | StartProcess
-    | Attach
-    | Pause
-    | Resume
-    | Throttle
-    | Writes
-    | StartTracking
-    | StopTracking
-    | ClearSoftDirty
-    | StartCounting
-    | CountWritten
-    | CountDirty
-    | LimitDirty
-    | ReadDirtied
-    | ReadTimes
-    | SaveState
-    | LoadState
-    | LoadLongState
-    | Judge
-    | OpenMissing
-    | CloseMissing
-    | ListenHandover
-    | Arm
-    | Disarm
-    | ConnectHandover
-    | CheckHandover
-    | HandOver
-    | ReleaseRam
-    | GiveAway
-    | Settle
-    | TakeOver
-    | CloseHandover
-    | Quit
-)
+    Start | StartQemu | StartProcess | Attach | Pause | Resume | Throttle | Writes | StartTracking
+    | StopTracking | ClearSoftDirty | StartCounting | CountWritten | CountDirty | LimitDirty
+    | ReadDirtied | ReadTimes | SaveState | LoadState | LoadLongState | Judge | OpenMissing
+    | CloseMissing | ListenHandover | Arm | Disarm | ConnectHandover | CheckHandover | HandOver
+    | ReleaseRam | GiveAway | Settle | TakeOver | CloseHandover | Quit
+)  # fmt: skip
 AnyAnswer = (
-    Done
-    | Failed
-    | At
-    | Throttled
-    | Count
-    | Dirtied
-    | Times
-    | Attached
-    | ForeignStarted
-    | Tracked
-    | TrackedBlocks
-    | State
-    | LongState
-    | Judged
-    | MissingOpened
-    | Listening
-    | HandedOver
-    | Taken
-)
+    Done | Failed | At | Throttled | Count | Dirtied | Times | Attached | ForeignStarted | Tracked
+    | TrackedBlocks | State | LongState | Judged | MissingOpened | Listening | HandedOver | Taken
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ STOPPED: Final = "TtXZ"  #: states of a thread that runs no more: stopped, trace
 class ProcessMachine:
     """One process; owns its pidfd, the file's descriptor and the tracker, not the process."""
 
+    kind, qmp_path = "process", ""
+
     def __init__(self, pid: int, path: str, *, incoming: bool) -> None:
         """Attach. A process that shall take a memory over is stopped until then.
 
@@ -151,6 +153,10 @@ class ProcessMachine:
             raise GuestError(f"device state of {size} bytes is not that of a process")
         if self.looks_running():
             raise GuestError(f"somebody continued process {self.pid} before its memory was whole")
+
+    def count_vcpus(self) -> int:
+        """Nobody knows which of its threads work."""
+        return 0
 
     # -- tracking --------------------------------------------------------------------------------
 

@@ -43,10 +43,13 @@ class Settings:
 class QemuMachine:
     """One QEMU; owns the QMP connection, the blocks' descriptors and the tracker, not the QEMU."""
 
+    kind = "qemu"
+
     def __init__(self, path: str, *, incoming: bool) -> None:
         """Attach.
 
         :raise MigrationError: one line that says what is missing; nothing was changed."""
+        self.qmp_path = path
         self._settings = Settings()
         self._tracker: ForeignTracker | None = None
         self._continuing: int | None = None  #: a `cont` whose answer nobody has read yet
@@ -183,7 +186,8 @@ class QemuMachine:
         """:raise GuestError: QEMU's own migration failed, or hangs."""
         deadline = time.monotonic() + STATE_WAIT_S
         while True:
-            migration = self._qmp.execute("query-migrate")
+            left_s = max(LOOK_S, deadline - time.monotonic())  # a page it needs may be on its way
+            migration = self._qmp.execute("query-migrate", wait_s=left_s)
             status = migration.get("status", "none")
             if status == "completed":
                 return
@@ -221,6 +225,9 @@ class QemuMachine:
                 self._pause_until(deadline, "take its device state")
             except BrokenPipeError as exc:
                 raise GuestError("QEMU refused the device state; see its log") from exc
+
+    def count_vcpus(self) -> int:
+        return len(self._qmp.execute("query-cpus-fast"))
 
     # -- what its operator had set ---------------------------------------------------------------
 

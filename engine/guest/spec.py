@@ -11,7 +11,7 @@ from engine.errors import UsageError, shown
 from engine.guest import messages
 from engine.guest.backing import HUGE_1G, HUGE_2M, check_available, make_ram
 from engine.guest.base import Guest, Handover, TrackerName
-from engine.guest.foreignguest import attach_process, attach_qemu
+from engine.guest.foreignguest import adopt_foreign, attach_process, attach_qemu
 from engine.guest.ram import RamGuest
 from engine.guest.rundir import check_rundir, default_rundir
 from engine.guest.workload import WorkloadGuest, adopt_workload, start_workload
@@ -21,6 +21,7 @@ from engine.sizes import parse_size
 PATTERNS: Final = ("sweep", "random", "hotspot", "append")
 CONTENTS: Final = ("zero", "text", "heap", "random", "mixed")
 NOT_YET: Final = ("handoff",)
+ADOPTED_WAITS: Final = "a guest that is adopted (socket=) cannot wait for a migration"
 PATH_BYTES_MAX: Final = 4095  #: the kernel's PATH_MAX, less its final zero
 
 
@@ -76,17 +77,20 @@ class WorkloadSpec:
 
 @dataclass(frozen=True, slots=True)
 class QemuSpec:
-    """`qemu:`: one that runs already, whose QMP server listens at the path."""
+    """`qemu:`: one that runs already, whose QMP server listens at the path; with `socket` the agent
+    that was left with it in postcopy is adopted instead."""
 
-    qmp: str
+    qmp: str = ""
+    socket: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """`process:`: any that maps the file as its memory."""
+    """`process:`: any that maps the file as its memory; `socket` as of a QEMU."""
 
-    pid: int
-    path: str
+    pid: int = 0
+    path: str = ""
+    socket: str | None = None
 
 
 GuestSpec = RamSpec | WorkloadSpec | QemuSpec | ProcessSpec
@@ -271,19 +275,27 @@ async def open_guest(
     :raise GuestError: the guest's process failed to start; nothing is left."""
     if isinstance(spec, WorkloadSpec):
         return await open_workload(spec, incoming=incoming, run=run)
-    if isinstance(spec, QemuSpec):
-        return await attach_qemu(spec.qmp, incoming=incoming)
-    if isinstance(spec, ProcessSpec):
-        return await attach_process(spec.pid, spec.path, incoming=incoming)
+    if isinstance(spec, QemuSpec | ProcessSpec):
+        return await _open_foreign(spec, incoming=incoming)
     ram = make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize)
     return RamGuest(ram, incoming=incoming, run=run, given_up=given_up)
+
+
+async def _open_foreign(spec: QemuSpec | ProcessSpec, *, incoming: bool) -> Guest:
+    if spec.socket is not None:
+        if incoming:
+            raise UsageError(ADOPTED_WAITS)
+        return await adopt_foreign(spec.socket)
+    if isinstance(spec, QemuSpec):
+        return await attach_qemu(spec.qmp, incoming=incoming)
+    return await attach_process(spec.pid, spec.path, incoming=incoming)
 
 
 async def open_workload(spec: WorkloadSpec, *, incoming: bool, run: bool = True) -> WorkloadGuest:
     """`open_guest` for those who want to judge it."""
     if spec.socket is not None:
         if incoming:
-            raise UsageError("a guest that is adopted (socket=) cannot wait for a migration")
+            raise UsageError(ADOPTED_WAITS)
         return await adopt_workload(spec.socket, spec.tracker)
     rundir = check_rundir(spec.rundir or default_rundir())
     if spec.is_filled and not incoming:

@@ -5,24 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
-import struct
 from typing import Final
 
-from engine.errors import GuestError, MigrationError, UsageError
+from engine.errors import GuestError, MigrationError
 from engine.guest import messages
 from engine.guest.agentguest import AgentGuest
 from engine.guest.backing import BLOCK_NAME, OwnedRam
-from engine.guest.base import (
-    Handover,
-    Missing,
-    TrackedBlock,
-    TrackerName,
-    Tracking,
-    VcpuDirtied,
-)
+from engine.guest.base import TrackedBlock, TrackerName, Tracking, VcpuDirtied
 from engine.guest.judgement import Judgement
-from engine.guest.link import ANSWER_WAIT_S, AgentLink, start_agent
+from engine.guest.link import ADOPT_WAIT_S, ANSWER_WAIT_S, AgentLink, adopt_agent, start_agent
 from engine.memory.blocks import RamBlock
 
 log = logging.getLogger("ramferry.guest")
@@ -30,7 +21,6 @@ log = logging.getLogger("ramferry.guest")
 #: Filling and judging read or write all of RAM; a slow and busy machine does 100 MB/s.
 BYTES_PER_S_MIN: Final = 100_000_000
 FAULTED_BYTES_PER_S_MIN: Final = 10_000_000  #: one page after the other comes from the source
-ADOPT_WAIT_S: Final = 5.0
 
 
 class WorkloadGuest(AgentGuest):
@@ -48,10 +38,6 @@ class WorkloadGuest(AgentGuest):
         """Take link and RAM over."""
         super().__init__(link, running=running, stopped=stopped)
         self._ram, self._tracker = ram, tracker
-        self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
-        self.is_missing_open = False  #: its pages are missing until `close_missing`
-        self.is_gone = False  #: it runs at the destination, and keeps its RAM until `release_ram`
-        self._missing: Missing | None = None
 
     @property
     def kind(self) -> str:
@@ -144,39 +130,6 @@ class WorkloadGuest(AgentGuest):
         rate = FAULTED_BYTES_PER_S_MIN if self.is_missing_open else BYTES_PER_S_MIN
         return ANSWER_WAIT_S + self._ram.block.size / rate
 
-    # -- missing pages ---------------------------------------------------------------------------
-
-    async def open_missing(self) -> Missing:
-        if self._missing is None:
-            request = messages.OpenMissing(self._link.next_id())
-            opened, fds = await self._link.ask(request, messages.MissingOpened)
-            if len(fds) != 1:
-                messages.close_all(fds)
-                raise GuestError("the guest waits for missing pages without a userfaultfd")
-            self._missing = Missing((fds[0],), (opened.address,), opened.vcpus)
-            self.is_missing_open = True
-        return self._missing
-
-    async def close_missing(self) -> None:
-        self._close_lent()
-        await self._do(messages.CloseMissing(self._link.next_id()))
-        self.is_missing_open = False
-
-    def _close_lent(self) -> None:
-        if self._missing is not None:
-            messages.close_all(self._missing.uffds)
-            self._missing = None
-
-    # -- handover --------------------------------------------------------------------------------
-
-    async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
-        outcome = await super().hand_over(wait_ns, keeps_ram=keeps_ram)
-        self.is_gone = outcome is Handover.TAKEN
-        return outcome
-
-    async def release_ram(self) -> None:
-        await self._do(messages.ReleaseRam(self._link.next_id()))
-
     # -- the end ---------------------------------------------------------------------------------
 
     async def quit(self) -> None:
@@ -254,14 +207,7 @@ async def adopt_workload(path: str, tracker: TrackerName | None) -> WorkloadGues
 
     :raise UsageError: there is none.
     :raise GuestError: it does not answer; it is left alone."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    try:
-        connection.connect(path)
-    except OSError as exc:
-        connection.close()
-        raise UsageError(f"no guest waits at '{path}': {exc.strerror}") from exc
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    link = AgentLink(connection, struct.unpack("3i", credentials)[0], None)
+    link = adopt_agent(path)
     try:
         attached, fds = await link.ask(
             messages.Attach(link.next_id()), messages.Attached, wait_s=ADOPT_WAIT_S

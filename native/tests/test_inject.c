@@ -365,7 +365,7 @@ static void test_writes_are_seen(struct target *target)
     uint8_t page[PAGE];
     struct uffd_msg fault;
 
-    CHECK(inject_userfaultfd(target->pid, 0, WAIT_NS, &injection) == INJECT_DONE);
+    CHECK(inject_userfaultfd(target->pid, 0, 0, WAIT_NS, &injection) == INJECT_DONE);
     CHECK(injection.uffd >= 0 && injection.left_open == -1);
     CHECK(injection.stopped_ns > 0);
     CHECK(count_descriptors(target->pid) == before);
@@ -401,7 +401,7 @@ static void test_again_and_again(struct target *target, int count)
     for (int i = 0; i < count; ++i) {
         struct injection injection;
         enum inject_obstacle obstacle =
-            inject_userfaultfd(target->pid, UFFD_USER_MODE_ONLY_FLAG, WAIT_NS, &injection);
+            inject_userfaultfd(target->pid, UFFD_USER_MODE_ONLY_FLAG, 0, WAIT_NS, &injection);
 
         if (obstacle != INJECT_DONE)
             fprintf(stderr, "round %d: obstacle %d, errno %d, %u attempts\n", i, (int)obstacle,
@@ -421,6 +421,29 @@ static void test_again_and_again(struct target *target, int count)
     free(stops_ns);
 }
 
+/* One that stays open there, until it is closed there. Nothing else is closed. */
+static void test_kept(struct target *target)
+{
+    const int before = count_descriptors(target->pid);
+    struct injection injection, closing;
+    int other;
+
+    CHECK(inject_userfaultfd(target->pid, UFFD_USER_MODE_ONLY_FLAG, 1, WAIT_NS, &injection) ==
+          INJECT_DONE);
+    CHECK(injection.uffd >= 0 && injection.left_open >= 0);
+    CHECK(count_descriptors(target->pid) == before + 1);
+    check_lives(target);
+    other = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    CHECK(inject_close(target->pid, injection.left_open, other, WAIT_NS, &closing) == INJECT_DONE);
+    CHECK(closing.left_open >= 0 && count_descriptors(target->pid) == before + 1);
+    CHECK(inject_close(target->pid, injection.left_open, injection.uffd, WAIT_NS, &closing) ==
+          INJECT_DONE);
+    CHECK(closing.left_open == -1 && count_descriptors(target->pid) == before);
+    close(other);
+    close(injection.uffd);
+    check_lives(target);
+}
+
 /* A signal comes at about the same time: it is not lost, and breaks no call. */
 static void test_among_signals(struct target *target)
 {
@@ -429,7 +452,7 @@ static void test_among_signals(struct target *target)
         uint32_t signals = target->shared->signals;
 
         CHECK(syscall(SYS_tgkill, target->pid, target->pid, SIGALRM) == 0);
-        CHECK(inject_userfaultfd(target->pid, UFFD_USER_MODE_ONLY_FLAG, WAIT_NS, &injection) ==
+        CHECK(inject_userfaultfd(target->pid, UFFD_USER_MODE_ONLY_FLAG, 0, WAIT_NS, &injection) ==
               INJECT_DONE);
         await_more(&target->shared->signals, signals);
         close(injection.uffd);
@@ -450,7 +473,7 @@ static pid_t start_injector(pid_t pid, int go)
         die_with(parent);
         if (read(go, &byte, 1) != 1)
             _exit(2);
-        _exit(inject_userfaultfd(pid, UFFD_USER_MODE_ONLY_FLAG, WAIT_NS, &injection) ==
+        _exit(inject_userfaultfd(pid, UFFD_USER_MODE_ONLY_FLAG, 0, WAIT_NS, &injection) ==
                       INJECT_DONE ? 0 : 1);
     }
     return injector;
@@ -536,7 +559,7 @@ static void test_killed_at_every_call(struct target *target, enum kind kind)
 static enum inject_obstacle try_for(pid_t pid, int64_t wait_ns)
 {
     struct injection injection;
-    enum inject_obstacle obstacle = inject_userfaultfd(pid, UFFD_USER_MODE_ONLY_FLAG, wait_ns,
+    enum inject_obstacle obstacle = inject_userfaultfd(pid, UFFD_USER_MODE_ONLY_FLAG, 0, wait_ns,
                                                        &injection);
 
     CHECK((injection.uffd >= 0) == (obstacle == INJECT_DONE));
@@ -740,6 +763,7 @@ int main(void)
         test_again_and_again(&target, 100);
         test_killed_at_every_call(&target, kind);
     }
+    test_kept(&target);
     test_among_signals(&target);
     end(&target);
     return 0;

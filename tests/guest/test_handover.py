@@ -256,6 +256,25 @@ def test_a_refusal_by_another_host_proves_nothing_and_one_by_this_kernel_does() 
     assert not _is_this_host(socket.AF_INET6, ("fe80::1%eth0", 1, 0, 2))
 
 
+def test_a_taker_that_its_guest_outlives_proves_nothing_by_its_death() -> None:
+    """A QEMU may run on without its agent."""
+
+    async def scenario() -> None:
+        async with destination() as (there, endpoint):
+            here = SourceEnd(SESSION, dies_with_taker=False)
+            lose_taken = lambda number, kind, is_answer: is_answer and kind is Kind.TAKEN  # noqa: E731
+            async with proxy(endpoint, lose_taken) as between:
+                await here.connect(between)
+                there.arm(SESSION)
+                here._addresses = [(socket.AF_INET, ("127.0.0.1", 1))]
+
+                assert await here.hand_over(10 * SECOND_NS) is Handover.UNKNOWN
+            here.close()
+            assert there.token.taken == SESSION
+
+    run(scenario())
+
+
 def test_a_far_host_that_refuses_leaves_the_outcome_unknown_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -14,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
+from engine.memory.blocks import PAGE_SIZE
 from tests.support import WAIT_S, eventually
 from tests.vmm.sweeper import SECTOR
 
@@ -112,14 +115,35 @@ def memory_options(directory: Path, mib: int, blocks: int) -> list[str]:
     return [*options, *([] if blocks > 1 else ["-machine", "memory-backend=ram0"])]
 
 
+def fill(path: Path, mib: int) -> None:
+    """Contents that the sweeper mostly leaves alone: of four pages one is a hole, one is random,
+    and two compress well."""
+    pages = np.zeros((mib * MIB // PAGE_SIZE, PAGE_SIZE // 8), np.uint64)
+    numbers = np.arange(len(pages), dtype=np.uint64)
+    pages[1::4] = np.random.default_rng(1).integers(2**63, size=pages[1::4].shape, dtype=np.uint64)
+    pages[2::4] = numbers[2::4, np.newaxis] + 1
+    pages[3::4] = np.frombuffer(b"ramferry", np.uint64)
+    with path.open("wb") as file:
+        for page in range(len(pages)):
+            if page % 4:
+                os.pwrite(file.fileno(), pages[page].tobytes(), page * PAGE_SIZE)
+        os.truncate(file.fileno(), pages.nbytes)
+
+
 @contextlib.contextmanager
 def vm(
-    *options: str, mib: int = 64, blocks: int = 1, memory: list[str] | None = None
+    *options: str,
+    mib: int = 64,
+    blocks: int = 1,
+    memory: list[str] | None = None,
+    is_filled: bool = False,
 ) -> Iterator[Vm]:
     """A QEMU that runs the sweeper from memory in files, or as `memory` says."""
     directory = Path(tempfile.mkdtemp(prefix="rf-", dir="/dev/shm"))
     try:
         (directory / "sweeper").write_bytes(SECTOR)
+        for i in range(blocks * is_filled):
+            fill(directory / f"ram{i}", mib // blocks)
         command = [QEMU, "-accel", "tcg", "-nodefaults", "-vga", "none", "-display", "none"]
         command += memory_options(directory, mib, blocks) if memory is None else memory
         command += ["-drive", f"file={directory}/sweeper,format=raw,if=floppy,readonly=on"]
@@ -143,11 +167,13 @@ def vm(
 
 
 @contextlib.contextmanager
-def pair(mib: int = 64, blocks: int = 1) -> Iterator[tuple[Vm, Vm]]:
+def pair(
+    *options: str, mib: int = 64, blocks: int = 1, is_filled: bool = False
+) -> Iterator[tuple[Vm, Vm]]:
     """One whose guest has begun its rounds, and its twin that waits for a migration."""
     with (
-        vm(mib=mib, blocks=blocks) as source,
-        vm("-incoming", "defer", mib=mib, blocks=blocks) as destination,
+        vm(*options, mib=mib, blocks=blocks, is_filled=is_filled) as source,
+        vm(*options, "-incoming", "defer", mib=mib, blocks=blocks) as destination,
     ):
         assert eventually(lambda: source.rounds() > 2, WAIT_S)
         yield source, destination

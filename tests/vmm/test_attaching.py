@@ -168,12 +168,12 @@ def test_a_second_ramferry_cannot_track_what_one_tracks() -> None:
         assert "is tracked already" in run(scenario(machine))
 
 
-def test_other_trackers_and_postcopy_are_refused() -> None:
+def test_other_trackers_and_missing_pages_of_a_source_are_refused() -> None:
     async def scenario(machine: Vm) -> None:
         async with attached(machine) as guest:
             with pytest.raises(MigrationError, match="working is: uffd-wp"):
                 await guest.start_tracking(TrackerName.BITMAP)
-            with pytest.raises(MigrationError, match="postcopy of such a guest is not built yet"):
+            with pytest.raises(MigrationError, match="only a guest that waits for a migration"):
                 await guest.open_missing()
 
     with vm() as machine:

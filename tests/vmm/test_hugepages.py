@@ -12,7 +12,9 @@ import pytest
 
 from tests.hugepages import huge_pages
 from tests.support import eventually
+from tests.vmm import test_postcopy
 from tests.vmm.machines import needs_qemu, vm
+from tests.vmm.postcopy_rig import lacks_pages
 from tests.vmm.test_end_to_end import is_let_go, migrate
 
 pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
@@ -56,3 +58,21 @@ def test_a_guest_on_huge_pages_arrives(hugetlbfs: Path, is_named: bool) -> None:
     for path in paths:
         if is_named:
             path.unlink()
+
+
+@pytest.mark.parametrize("rounds", [0, 1], ids=["postcopy", "hybrid"])
+def test_a_guest_on_huge_pages_runs_before_they_are_there(hugetlbfs: Path, rounds: int) -> None:
+    paths = [hugetlbfs / name for name in ("source", "destination")]
+    waiting = vm("-incoming", "defer", memory=memory(paths[1]))
+    with vm(memory=memory(paths[0])) as source, waiting as destination:
+        source.rams, destination.rams = [paths[0]], [paths[1]]
+        assert eventually(lambda: source.rounds() > 2)
+
+        asyncio.run(test_postcopy.migrate(source, destination, rounds=rounds))
+
+        assert destination.goes_on()
+        assert not lacks_pages(destination)
+        destination.monitor.ask("stop")
+        assert test_postcopy.is_untouched(source, destination)
+    for path in paths:
+        path.unlink()

@@ -42,11 +42,12 @@ LIMIT_MS = 60_000  #: however slow the machine is, the rounds end
 class Stepper:
     """One such process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, program: str = STEPPER, *before: str) -> None:
+        """:param before: a program that runs the interpreter."""
         self.path = path
         path.write_bytes(b"")
         os.truncate(path, SIZE)
-        command, pipe = [sys.executable, "-c", STEPPER, str(path)], subprocess.PIPE
+        command, pipe = [*before, sys.executable, "-c", program, str(path)], subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
         assert self.process.stdout is not None
         self.process.stdout.readline()
@@ -81,8 +82,12 @@ class Stepper:
 
 
 @contextlib.contextmanager
-def steppers(directory: Path) -> Iterator[tuple[Stepper, Stepper]]:
-    source, destination = Stepper(directory / "source"), Stepper(directory / "destination")
+def steppers(
+    directory: Path, program: str = STEPPER, *before: str
+) -> Iterator[tuple[Stepper, Stepper]]:
+    """One that steps, and a twin: as `Stepper`."""
+    source = Stepper(directory / "source")
+    destination = Stepper(directory / "destination", program, *before)
     try:
         source.begin()
         assert source.goes_on()

@@ -6,7 +6,8 @@ missing page would read as zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from engine import wire
@@ -98,6 +99,21 @@ class PostcopyDestination:
         if self.is_armed:
             raise WireError("pages cannot be freed once the guest may run")
         await self.service.discard()
+
+    async def load_state(self, state: bytes, lost: Coroutine[Any, Any, None]) -> None:
+        """Have the guest load it, which may wait for a page as long as the source is there.
+
+        :param lost: raises when it is not.
+        :raise MigrationError: the guest refuses it, or the source is lost; it is of no more use."""
+        loading = asyncio.ensure_future(self._host.guest.load_state(state))
+        tasks: set[asyncio.Future[None]] = {loading, asyncio.ensure_future(lost)}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            (loading if loading in done else done.pop()).result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def arm(self) -> None:
         """:raise WireError: something stale is left."""

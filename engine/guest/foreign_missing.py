@@ -1,0 +1,109 @@
+"""Missing pages of a process that knows nothing of us: who touches one waits, whoever of us dies.
+
+For each block the process opens a userfaultfd because we make it, and keeps it open: when the last
+descriptor of one is closed, what is missing reads as zero. So no death of ours lets the process see
+a page that is not its own: it waits. Only `end_missing` ends that (docs/decisions/0008).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Sequence
+
+from engine import _native
+from engine.errors import MemoryRefused
+from engine.guest.foreign import INJECT_WAIT_NS, CannotInject, open_foreign_uffd
+from engine.memory.blocks import RamBlock
+from engine.memory.missing import FEATURES
+
+log = logging.getLogger("ramferry.guest")
+
+#: One block of memory, and where the process maps it.
+Range = tuple[RamBlock, int]
+
+
+def open_foreign_missing(pid: int, ranges: Sequence[Range]) -> list[int]:
+    """From now on the process, and the kernel for it, waits for what is missing; return our
+    descriptors, the caller's, one for each block.
+
+    :raise MemoryRefused: not possible, and why; the process is as before."""
+    uffds: list[int] = []
+    with contextlib.ExitStack() as undo:
+        undo.callback(lambda: _let_go(pid, uffds, ranges))
+        for _ in ranges:
+            uffds.append(_open_kept(pid))
+        for uffd, (block, address) in zip(uffds, ranges, strict=True):
+            _register(pid, uffd, block, address)
+        undo.pop_all()
+    return uffds
+
+
+def _let_go(pid: int, uffds: list[int], ranges: Sequence[Range]) -> None:
+    end_missing(pid, uffds, ranges[: len(uffds)])
+    for uffd in uffds:
+        os.close(uffd)
+
+
+def _open_kept(pid: int) -> int:
+    try:
+        uffd, _ = open_foreign_uffd(pid, 0, keeps=True)
+    except CannotInject as exc:
+        if (exc.obstacle, exc.error) != (_native.INJECT_REFUSED, errno.EPERM):
+            raise
+        raise MemoryRefused(
+            f"process {pid} may not wait for pages in system calls and KVM, which postcopy needs: "
+            "sysctl vm.unprivileged_userfaultfd=1, or start it with CAP_SYS_PTRACE"
+        ) from exc
+    return uffd
+
+
+def _register(pid: int, uffd: int, block: RamBlock, address: int) -> None:
+    try:
+        _native.uffd_negotiate(uffd, FEATURES | _native.UFFD_FEATURE_THREAD_ID)
+        _native.uffd_register(uffd, address, block.size, _native.UFFD_REGISTER_MISSING)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            raise MemoryRefused(
+                f"memory '{block.name}' of process {pid} has a userfaultfd already, of another "
+                "ramferry or of the process itself"
+            ) from exc
+        raise MemoryRefused(
+            f"memory '{block.name}' of process {pid} cannot wait for missing pages "
+            f"({exc.strerror}); it must be in a tmpfs or hugetlbfs"
+        ) from exc
+
+
+def end_missing(pid: int, uffds: Sequence[int], ranges: Sequence[Range]) -> None:
+    """What is missing reads as zero from now on, and nobody waits. The descriptors stay the
+    caller's; those in the process are closed."""
+    for uffd, (block, address) in zip(uffds, ranges, strict=True):
+        with contextlib.suppress(OSError):  # it was not registered yet, or the process is gone
+            _native.uffd_unregister(uffd, address, block.size)
+    for uffd in uffds:
+        if not _close_there(pid, uffd):
+            log.warning("a userfaultfd stays open in process %d, unused", pid)
+
+
+def _close_there(pid: int, uffd: int) -> bool:
+    """Whether the process has none any more that is this one."""
+    for number in _userfaultfds(pid):
+        found = _native.inject_close(pid, number, uffd, INJECT_WAIT_NS)
+        if found[2] < 0:
+            return True
+    return not _userfaultfds(pid)
+
+
+def _userfaultfds(pid: int) -> list[int]:
+    """Numbers of its descriptors that are some userfaultfd."""
+    directory, found = f"/proc/{pid}/fd", []
+    try:
+        for name in os.listdir(directory):
+            with contextlib.suppress(FileNotFoundError):
+                if "userfaultfd" in os.readlink(f"{directory}/{name}"):
+                    found.append(int(name))
+    except OSError:  # it has ended
+        pass
+    return found
