@@ -378,8 +378,7 @@ class OutgoingMigration(Driver):
         """What the guest said last: it runs, or its user has stopped it, or it is dead."""
         guest = self.host.guest
         if guest.is_alive:
-            running = guest.is_running
-            self.host.set_run_state(RunState.RUNNING if running else RunState.PAUSED)
+            self.host.set_run_state(RunState.RUNNING if guest.is_running else RunState.PAUSED)
 
     # -- what runs beside the work ---------------------------------------------------------------
 
@@ -474,8 +473,7 @@ class OutgoingMigration(Driver):
     @property
     def is_untracked(self) -> bool:
         """The guest was stopped at the start and nothing would see its writes."""
-        is_over = self.ended.is_set()
-        return not is_over and self.numbers.tracker == TrackerName.NONE.value
+        return not self.ended.is_set() and self.numbers.tracker == TrackerName.NONE.value
 
     @property
     def senders(self) -> SenderGroup:
