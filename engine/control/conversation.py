@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 from engine import wire
 from engine.control.compression import channels_of, codecs_of, compression_of
+from engine.control.encryption import check_encryption
 from engine.control.host import Host
 from engine.control.mainchannel import SourceEnd
 from engine.control.route import Agreement
@@ -37,7 +38,9 @@ Indexed = TypeVar("Indexed", wire.RoundReceived, wire.ChannelBroken)
 def hello_of(host: Host, session: bytes) -> wire.Hello:
     """Who this source is, and what will come.
 
-    :raise WireError: more or larger RAM blocks than a message can hold."""
+    :raise WireError: more or larger RAM blocks than a message can hold.
+    :raise MigrationError: it shall be encrypted."""
+    check_encryption(host)
     guest = host.guest
     shapes = [wire.BlockShape.of(block) for block in guest.blocks]
     wire.check_blocks(shapes)

@@ -10,6 +10,7 @@ from typing import Protocol
 from engine import wire
 from engine.compress.codecs import CODEC_IDS
 from engine.control.compression import lacking_codecs
+from engine.control.encryption import check_encryption
 from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
 from engine.errors import MigrationError, PeerRefused, WireError
@@ -62,6 +63,7 @@ def check_fits(host: Host, hello: wire.Hello, *, is_stream: bool) -> None:
     :raise PeerRefused: no, and why.
     :raise WireError: RAM blocks that no guest has."""
     guest = host.guest
+    _check_encryption(host)
     if hello.version != wire.VERSION:
         raise PeerRefused(f"version {hello.version} expected {wire.VERSION}")
     if len(hello.session) != wire.SESSION_BYTES or not 1 <= hello.channels <= wire.CHANNELS_MAX:
@@ -83,6 +85,7 @@ def check_resumes(host: Host, session: bytes, question: wire.Resume) -> None:
 
     :raise PeerRefused: no, and why.
     :raise WireError: RAM blocks that no guest has."""
+    _check_encryption(host)
     if question.version != wire.VERSION:
         raise PeerRefused(f"version {question.version} expected {wire.VERSION}")
     if question.session != session:
@@ -92,6 +95,13 @@ def check_resumes(host: Host, session: bytes, question: wire.Resume) -> None:
     if lacking := lacking_codecs(question.codecs, CODEC_IDS.values()):
         raise PeerRefused(f"cannot decode {lacking}; this build knows {', '.join(CODEC_IDS)}")
     _check_blocks(host, question.blocks)
+
+
+def _check_encryption(host: Host) -> None:
+    try:
+        check_encryption(host)
+    except MigrationError as exc:
+        raise PeerRefused(str(exc)) from exc
 
 
 def _check_blocks(host: Host, shapes: Sequence[wire.BlockShape]) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 from engine import wire
 from engine.control.dirtylimit import DirtyLimit
 from engine.control.notifiers import Notifiers, Side
+from engine.control.objects import Objects
 from engine.control.parameters import Parameters
 from engine.control.pool import Pool
 from engine.control.status import RunState
@@ -42,6 +43,8 @@ class Host(Protocol):
     def dirty_limit(self) -> DirtyLimit: ...
     @property
     def notifiers(self) -> Notifiers: ...
+    @property
+    def objects(self) -> Objects: ...
 
     def promise(self, side: Side, session: bytes = b"") -> None:
         """From here on the right to run may move: on record, should we be killed.

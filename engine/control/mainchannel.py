@@ -141,10 +141,11 @@ class DestinationEnd(Generic[F]):
             self._socket = _listener(address)
         except OSError as exc:
             raise OSError(exc.errno, _reason(exc)) from exc
-        #: where it really listens (port 0 resolved)
+        #: where it really listens (names and port 0 resolved)
         self.address = address
         if not address.path:
-            self.address = replace(address, port=self._socket.getsockname()[1])
+            host, port = self._socket.getsockname()[:2]
+            self.address = replace(address, host=address.host and host, port=port)
         self._socket.listen()
         self._server: asyncio.Server | None = None
         self._decoder: wire.Decoder[wire.ToDestination] = wire.Decoder(

@@ -287,6 +287,22 @@ def test_migration_precopy_tcp_plain_switchover_ack() -> None:
     asyncio.run(live("return-path", "switchover-ack"))
 
 
+@pytest.mark.parametrize("uri", ["rdma:127.0.0.1:29200", "rdma:[::1]:29200"], ids=["plain", "ipv6"])
+def test_migration_precopy_rdma(uri: str) -> None:
+    """QEMU has these rows where it was built with the library and finds a device."""
+
+    async def scenario() -> None:
+        async with strangers() as (source, destination):
+            for one, command in ((source, "migrate"), (destination, "migrate-incoming")):
+                with pytest.raises(UsageError, match="no RDMA channel in this build") as refused:
+                    await one.execute(command, uri=uri)
+                assert "\n" not in str(refused.value)
+                assert await status_of(one) == "none"
+            await check_lives(source)
+
+    asyncio.run(scenario())
+
+
 def test_migration_dirty_ring() -> None:
     """QEMU's guest says by KVM's ring what it wrote; ours by its own bitmap."""
     asyncio.run(live(x_tracker="guest-bitmap"))

@@ -271,6 +271,21 @@ def _refused_connection(couple: Couple) -> dict[str, Any]:
     return seen | {"info": couple.source.execute("query-migrate")}
 
 
+def _wrong_credentials(couple: Couple) -> dict[str, Any]:
+    """Nothing is sent in the clear where credentials were named; a destination would see how far
+    each source came before it found out."""
+    couple.uri = "exec:cat >/dev/null"
+    couple.source.execute("object-add", **{"qom-type": "secret", "id": "s", "data": "x"})
+    seen = {}
+    for identity in ("nope", "s"):
+        couple.source.execute("migrate-set-parameters", tls_creds=identity)
+        couple.source.events.clear()
+        couple.migrate()
+        couple.source.wait_event("MIGRATION", status="failed")
+        seen[identity] = couple.source.execute("query-migrate")["return"]["error-desc"]
+    return seen
+
+
 SCENARIOS: Final = {
     "completes": _completes,
     "completes one way": _completes_one_way,
@@ -279,6 +294,7 @@ SCENARIOS: Final = {
     "cancelled while active": _cancelled_while_active,
     "cancelled in pre-switchover": _cancelled_in_pre_switchover,
     "connection refused": _refused_connection,
+    "wrong credentials": _wrong_credentials,
 }
 
 

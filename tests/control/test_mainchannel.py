@@ -452,6 +452,23 @@ def test_the_address_says_the_port_that_was_chosen() -> None:
     assert replace(address, port=0) == TCP
 
 
+def test_a_name_is_told_as_the_address_that_it_has() -> None:
+    """As QEMU does: the source may know the name otherwise, or not at all."""
+
+    async def scenario() -> tuple[Address, Address]:
+        named = DestinationEnd(Address("localhost"), wire.Hello)
+        everywhere = DestinationEnd(Address(), wire.Hello)
+        try:
+            return named.address, everywhere.address
+        finally:
+            for one in (named, everywhere):
+                one.close()
+
+    named, everywhere = asyncio.run(scenario())
+    assert named.host in ("127.0.0.1", "::1")
+    assert everywhere.host == ""
+
+
 def test_a_port_in_use_is_told_in_the_words_of_the_system() -> None:
     async def scenario() -> OSError:
         async with listening() as destination:

@@ -19,6 +19,7 @@ from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.conversation import Conversation
 from engine.control.dirtysync import DirtySync
 from engine.control.driver import Work
+from engine.control.encryption import check_encryption
 from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
 from engine.control.notifiers import Side
@@ -276,6 +277,7 @@ class PostcopySource:
         migration, began_ns = self._migration, time.monotonic_ns()
         host, conversation = migration.host, migration.conversation
         blocks = host.guest.blocks
+        check_encryption(host)
         question = wire.Resume(
             wire.VERSION,
             migration.session,
