@@ -110,6 +110,7 @@ class IncomingMigration:
             log.error("%s", self.error)
             self.set_status(Status.FAILED)
         finally:
+            self._may_be_cancelled = False
             await self._give_back(self._completion.main, False)
             self.ended.set()
 

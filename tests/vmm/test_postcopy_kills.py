@@ -129,7 +129,8 @@ def test_a_control_process_at_the_destination_is_followed_by_another(tmp_path: P
                 both.there = again
                 await both.recover()
                 await both.finish()
-                assert await asyncio.to_thread(destination.goes_on)
+            assert await again.wait() == 0  # it ended by itself
+            assert await asyncio.to_thread(destination.goes_on)
 
     with pair() as (source, destination):
         asyncio.run(scenario(source, destination))

@@ -115,6 +115,7 @@ def test_a_twin_waits_without_ramferry_and_goes_on_with_the_next(
                 await both.finish()
                 assert await asyncio.to_thread(destination.goes_on)
                 assert destination.steps() > source.steps()
+            assert await again.wait() == 0  # it ended by itself
 
     with steppers(directory) as (source, destination):
         asyncio.run(scenario(source, destination))
