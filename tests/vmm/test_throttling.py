@@ -408,14 +408,14 @@ def test_auto_converge_brings_a_fast_guest_to_its_end() -> None:
     """Which would not end by itself: it dirties its memory faster than the link carries."""
 
     async def scenario(source: str, destination: str) -> engine.Statistics:
-        settings = ["auto-converge=on", "cpu-throttle-initial=90", "cpu-throttle-increment=9"]
+        settings = ["auto-converge=on", "cpu-throttle-initial=99"]
         here = engine.Control.start(source, settings=settings)
         there = engine.Control.start(destination, "tcp:127.0.0.1:0")
         async with here, there:
             migration = await here.migrate(there, max_bandwidth=64 * 2**20, downtime_limit=300)
             return await migration.result()
 
-    with pair() as (source, destination):
+    with pair(mib=32) as (source, destination):
         result = asyncio.run(scenario(source.spec, destination.spec))
 
         assert result.raw["x-throttle"] in [each.value for each in Way]
