@@ -405,10 +405,8 @@ class Agent:
             self._keeps_ram = request.keeps_ram
             source.is_busy = True
         outcome = await source.hand_over(request.wait_ns)
-        if outcome is Handover.TAKEN:
-            self.role = Role.GONE
-        elif outcome is Handover.REFUSED:
-            self.role = Role.OWNER
+        known = {Handover.TAKEN: Role.GONE, Handover.REFUSED: Role.OWNER}
+        self.role = known.get(outcome, self.role)
         return Reply(messages.HandedOver(request.id, outcome.value))
 
     def _give_up(self) -> None:
