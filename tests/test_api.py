@@ -24,15 +24,60 @@ TINY = "workload:size=16M"
 
 
 def test_the_example_in_the_readme_runs_and_is_right() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-
     done = subprocess.run(
-        [sys.executable, "-c", blocks[0]], capture_output=True, text=True, timeout=90, check=False
-    )
+        [sys.executable, "-c", example("README.md")],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("right: True")
+
+
+def example(page: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    return str(blocks[0])
+
+
+def test_the_example_of_callbacks_hears_each_change_twice() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", example("docs/library.md")],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    statuses = ("setup", "active", "device", "completed")
+    moments = [(moment, status) for status in statuses for moment in ("before", "after")]
+    assert done.stdout.split("\n")[:-1] == [f"source {m} {status}" for m, status in moments]
+
+
+def test_a_hosted_guest_is_gone_when_a_callback_refuses_the_migration() -> None:
+    def refuse(change: engine.Change) -> None:
+        raise engine.MigrationError("not today")
+
+    async def scenario() -> int:
+        async with engine.hosted(f"{TINY},rate=5M", settings=["max-bandwidth=1M"]) as source:
+            assert source.parameters.max_bandwidth == 2**20
+            source.notifiers.add(refuse)
+            await source.migrate(engine.parse_uri("tcp:127.0.0.1:9"), resume=False)
+            assert source.outgoing is not None
+            await source.outgoing.ended.wait()
+            assert source.outgoing.status is engine.Status.FAILED
+            assert source.outgoing.machine.error == "not today"
+            assert source.guest.is_running
+            return int(source.guest.pid)  # type: ignore[attr-defined]
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(asyncio.run(scenario()), 0)
+
+
+def test_a_hosted_guest_with_a_wrong_setting_leaves_nothing() -> None:
+    async def scenario() -> None:
+        async with engine.hosted(TINY, settings=["max-bandwidth=much"]):
+            raise AssertionError("it began")
+
+    with pytest.raises(engine.UsageError, match="much"):
+        asyncio.run(scenario())
 
 
 def test_qmp_shell_drives_a_migration_as_the_readme_says() -> None:
