@@ -69,5 +69,6 @@ class Host(Protocol):
         ...
 
     def set_run_state(self, state: RunState) -> None:
-        """The guest has been stopped or started; emits STOP or RESUME when that changed."""
+        """The guest has been stopped or started; emits STOP or RESUME when that changed. RUNNING is
+        SUSPENDED of one that sleeps."""
         ...

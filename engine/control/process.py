@@ -61,6 +61,9 @@ SPARES: Final = 1
 #: A guest that has just arrived wants the processors for itself first.
 WARM_AFTER_ARRIVAL_S: Final = 5.0
 
+NOT_SUSPENDED: Final = "Unable to wake up: guest is not in suspended state"  #: QEMU's
+NOT_RUNNING: Final = "Unable to suspend: guest is not running"
+
 Emit = Callable[[str, "dict[str, object] | None"], None]
 
 
@@ -141,7 +144,9 @@ class ControlProcess:
         is_source = self.paused is not None and self.paused.side is Side.SOURCE
         if is_source and not self.inherits_unknown:
             return RunState.FINISH_MIGRATE
-        return RunState.RUNNING if self.guest.is_running else RunState.PAUSED
+        if not self.guest.is_running:
+            return RunState.PAUSED
+        return RunState.SUSPENDED if self.guest.is_asleep else RunState.RUNNING
 
     # -- what a migration borrows ----------------------------------------------------------------
 
@@ -172,13 +177,15 @@ class ControlProcess:
             self.send_event(event, data)
 
     def set_run_state(self, state: RunState) -> None:
-        ran, self.run_state = self.run_state is RunState.RUNNING, state
-        if state in (RunState.RUNNING, RunState.PAUSED):
+        if state is RunState.RUNNING and self.guest.is_asleep:
+            state = RunState.SUSPENDED
+        before, self.run_state = self.run_state, state
+        if state.is_live or state is RunState.PAUSED:
             self._stood(by_user=state is RunState.PAUSED)
-        if ran and state is not RunState.RUNNING:
-            self.emit("STOP", None)
-        elif not ran and state is RunState.RUNNING:
-            self.emit("RESUME", None)
+        if before.is_live != state.is_live:
+            self.emit("RESUME" if state.is_live else "STOP", None)
+        elif before.is_live and before is not state:
+            self.emit("WAKEUP" if state is RunState.RUNNING else "SUSPEND", None)
 
     def _stood(self, *, by_user: bool) -> None:
         if self._journal is not None:
@@ -291,12 +298,24 @@ class ControlProcess:
                 self.runs_on_arrival = False
             case RunState.FINISH_MIGRATE if self.postcopy.has_given_away:
                 return
-            case RunState.RUNNING | RunState.PAUSED | RunState.FINISH_MIGRATE:
+            case state if state.is_live or state in (RunState.PAUSED, RunState.FINISH_MIGRATE):
                 await self.guest.pause(for_migration=False)
-                if self.run_state is RunState.RUNNING:
+                if self.run_state.is_live:
                     self.set_run_state(RunState.PAUSED)
                 else:
                     self._stood(by_user=True)
+
+    async def sleep(self, asleep: bool) -> None:
+        """The guest falls asleep by itself, or QMP `system_wakeup`.
+
+        :raise UsageError: it is not awake, or not asleep."""
+        if self.run_state is not (RunState.RUNNING if asleep else RunState.SUSPENDED):
+            raise UsageError(NOT_RUNNING if asleep else NOT_SUSPENDED)
+        if not isinstance(self.guest, WorkloadGuest):
+            raise UsageError(f"a guest of kind '{self.guest.kind}' cannot sleep; workload can")
+        await self.guest.sleep(asleep)
+        if self.run_state.is_live:  # else it was stopped meanwhile
+            self.set_run_state(RunState.RUNNING)
 
     async def cont(self) -> None:
         """QMP `cont`; before the guest has arrived: it will run when it arrives.

@@ -34,11 +34,17 @@ class RunState(enum.Enum):
     """The part of QAPI RunState that a guest here can be in."""
 
     RUNNING = "running"
+    SUSPENDED = "suspended"  #: it runs, and sleeps (ACPI S3)
     PAUSED = "paused"
     INMIGRATE = "inmigrate"
     FINISH_MIGRATE = "finish-migrate"
     POSTMIGRATE = "postmigrate"
     INTERNAL_ERROR = "internal-error"  #: the guest died
+
+    @property
+    def is_live(self) -> bool:
+        """Nobody has stopped the guest (QEMU: runstate_is_live)."""
+        return self in (RunState.RUNNING, RunState.SUSPENDED)
 
 
 #: A destination's statuses; a pair that is absent is illegal (QEMU: migration_incoming_*).

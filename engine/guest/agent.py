@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import Any, Final
 from engine.errors import ChannelError, GuestError, MigrationError, NotHandedOver, WireError
 from engine.guest import dirtying, messages
 from engine.guest.adoption import Adoption, listen_alone, state_of
+from engine.guest.agentmain import run_agent
 from engine.guest.base import Handover, Role, Standing
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.guest.messages import Reply
@@ -231,6 +231,7 @@ class Agent:
             self._created_path,
             machine.is_missing_open,
             self.role is Role.GONE,
+            machine.is_asleep,
         )
         return Reply(attached, [machine.ram_fd])
 
@@ -280,8 +281,9 @@ class Agent:
             self._need_machine().resume()
 
     def _at(self, request_id: int, at_ns: int) -> messages.At:
-        running = self._need_machine().is_running
-        return messages.At(request_id, at_ns, running, self._standing.by_user)
+        machine = self._need_machine()
+        by_user = self._standing.by_user
+        return messages.At(request_id, at_ns, machine.is_running, by_user, machine.is_asleep)
 
     def _is_handing_over(self) -> bool:
         return self._source is not None and self._source.is_busy
@@ -290,6 +292,11 @@ class Agent:
     def _is_unknown(self) -> bool:
         """The token was sent, and nobody has said who has it."""
         return self.role is Role.HANDING_OVER and not self._is_handing_over()
+
+    async def _sleep(self, request: messages.Sleep, _fds: list[int]) -> Reply:
+        async with self._one_at_a_time:
+            self._need_machine().sleep(request.asleep)
+            return Reply(self._at(request.id, time.monotonic_ns()))
 
     async def _throttle(self, request: messages.Throttle, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
@@ -373,7 +380,8 @@ class Agent:
         self.role = Role.OWNER
         self._standing = Standing(by_user=not self._run_when_taken)
         self._apply()
-        self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken))
+        asleep = self._need_machine().is_asleep
+        self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken, asleep))
 
     async def _disarm(self, request: messages.Disarm, _fds: list[int]) -> Reply:
         return Reply(messages.Count(request.id, int(self._destination.disarm())))
@@ -458,6 +466,7 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
     messages.Attach: Agent._attach,
     messages.Pause: Agent._pause,
     messages.Resume: Agent._resume_asked,
+    messages.Sleep: Agent._sleep,
     messages.Throttle: Agent._throttle,
     messages.Writes: Agent._writes,
     messages.ReadTimes: Agent._times,
@@ -482,17 +491,5 @@ HANDLERS: Final[Mapping[type, Callable[[Agent, Any, list[int]], Awaitable[Reply]
 }
 
 
-def main(kind: type[Agent] = Agent) -> None:
-    """Process entry."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = socket.socket(fileno=int(sys.argv[1]))
-    control.set_inheritable(False)
-
-    async def run() -> None:
-        await kind(control).run()
-
-    asyncio.run(run())
-
-
 if __name__ == "__main__":
-    main()
+    run_agent(Agent)

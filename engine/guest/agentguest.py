@@ -23,6 +23,7 @@ class AgentGuest:
         self._link = link
         self._is_running = running
         self._is_stopped_by_user = stopped
+        self.is_asleep = False
         self._is_open = True
         self._tracking_fd = -1
         self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
@@ -61,9 +62,10 @@ class AgentGuest:
     async def resume(self, *, for_migration: bool) -> None:
         await self._change(messages.Resume(self._link.next_id(), for_migration))
 
-    async def _change(self, request: messages.Pause | messages.Resume) -> int:
+    async def _change(self, request: messages.Pause | messages.Resume | messages.Sleep) -> int:
         at, _ = await self._link.ask(request, messages.At)
         self._is_running, self._is_stopped_by_user = at.running, at.stopped
+        self.is_asleep = at.asleep
         return at.at_ns
 
     async def throttle(self, percent: int) -> str:
@@ -126,6 +128,7 @@ class AgentGuest:
 
     def _taken(self, event: messages.Taken) -> None:
         self._is_running, self._is_stopped_by_user = event.running, not event.running
+        self.is_asleep = event.asleep
         when_taken = self._when_taken
 
         async def tell() -> None:

@@ -140,6 +140,11 @@ class Guest(Protocol):
     @property
     def is_running(self) -> bool: ...
     @property
+    def is_asleep(self) -> bool:
+        """It runs, or will, and its vCPUs stand until somebody wakes it."""
+        ...
+
+    @property
     def is_stopped_by_user(self) -> bool:
         """Its user does not want it to run, whatever the engine does (as of the last answer)."""
         ...

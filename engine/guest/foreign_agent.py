@@ -23,7 +23,8 @@ from typing import Any, Final
 from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOver
 from engine.guest import messages
 from engine.guest.adoption import listen_alone, say, state_of
-from engine.guest.agent import Agent, main
+from engine.guest.agent import Agent
+from engine.guest.agentmain import run_agent
 from engine.guest.base import Role, Standing
 from engine.guest.foreign import REASON, ForeignMachine
 from engine.guest.foreign_missing import Range, end_missing, open_foreign_missing
@@ -367,4 +368,4 @@ FOREIGN_HANDLERS: Final[
 
 
 if __name__ == "__main__":
-    main(ForeignAgent)
+    run_agent(ForeignAgent)

@@ -115,7 +115,7 @@ class ForeignGuest(AgentGuest):
         self._is_held = outcome is Handover.REFUSED
         return outcome
 
-    async def _change(self, request: messages.Pause | messages.Resume) -> int:
+    async def _change(self, request: messages.Pause | messages.Resume | messages.Sleep) -> int:
         at, _ = await self._link.ask(request, messages.At, wait_s=LONG_WAIT_S)
         self._is_running, self._is_stopped_by_user = at.running, at.stopped
         return at.at_ns

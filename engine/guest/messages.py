@@ -107,6 +107,12 @@ class Resume(Request, frozen=True):
     for_migration: bool
 
 
+class Sleep(Request, frozen=True):
+    """The guest puts itself to sleep, or is woken. Answer: At."""
+
+    asleep: bool
+
+
 class Throttle(Request, frozen=True):
     """Answer: Throttled."""
 
@@ -274,11 +280,13 @@ class Failed(Answer, frozen=True):
 
 
 class At(Answer, frozen=True):
-    """Monotonic time since when it is so; `running` now, `stopped` by its user."""
+    """Monotonic time since when it is so; `running` now, `stopped` by its user, `asleep` while it
+    runs, and when it runs again."""
 
     at_ns: int
     running: bool
     stopped: bool
+    asleep: bool = False
 
 
 class Throttled(Answer, frozen=True):
@@ -325,6 +333,7 @@ class Attached(Answer, frozen=True):
     created_path: str
     missing: bool = False
     gone: bool = False
+    asleep: bool = False
 
 
 class ForeignStarted(Answer, frozen=True):
@@ -406,14 +415,15 @@ class Taken(Answer, frozen=True):
 
     at_ns: int
     running: bool
+    asleep: bool = False
 
 
 AnyRequest = (
-    Start | StartQemu | StartProcess | Attach | Pause | Resume | Throttle | Writes | StartTracking
-    | StopTracking | ClearSoftDirty | StartCounting | CountWritten | CountDirty | LimitDirty
-    | ReadDirtied | ReadTimes | SaveState | LoadState | LoadLongState | Judge | OpenMissing
-    | CloseMissing | ListenHandover | Arm | Disarm | ConnectHandover | CheckHandover | HandOver
-    | ReleaseRam | GiveAway | Settle | TakeOver | CloseHandover | Quit
+    Start | StartQemu | StartProcess | Attach | Pause | Resume | Sleep | Throttle | Writes
+    | StartTracking | StopTracking | ClearSoftDirty | StartCounting | CountWritten | CountDirty
+    | LimitDirty | ReadDirtied | ReadTimes | SaveState | LoadState | LoadLongState | Judge
+    | OpenMissing | CloseMissing | ListenHandover | Arm | Disarm | ConnectHandover | CheckHandover
+    | HandOver | ReleaseRam | GiveAway | Settle | TakeOver | CloseHandover | Quit
 )  # fmt: skip
 AnyAnswer = (
     Done | Failed | At | Throttled | Count | Dirtied | Times | Attached | ForeignStarted | Tracked

@@ -55,6 +55,10 @@ class RamGuest:
         return (self._ram.block,)
 
     @property
+    def is_asleep(self) -> bool:
+        return False
+
+    @property
     def is_running(self) -> bool:
         return self._standing.may_run and self._is_open and self._is_owner
 

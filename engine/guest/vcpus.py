@@ -29,7 +29,7 @@ from engine.memory.tracking import TrackerName
 
 PIECE_PAGES: Final = 8192  #: 32 MiB: filling and judging can be ended this often
 PAUSE_WAIT_NS: Final = 3_000_000_000  #: less than control waits for its answer
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
 
 
 class SavedState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +38,7 @@ class SavedState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     options: messages.Options
     vcpus: bytes
+    asleep: bool
 
 
 class Ended(Exception):
@@ -55,6 +56,7 @@ class Machine:
         self.ram_fd, self.size, self.page_count = ram_fd, size, size // PAGE_SIZE
         self.options = options
         self.is_running = False
+        self.is_asleep = False  #: while it runs; its vCPUs stand until it is woken
         self.missing_fd = -1  #: userfaultfd while a page that is not there waits for the engine
         self._ended = threading.Event()
         self._tracker: OpenTracker | None = None
@@ -105,8 +107,20 @@ class Machine:
         return time.monotonic_ns()
 
     def resume(self) -> None:
-        _native.workload_resume(self._vcpus)
+        if not self.is_asleep:
+            _native.workload_resume(self._vcpus)
         self.is_running = True
+
+    def sleep(self, asleep: bool) -> None:
+        """Fall asleep (ACPI's S3, as far as vCPUs go), or be woken. Only what runs does.
+
+        :raise GuestError: it stands, or does not fall asleep."""
+        if not self.is_running:
+            raise GuestError("the guest stands: it neither falls asleep nor wakes up")
+        if asleep:
+            self.pause()
+        self.is_asleep = asleep
+        self.resume()
 
     def throttle(self, percent: int) -> None:
         """:raise GuestError: out of range."""
@@ -125,7 +139,9 @@ class Machine:
         if self.is_running:
             raise GuestError("the guest runs; pause it before its state is saved")
         vcpus = _native.workload_save(self._vcpus)
-        return msgspec.msgpack.encode(SavedState(STATE_VERSION, self.options, vcpus))
+        return msgspec.msgpack.encode(
+            SavedState(STATE_VERSION, self.options, vcpus, self.is_asleep)
+        )
 
     def load(self, state: bytes) -> None:
         """Take a state over, with the options it was made with. Only while paused.
@@ -144,7 +160,7 @@ class Machine:
             _native.workload_stop(vcpus)
             raise GuestError(str(exc)) from exc
         _native.workload_stop(self._vcpus)
-        self._vcpus, self.options = vcpus, saved.options
+        self._vcpus, self.options, self.is_asleep = vcpus, saved.options, saved.asleep
         self._apply_dirtying()
 
     # -- tracking --------------------------------------------------------------------------------

@@ -155,6 +155,13 @@ class WorkloadGuest(AgentGuest):
         self._close_lent()
         os.close(self._ram.block.fd)
 
+    async def sleep(self, asleep: bool) -> None:
+        """Fall asleep, as a guest of QEMU does by itself (ACPI S3), or be woken. The state goes
+        with a migration.
+
+        :raise GuestError: it does not run."""
+        await self._change(messages.Sleep(self._link.next_id(), asleep))
+
     async def start(self, request: messages.Start) -> None:
         """First request; RAM is filled when this returns."""
         await self._link.ask(
@@ -217,7 +224,7 @@ async def adopt_workload(path: str, tracker: TrackerName | None) -> WorkloadGues
         link.leave()
         raise
     guest = WorkloadGuest(link, ram, tracker, running=attached.running, stopped=attached.stopped)
-    guest.is_outcome_unknown = attached.unknown
+    guest.is_outcome_unknown, guest.is_asleep = attached.unknown, attached.asleep
     guest.is_missing_open, guest.is_gone = attached.missing, attached.gone
     if attached.unknown:
         log.warning(

@@ -494,7 +494,9 @@ MIGRATION_COMMANDS: Final = (
     "block-dirty-bitmap-merge",
 )  # fmt: skip
 #: QEMU's events that a guest here can have.
-EVENTS: Final = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "RESUME", "STOP")
+EVENTS: Final = (
+    "JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "RESUME", "STOP", "SUSPEND", "WAKEUP",
+)  # fmt: skip
 
 
 def schemas(peers: Peers) -> tuple[Schema, Schema]:
@@ -563,7 +565,7 @@ def test_the_schema_declares_all_commands_and_events_and_no_others(peers: Peers)
         assert listed == ours.names(meta_type)
     of_ours = {name for name in ours.names("event") if name.startswith("X_")}
     assert set(EVENTS) <= ours.names("event") - of_ours <= qemu.names("event")
-    for name in ("MIGRATION_PASS", "RESUME", "STOP"):
+    for name in ("MIGRATION_PASS", "RESUME", "STOP", "SUSPEND", "WAKEUP"):
         assert ours.arguments(name) == qemu.arguments(name)
 
 

@@ -140,5 +140,7 @@ EVENTS: Final[dict[str, type[Arguments] | None]] = {
     "MIGRATION_PASS": MigrationPass,
     "RESUME": None,
     "STOP": None,
+    "SUSPEND": None,
+    "WAKEUP": None,
     "X_MIGRATION_STALLED": MigrationStalled,
 }

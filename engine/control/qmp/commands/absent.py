@@ -1,5 +1,5 @@
-"""What QEMU has and ramferry has not: spice, COLO, Xen, block devices, guests that sleep. The
-commands are there, with QEMU's arguments, and say so; those that only ask answer what a QEMU
+"""What QEMU has and ramferry has not: spice, COLO, Xen, block devices. The commands
+are there, with QEMU's arguments, and say so; those that only ask answer what a QEMU
 without the feature answers.
 """
 
@@ -18,7 +18,6 @@ NO_XEN_EVENTS = "Xen event channel emulation not enabled"
 NO_DEVICES = "ramferry keeps no devices' state in files; 'migrate' moves the guest as a whole"
 
 
-NOT_SUSPENDED: Final = "Unable to wake up: guest is not in suspended state"
 UINT32_MAX: Final = 2**32 - 1
 
 
@@ -172,4 +171,3 @@ def register(registry: CommandRegistry, _process: ControlProcess) -> None:
     for verb in ("remove", "clear", "enable", "disable"):
         add(f"block-dirty-bitmap-{verb}", _no_node, BlockDirtyBitmap)
     add("block-dirty-bitmap-merge", _no_node, BlockDirtyBitmapMerge)
-    add("system_wakeup", _refuse(NOT_SUSPENDED))

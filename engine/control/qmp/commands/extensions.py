@@ -63,6 +63,9 @@ class Extensions:
             "counters-path": self._process.path_of(judgement.counters_fd),
         }
 
+    async def sleep(self, _: object) -> None:
+        await self._process.sleep(True)
+
     async def add_blocker(self, asked: AddBlocker) -> object:
         return {"id": self._process.blockers.add(asked.reason)}
 
@@ -79,6 +82,7 @@ def register(registry: CommandRegistry, process: ControlProcess) -> None:
     """Add this subject's commands."""
     commands = Extensions(process)
     registry.add("x-query-guest", commands.query_guest)
+    registry.add("x-guest-sleep", commands.sleep)
     registry.add("x-judge", commands.judge, is_asynchronous=True, returns=Any)
     registry.add("x-add-migration-blocker", commands.add_blocker, AddBlocker, returns=BlockerId)
     registry.add("x-remove-migration-blocker", commands.remove_blocker, BlockerId)

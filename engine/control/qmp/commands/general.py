@@ -56,6 +56,9 @@ class General:
     async def cont(self, _: object) -> None:
         await self._process.cont()
 
+    async def system_wakeup(self, _: object) -> None:
+        await self._process.sleep(False)
+
     async def quit(self, _: object) -> None:
         self._process.quit()
 
@@ -74,4 +77,5 @@ def register(registry: CommandRegistry, process: ControlProcess) -> None:
     registry.add("query-status", commands.query_status, is_immediate=True, returns=StatusInfo)
     registry.add("stop", commands.stop)
     registry.add("cont", commands.cont)
+    registry.add("system_wakeup", commands.system_wakeup)
     registry.add("quit", commands.quit)
