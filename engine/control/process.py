@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from engine import wire
 from engine.control import machine
 from engine.control.blockers import Blockers
 from engine.control.capabilities import (
@@ -32,16 +31,10 @@ from engine.control.notifiers import Change, Moment, Notifiers, Side
 from engine.control.objects import Objects
 from engine.control.outgoing import OutgoingMigration
 from engine.control.parameters import Parameters, ParameterStore, parse_switch, parse_value
-from engine.control.pool import (
-    Pool,
-    fault_service_pool,
-    page_service_pool,
-    receiver_pool,
-    sender_pool,
-)
 from engine.control.postcopy.operator import PostcopyControl
 from engine.control.restart import Paused
 from engine.control.route import Route
+from engine.control.spares import Spares
 from engine.control.status import ENDED, POSTCOPY, RunState, Status
 from engine.control.streams.opening import Sources, no_names
 from engine.control.streams.source import StreamRoute
@@ -54,10 +47,6 @@ from engine.guest.workload import WorkloadGuest
 
 log = logging.getLogger("ramferry.control")
 
-#: Workers that wait for work; more channels than these start their workers when they are needed.
-WARM_WORKERS_MAX: Final = 16
-#: In postcopy, of each kind; whoever follows a dead one needs no interpreter to start.
-SPARES: Final = 1
 #: A guest that has just arrived wants the processors for itself first.
 WARM_AFTER_ARRIVAL_S: Final = 5.0
 
@@ -121,10 +110,9 @@ class ControlProcess:
         self.postcopy = PostcopyControl(self)
         self.exit_on_error = True
         self.runs_on_arrival = True  #: QEMU's autostart: `stop` before the arrival clears it
-        self.senders: Pool[wire.SenderReport] = sender_pool()
-        self.receivers: Pool[wire.ReceiverReport] = receiver_pool()
-        self.pages: Pool[wire.PagesReport] = page_service_pool()
-        self.faults: Pool[wire.FaultsReport] = fault_service_pool()
+        self._spares = Spares()
+        self.senders, self.receivers = self._spares.senders, self._spares.receivers
+        self.pages, self.faults = self._spares.pages, self._spares.faults
         self.send_event: Emit = _unheard
         self.told_count = 0  #: events so far, also those that nobody hears
         self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -136,7 +124,7 @@ class ControlProcess:
         if paused is None:
             self._warm()
         else:
-            self._keep(paused.side, Status.POSTCOPY_PAUSED)
+            self._spares.keep(paused.side, Status.POSTCOPY_PAUSED, channels_of(self))
 
     def _initial_state(self, incoming: bool) -> RunState:
         if incoming:
@@ -197,33 +185,16 @@ class ControlProcess:
         self._warm()
 
     def _keep_spares(self, change: Change) -> None:
-        """A notifier: in postcopy the guest may wait for a worker that follows a dead one, and in a
-        pause for all of them."""
-        if change.moment is Moment.BEFORE or change.status not in (*POSTCOPY, *ENDED):
-            return
-        self._keep(change.side, change.status)
-
-    def _keep(self, side: Side, status: Status) -> None:
-        is_paused, has_ended = status is Status.POSTCOPY_PAUSED, status in ENDED
-        count = min(channels_of(self), WARM_WORKERS_MAX) if is_paused else SPARES
-        is_source = side is Side.SOURCE
-        (self.senders if is_source else self.receivers).keep(0 if has_ended else count)
-        (self.pages if is_source else self.faults).keep(0 if has_ended else SPARES)
+        """A notifier."""
+        if change.moment is Moment.AFTER and change.status in (*POSTCOPY, *ENDED):
+            self._spares.keep(change.side, change.status, channels_of(self))
 
     def _warm(self) -> None:
-        """Start the interpreters before they are waited for; if that cannot be, they start then."""
-        if any(
-            one is not None and one.status in POSTCOPY for one in (self.outgoing, self.incoming)
-        ):
-            return  # `_keep` does
-        pool = self.receivers if self.waits_for_incoming else self.senders
-        service = self.faults if self.waits_for_incoming else self.pages
-        try:
-            spares = SPARES * self.capability("postcopy-ram")
-            pool.warm(min(channels_of(self), WARM_WORKERS_MAX) + spares)
-            service.warm(2 * spares)
-        except (MigrationError, OSError) as exc:
-            log.warning("workers are not started ahead: %s", exc)
+        both = (self.outgoing, self.incoming)
+        if any(one is not None and one.status in POSTCOPY for one in both):
+            return  # `_keep_spares` does
+        side = Side.DESTINATION if self.waits_for_incoming else Side.SOURCE
+        self._spares.warm(side, channels_of(self), postcopy=self.capability("postcopy-ram"))
 
     async def _watch_guest(self) -> None:
         reason = await self.guest.died()
@@ -507,8 +478,7 @@ class ControlProcess:
             self._warmer.cancel()
         self._watcher.cancel()
         await asyncio.gather(self._watcher, return_exceptions=True)
-        pools = (self.senders, self.receivers, self.pages, self.faults)
-        await asyncio.gather(*(pool.close() for pool in pools))
+        await self._spares.close()
         if self.leaves_guest and isinstance(self.guest, AgentGuest):
             await self.guest.leave()
         await self.guest.quit()
