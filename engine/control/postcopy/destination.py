@@ -168,9 +168,8 @@ class PostcopyDestination:
 
     async def end(self, *, is_closing: bool) -> None:
         """Give the fault service back; `is_closing`: the guest waits for nothing any more, because
-        it has every page, or will never run."""
-        if not self._final:
-            self._final = self._read()
-            await self.service.end()
+        it has every page, or will never run. Again, where it was cancelled."""
+        self._final = self._final or self._read()
+        await self.service.end()
         if is_closing:
             await self._host.guest.close_missing()

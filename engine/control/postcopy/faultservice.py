@@ -126,13 +126,13 @@ class FaultService:
         return self.endpoint
 
     async def end(self) -> None:
-        """Give everything back. Idempotent."""
+        """Give everything back. Idempotent, and again where it was cancelled."""
         if self._restarting is not None:
             self._restarting.cancel()
             await asyncio.gather(self._restarting, return_exceptions=True)
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.end()
+        if self._worker is not None:
+            await self._worker.end()
+            self._worker = None
         self.received.close()
         self.stale.close()
         self.statistics.close()

@@ -141,12 +141,12 @@ class PageService:
         self._mend_soon()
 
     async def stop(self) -> None:
-        """End the worker. Idempotent; `start` may follow."""
+        """End the worker. Idempotent, and again where it was cancelled; `start` may follow."""
         mending, self._mending = self._mending, None
         if mending is not None:
             mending.cancel()
             await asyncio.gather(mending, return_exceptions=True)
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.end()
+        if self._worker is not None:
+            await self._worker.end()
+            self._worker = None
         self.is_open = False
