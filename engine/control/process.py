@@ -170,10 +170,15 @@ class ControlProcess:
         before, self.run_state = self.run_state, state
         if state.is_live or state is RunState.PAUSED:
             self._stood(by_user=state is RunState.PAUSED)
-        if before.is_live != state.is_live:
-            self.emit("RESUME" if state.is_live else "STOP", None)
-        elif before.is_live and before is not state:
-            self.emit("WAKEUP" if state is RunState.RUNNING else "SUSPEND", None)
+        match (before.is_live, state.is_live):
+            case (True, False):
+                self.emit("STOP", None)
+            case (False, True):
+                self.emit("RESUME", None)
+            case (True, True) if before is RunState.SUSPENDED is not state:
+                self.emit("WAKEUP", None)
+            case (True, True) if state is RunState.SUSPENDED is not before:
+                self.emit("SUSPEND", None)
 
     def _stood(self, *, by_user: bool) -> None:
         if self._journal is not None:

@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import mmap
 import os
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -30,6 +32,7 @@ from engine.memory.tracking import TrackerName
 PIECE_PAGES: Final = 8192  #: 32 MiB: filling and judging can be ended this often
 PAUSE_WAIT_NS: Final = 3_000_000_000  #: less than control waits for its answer
 STATE_VERSION: Final = 2
+CHECKSUM: Final = struct.Struct("<I")  #: of all before it, against damage
 
 
 class SavedState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -139,16 +142,19 @@ class Machine:
         if self.is_running:
             raise GuestError("the guest runs; pause it before its state is saved")
         vcpus = _native.workload_save(self._vcpus)
-        return msgspec.msgpack.encode(
-            SavedState(STATE_VERSION, self.options, vcpus, self.is_asleep)
-        )
+        saved = SavedState(STATE_VERSION, self.options, vcpus, self.is_asleep)
+        body = msgspec.msgpack.encode(saved)
+        return body + CHECKSUM.pack(zlib.crc32(body))
 
     def load(self, state: bytes) -> None:
         """Take a state over, with the options it was made with. Only while paused.
 
         :raise GuestError: says what is wrong with it; nothing is changed."""
+        body = state[: -CHECKSUM.size]
+        if state[-CHECKSUM.size :] != CHECKSUM.pack(zlib.crc32(body)):
+            raise GuestError("device state is damaged, or not that of a workload guest")
         try:
-            saved = msgspec.msgpack.decode(state, type=SavedState)
+            saved = msgspec.msgpack.decode(body, type=SavedState)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise GuestError("device state is not that of a workload guest") from exc
         if saved.version != STATE_VERSION:
