@@ -233,6 +233,33 @@ def check_alone(files: set[tuple[int, int]], pid: int) -> None:
         )
 
 
+def check_still_alone(blocks: Sequence[ForeignBlock], pid: int) -> None:
+    """Also those who have come since they were found.
+
+    :raise MemoryRefused: another process maps one of the blocks."""
+    found = (os.fstat(each.block.fd) for each in blocks)
+    check_alone({(each.st_dev, each.st_ino) for each in found}, pid)
+
+
+def check_nobody_waits(blocks: Sequence[ForeignBlock], pid: int) -> None:
+    """A postcopy whose ramferry was killed leaves memory that waits for pages for ever.
+
+    :raise MemoryRefused: one of the blocks is such memory.
+    :raise OSError: the process is gone, or not ours to look at."""
+    starts = {each.address for each in blocks}
+    is_ours = False
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            words = line.split()
+            if words[0] == "VmFlags:" and is_ours and "um" in words:
+                raise MemoryRefused(
+                    f"the memory of process {pid} waits for pages of a migration that nobody goes "
+                    "on with; end the process and start another one"
+                )
+            if not words[0].endswith(":"):
+                is_ours = int(words[0].partition("-")[0], 16) in starts
+
+
 def open_foreign_uffd(pid: int, flags: int, *, keeps: bool = False) -> tuple[int, int]:
     """A fresh userfaultfd of the process's memory, the caller's; and for how many ns one of its
     threads stood.

@@ -18,6 +18,8 @@ from engine.guest.foreign import (
     ForeignBlock,
     ForeignTracker,
     check_alone,
+    check_nobody_waits,
+    check_still_alone,
     check_tracker,
     check_whole,
     open_block,
@@ -54,6 +56,7 @@ class ProcessMachine:
             self.blocks = [self._find(path)]
             self.looks_running()
             if incoming:
+                check_nobody_waits(self.blocks, pid)
                 self.pause()
         except BaseException:
             self.close()
@@ -163,6 +166,7 @@ class ProcessMachine:
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
         check_tracker(wanted)
         self.stop_tracking()
+        check_still_alone(self.blocks, self.pid)
         ranges = [(each.address, each.block.size) for each in self.blocks]
         self._tracker = track_foreign(self.pid, ranges)
         return self._tracker
