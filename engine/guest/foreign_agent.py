@@ -113,9 +113,12 @@ class ForeignAgent(Agent):
     async def _give_back(self) -> None:
         if self._foreign is not None:
             self._foreign.end()
-        if self.role is Role.INCOMING and self._destination.disarm():
+        is_void = self.role is Role.INCOMING and self._destination.disarm()
+        if is_void:
             await self._end_missing()  # first: a thread of QEMU may wait, and we for it
         await super()._give_back()
+        if is_void:
+            await self._end_missing()  # that were opened meanwhile
         messages.close_all(self._missing)  # of an owner: it has its own, and waits
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
@@ -182,7 +185,11 @@ class ForeignAgent(Agent):
         self.role = Role.OWNER
         self._standing = Standing(by_user=not self._run_when_taken)
         self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken))
-        self._apply()
+        try:
+            self._apply()
+        except MigrationError as exc:
+            say(f"agent[{os.getpid()}]: the guest is here and stands: {exc}")
+            return
         task = asyncio.get_running_loop().create_task(self._confirm_taken())
         self._requests.add(task)
         task.add_done_callback(self._answered)
@@ -291,11 +298,13 @@ class ForeignAgent(Agent):
                 raise GuestError("only a guest that waits for a migration can miss pages")
             async with self._one_at_a_time:
                 self._vcpus = await self._threads.run(foreign.count_vcpus)
-                self._missing = await self._threads.run(
-                    lambda: open_foreign_missing(foreign.pid, _ranges(foreign))
-                )
+                await self._threads.run(lambda: self._open(foreign))
         addresses = [each.address for each in foreign.blocks]
         return Reply(messages.MissingOpened(request.id, addresses, self._vcpus), self._missing)
+
+    def _open(self, foreign: ForeignMachine) -> None:
+        """In a thread, which ends also if nobody waits for it any more."""
+        self._missing = open_foreign_missing(foreign.pid, _ranges(foreign))
 
     async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
         """Waits for nobody, who may wait for a page."""
@@ -321,7 +330,11 @@ class ForeignAgent(Agent):
         super()._give_up()
 
     async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
-        if await self._threads.run(self._need_foreign().looks_running):
+        try:
+            runs = await self._threads.run(self._need_foreign().looks_running)
+        except GuestError as exc:  # no token has left
+            raise NotHandedOver(f"nobody can say whether the guest stands: {exc}") from exc
+        if runs:
             raise NotHandedOver("somebody else continued the guest behind the last round")
         return await super()._hand_over(request, _fds)
 
