@@ -166,19 +166,24 @@ class ThreadQuotas:
 
         :raise OSError: not all could be undone; the kernel says why."""
         self._look()
-        ours = self._ours()
+        ours, failures = self._ours(), list[OSError]()
         for group in ours:
-            self._remove(group)
+            try:
+                self._remove(group)
+            except OSError as exc:  # the others are freed in any case
+                failures.append(exc)
         for above in {each.parent for each in ours if each.name.endswith(SWITCHED_ON)}:
             with contextlib.suppress(OSError):  # somebody else has use of it by now
                 (above / "cgroup.subtree_control").write_text("-cpu")
+        if failures:
+            raise failures[0]
 
     def _remove(self, group: Path) -> None:
         for attempts_left in reversed(range(UNDO_ATTEMPTS)):
-            for thread in (group / self._hierarchy.threads_file).read_text().split():
-                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                    (group.parent / self._hierarchy.threads_file).write_text(thread)
             try:
+                for thread in (group / self._hierarchy.threads_file).read_text().split():
+                    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                        (group.parent / self._hierarchy.threads_file).write_text(thread)
                 group.rmdir()
             except FileNotFoundError:
                 return

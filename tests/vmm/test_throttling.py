@@ -219,6 +219,28 @@ def test_threads_go_into_groups_of_their_own_and_back(directory: Path) -> None:
         assert is_free(process.pid)
 
 
+def test_one_group_that_stays_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me, removed = os.getpid(), []
+
+    def remove(_self: ThreadQuotas, group: Path) -> None:
+        removed.append(group.name)
+        if len(removed) == 1:
+            raise PermissionError(group)
+
+    drawn = Drawn(1, "/", tmp_path, {me: tmp_path})
+    for thread in (1, 2):
+        (tmp_path / f"ramferry-{me}-{thread}").mkdir()
+    monkeypatch.setattr(ThreadQuotas, "_remove", remove)
+    monkeypatch.setattr("engine.guest.cgroups.threads_of", lambda _pid: [me])
+
+    with pytest.raises(PermissionError):
+        ThreadQuotas(me, drawn).undo()
+
+    assert sorted(removed) == [f"ramferry-{me}-1", f"ramferry-{me}-2"]
+
+
 def version_2() -> Hierarchy | None:
     """Where groups of version 2 can be made, with or without the CPU controller."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -393,12 +415,50 @@ def test_a_process_is_free_when_control_is_killed(directory: Path, threads: int)
         asyncio.run(scenario(process.pid, twin.pid))
 
 
+@pytest.mark.parametrize("threads", [1, THREADS_MAX])
+def test_a_process_is_free_when_an_agent_that_does_not_end_is_killed_for_it(
+    directory: Path, threads: int
+) -> None:
+    async def scenario(pid: int) -> None:
+        guest = await attach_process(pid, str(directory / "busy"), incoming=False)
+        try:
+            await guest.throttle(99)
+            os.kill(agents_of(os.getpid())[0], signal.SIGSTOP)
+        finally:
+            await guest.quit()
+        assert await asyncio.to_thread(is_free, pid)
+
+    with busy(directory, threads) as process:
+        run(scenario(process.pid))
+
+
+@needs_quotas
+def test_who_is_stopped_by_others_stays_stopped_when_the_agent_is_killed(directory: Path) -> None:
+    """Its throttle was a quota, which stops nobody."""
+
+    async def scenario(pid: int) -> None:
+        guest = await attach_process(pid, str(directory / "busy"), incoming=False)
+        try:
+            await guest.throttle(50)
+            os.kill(pid, signal.SIGSTOP)
+            assert await asyncio.to_thread(eventually, lambda: stands(pid))
+            os.kill(agents_of(os.getpid())[0], signal.SIGKILL)
+            await guest.died()
+            assert "ramferry" not in "".join(groups(pid))
+            assert stands(pid)
+        finally:
+            await guest.quit()
+
+    with busy(directory) as process:
+        run(scenario(process.pid))
+
+
 def test_undoing_a_process_that_has_ended_does_nothing(directory: Path) -> None:
     with busy(directory) as process:
         undoing = Undoing(process.pid)
         process.kill()
         process.wait()
-        undoing.undo()
+        undoing.undo(stops=True)
         undoing.close()
 
 
