@@ -19,7 +19,6 @@ from engine.guest.foreign import (
     ForeignTracker,
     check_alone,
     check_nobody_waits,
-    check_still_alone,
     check_tracker,
     check_whole,
     open_block,
@@ -166,9 +165,7 @@ class ProcessMachine:
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
         check_tracker(wanted)
         self.stop_tracking()
-        check_still_alone(self.blocks, self.pid)
-        ranges = [(each.address, each.block.size) for each in self.blocks]
-        self._tracker = track_foreign(self.pid, ranges)
+        self._tracker = track_foreign(self.pid, self.blocks)
         return self._tracker
 
     def stop_tracking(self) -> None:

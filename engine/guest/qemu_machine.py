@@ -18,7 +18,6 @@ from engine.guest.foreign import (
     ForeignBlock,
     ForeignTracker,
     check_nobody_waits,
-    check_still_alone,
     check_tracker,
     track_foreign,
 )
@@ -277,11 +276,9 @@ class QemuMachine:
         self.stop_tracking()
         check_idle(self._qmp)
         check_drives(self._qmp)
-        check_still_alone(self.blocks, self.pid)
         self._prepare(SOURCE_WANTS)
         try:
-            ranges = [(each.address, each.block.size) for each in self.blocks]
-            self._tracker = track_foreign(self.pid, ranges)
+            self._tracker = track_foreign(self.pid, self.blocks)
         except BaseException:
             with contextlib.suppress(GuestError):
                 self._put_back()

@@ -37,6 +37,7 @@ WRITER: Final = """
 import mmap, os, sys
 with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
     out = os.open(sys.argv[1] + ".out", os.O_WRONLY | os.O_CREAT)
+    memory.madvise(mmap.MADV_DONTFORK)
     print(flush=True)
     input()
     for start in range(0, len(memory), 65536):
