@@ -43,7 +43,7 @@ OBSTACLES: Final = {
     "GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
     _native.INJECT_NO_CODE: "process {pid} has no code that makes a plain system call",
     _native.INJECT_NO_SAFE_THREAD: "no thread of process {pid} can be stopped at a safe place: on "
-    "a stack that ends in a guard, and in no restartable sequence",
+    "a stack that ends in a guard, in no restartable sequence, and not waiting for a disk",
     _native.INJECT_TOO_OLD: "the kernel is too old: userfaultfd and pidfd_getfd are needed",
     _native.INJECT_REFUSED: "the kernel refuses process {pid} a userfaultfd: {error}; "
     "sysctl vm.unprivileged_userfaultfd=1 allows it",
