@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,36 @@ def test_version_2_gets_threaded_groups_and_cpu_max(tmp_path: Path, is_on: bool)
     assert (group / "cgroup.threads").read_text() == str(me)
     assert (group / "cpu.max").read_text() == "2000 10000"
     assert (tmp_path / "cgroup.subtree_control").read_text() == ("cpu io" if is_on else "+cpu")
+
+
+def test_version_2_does_not_change_how_others_share_their_time(tmp_path: Path) -> None:
+    """There are no quotas then, so that the process is stopped and continued instead."""
+    me, control = os.getpid(), tmp_path / "cgroup.subtree_control"
+    control.write_text("io")
+    (tmp_path / "somebody").mkdir()
+
+    with pytest.raises(OSError, match="would share its CPU time"):
+        ThreadQuotas(me, Drawn(2, "/", tmp_path, {me: tmp_path})).limit([me], 80)
+
+    assert control.read_text() == "io"
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["somebody"]
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_version_2_is_not_switched_off_for_others_that_have_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_beside: bool
+) -> None:
+    me, control = os.getpid(), tmp_path / "cgroup.subtree_control"
+    control.write_text("io")
+    quotas = ThreadQuotas(me, Drawn(2, "/", tmp_path, {me: tmp_path}))
+    quotas.limit([me], 80)
+    if is_beside:
+        (tmp_path / "somebody").mkdir()
+    monkeypatch.setattr(ThreadQuotas, "_remove", lambda _self, group: shutil.rmtree(group))
+
+    quotas.undo()
+
+    assert control.read_text() == ("+cpu" if is_beside else "-cpu")
 
 
 @pytest.mark.parametrize(
