@@ -95,6 +95,18 @@ class StartProcess(Request, frozen=True):
     rundir: Text
 
 
+class StartHandoff(Request, frozen=True):
+    """First request to a new agent, for a VMM that will connect. Answer: ForeignStarted, then.
+
+    :ivar path: of the socket where it does.
+    :ivar incoming: it shall take a guest over.
+    :ivar rundir: as of a QEMU."""
+
+    path: Text
+    incoming: bool
+    rundir: Text
+
+
 class Pause(Request, frozen=True):
     """Answer: At."""
 
@@ -419,11 +431,11 @@ class Taken(Answer, frozen=True):
 
 
 AnyRequest = (
-    Start | StartQemu | StartProcess | Attach | Pause | Resume | Sleep | Throttle | Writes
-    | StartTracking | StopTracking | ClearSoftDirty | StartCounting | CountWritten | CountDirty
-    | LimitDirty | ReadDirtied | ReadTimes | SaveState | LoadState | LoadLongState | Judge
-    | OpenMissing | CloseMissing | ListenHandover | Arm | Disarm | ConnectHandover | CheckHandover
-    | HandOver | ReleaseRam | GiveAway | Settle | TakeOver | CloseHandover | Quit
+    Start | StartQemu | StartProcess | StartHandoff | Attach | Pause | Resume | Sleep | Throttle
+    | Writes | StartTracking | StopTracking | ClearSoftDirty | StartCounting | CountWritten
+    | CountDirty | LimitDirty | ReadDirtied | ReadTimes | SaveState | LoadState | LoadLongState
+    | Judge | OpenMissing | CloseMissing | ListenHandover | Arm | Disarm | ConnectHandover
+    | CheckHandover | HandOver | ReleaseRam | GiveAway | Settle | TakeOver | CloseHandover | Quit
 )  # fmt: skip
 AnyAnswer = (
     Done | Failed | At | Throttled | Count | Dirtied | Times | Attached | ForeignStarted | Tracked
