@@ -116,6 +116,15 @@ def clients(command: list[str], directory: Path) -> Iterator[tuple[Client, Clien
         yield source, destination
 
 
+def agent_of(control: int) -> int:
+    """The agent that a control process has started for its VMM."""
+    for child in Path(f"/proc/{control}/task/{control}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            if b"engine.guest.handoff_agent" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    raise AssertionError("it has none")
+
+
 @pytest.fixture(params=KINDS)
 def command(request: pytest.FixtureRequest, c_client: str) -> list[str]:
     """How each of the two clients is run."""

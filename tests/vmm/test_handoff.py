@@ -14,9 +14,8 @@ import pytest
 import engine
 from engine.control.status import Status
 from tests.support import eventually as soon
-from tests.vmm.handoff import CLIENTS, Client, c_client, client, clients, command
+from tests.vmm.handoff import CLIENTS, Client, agent_of, c_client, client, clients, command
 from tests.vmm.postcopy_rig import couple, eventually, in_postcopy, needs_kernel_faults, until
-from tests.vmm.test_end_to_end import agents_of
 
 pytestmark = [pytest.mark.process]
 __all__ = ["c_client", "command"]
@@ -167,9 +166,9 @@ def test_a_source_runs_when_ramferry_is_killed_while_it_stands(
                 if progress.status is engine.Status.PRE_SWITCHOVER:
                     break
             assert source.stands()
-            victims = {"agent": agents_of(here.pid), "control": [here.pid]}
-            for pid in victims.get(killed) or [*victims["control"], *victims["agent"]]:
-                os.kill(pid, signal.SIGKILL)
+            victims = {"agent": agent_of(here.pid), "control": here.pid}
+            for name in victims if killed == "both" else [killed]:
+                os.kill(victims[name], signal.SIGKILL)
             assert await asyncio.to_thread(source.goes_on)
             await eventually(lambda: source.flags() == set())
 
@@ -184,7 +183,7 @@ def test_a_stop_of_its_user_outlasts_ramferry(directory: Path, c_command: list[s
     async def scenario(source: Client) -> None:
         async with engine.Control.start(source.spec) as here:
             await here.execute("stop")
-            os.kill(agents_of(here.pid)[0], signal.SIGKILL)
+            os.kill(agent_of(here.pid), signal.SIGKILL)
             here.kill()
             await here.wait()
 
@@ -202,7 +201,7 @@ def test_a_source_that_dies_fails_the_migration(directory: Path, c_command: list
         async with here, there:
             await here.migrate(there, max_bandwidth=1_000_000, downtime_limit=1)
             source.process.kill()
-            await here.wait()
+            await until(here, Status.FAILED)
             return here.stderr
 
     with clients(c_command, directory) as (source, destination):
@@ -236,7 +235,7 @@ def test_every_page_comes_when_an_agent_is_killed(
 ) -> None:
     async def scenario(source: Client, destination: Client) -> None:
         async with in_postcopy(source.spec, destination.spec, runs=True) as both:
-            os.kill(agents_of(getattr(both, side).pid)[0], signal.SIGKILL)
+            os.kill(agent_of(getattr(both, side).pid), signal.SIGKILL)
             await both.finish()
             assert await asyncio.to_thread(destination.goes_on)
 
@@ -256,7 +255,7 @@ def test_a_guest_waits_for_ever_when_all_of_ramferry_is_killed(
 
     async def scenario(source: Client, destination: Client) -> None:
         async with in_postcopy(source.spec, destination.spec, runs=True) as both:
-            os.kill(agents_of(both.there.pid)[0], signal.SIGKILL)
+            os.kill(agent_of(both.there.pid), signal.SIGKILL)
             both.there.kill()
             await both.there.wait()
 
