@@ -6,6 +6,7 @@ the connection is noticed at once.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import itertools
 import socket
@@ -79,10 +80,11 @@ class VmmLink:
             number = next(self._ids)
             self._replies[number] = None
         line = encode_line({"id": number, "execute": command, **arguments})
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
+        beside = [rights] if fd >= 0 else []
         try:
-            with self._writing:
-                fds = [fd] if fd >= 0 else []
-                sent = socket.send_fds(self._socket, [line], fds, socket.MSG_DONTWAIT)
+            with self._writing:  # `socket.send_fds` forgets its flags
+                sent = self._socket.sendmsg([line], beside, socket.MSG_DONTWAIT)
             if sent < len(line):
                 raise BlockingIOError
         except OSError as exc:
