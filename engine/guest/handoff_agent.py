@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import msgspec
 
@@ -22,12 +22,34 @@ from engine.guest.adoption import say
 from engine.guest.agent import HANDLERS
 from engine.guest.agentmain import run_agent
 from engine.guest.base import Role
+from engine.guest.foreign import ForeignMachine
 from engine.guest.foreign_agent import ForeignAgent
 from engine.guest.handoff_door import Door, Visitor
 from engine.guest.handoff_machine import HandoffMachine
+from engine.guest.handoff_plain import PlainMachine
 from engine.guest.messages import Reply
 
 REASON: Final = "userfaultfd write-protect async with PAGEMAP_SCAN, handed over by process"
+
+
+class HandedMachine(ForeignMachine, Protocol):
+    """What this agent drives."""
+
+    def stay(self, stays: bool) -> None:
+        """Whether it stands also without its connection, while it stands."""
+        ...
+
+    def arrive(self) -> None:
+        """The guest is here, and stands: said without waiting."""
+        ...
+
+    def open_missing(self) -> list[int]:
+        """It waits for what is missing, whoever of us dies; copies of its userfaultfds."""
+        ...
+
+    def end_missing(self) -> None:
+        """Nobody waits any more."""
+        ...
 
 
 class HandoffAgent(ForeignAgent):
@@ -43,8 +65,8 @@ class HandoffAgent(ForeignAgent):
         return super()._do(request, fds) if handler is None else handler(self, request, fds)
 
     @property
-    def _vmm(self) -> HandoffMachine:
-        return cast(HandoffMachine, self._need_foreign())
+    def _vmm(self) -> HandedMachine:
+        return cast(HandedMachine, self._need_foreign())
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -71,7 +93,14 @@ class HandoffAgent(ForeignAgent):
         self._standing.by_user = not machine.is_running
         return self._started(request.id)
 
-    def _open(self, visitor: Visitor, incoming: bool) -> HandoffMachine:
+    def _started(self, request_id: int) -> Reply:
+        reply = super()._started(request_id)
+        kind = self._vmm.kind
+        return Reply(msgspec.structs.replace(reply.answer, kind=kind), reply.lent)
+
+    def _open(self, visitor: Visitor, incoming: bool) -> HandedMachine:
+        if visitor.is_plain:
+            return PlainMachine(visitor, incoming=incoming)
         return HandoffMachine(visitor, incoming=incoming, on_end=self._hung_up)
 
     def _hung_up(self) -> None:

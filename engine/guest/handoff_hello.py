@@ -43,17 +43,18 @@ UFFD_LINK: Final = "anon_inode:[userfaultfd]"
 Word = Annotated[int, msgspec.Meta(ge=0, le=ADDRESS_MAX)]
 
 
-class Region(msgspec.Struct, frozen=True):
+class Region(msgspec.Struct, frozen=True, rename={"page_bytes": "page_size"}):
     """One piece of guest memory, with Firecracker's names; keys that we do not know are ignored.
 
     :ivar base_host_virt_addr: where the VMM maps it.
     :ivar offset: where it begins in its file.
-    :ivar page_size_kib: see `PAGE_SIZES`."""
+    :ivar page_size_kib: see `PAGE_SIZES`; newer Firecrackers call it `page_size`, too."""
 
     base_host_virt_addr: Word
     size: Word
     offset: Word
     page_size_kib: Word = PAGE_SIZE
+    page_bytes: Word = 0
     id: str = ""
 
     @property
@@ -61,12 +62,12 @@ class Region(msgspec.Struct, frozen=True):
         """Bytes.
 
         :raise WireError: no kernel has such pages."""
-        if self.page_size_kib not in PAGE_SIZES:
+        said = self.page_bytes or self.page_size_kib
+        if said not in PAGE_SIZES:
             raise WireError(
-                f"page_size_kib {self.page_size_kib}; 4, 2048 and 1048576 are allowed, or the same "
-                "in bytes"
+                f"page size {said}; 4, 2048 and 1048576 are allowed, or the same in bytes"
             )
-        return PAGE_SIZES[self.page_size_kib]
+        return PAGE_SIZES[said]
 
     @property
     def end(self) -> int:

@@ -11,7 +11,7 @@ from typing import Final
 from engine.guest import messages
 from engine.guest.foreign_missing import Range, unregister
 from engine.guest.foreignguest import ForeignGuest, attach_foreign
-from engine.guest.link import start_agent
+from engine.guest.link import AgentLink, start_agent
 from engine.guest.rundir import default_rundir
 
 log = logging.getLogger("ramferry.guest")
@@ -22,9 +22,16 @@ AGENT: Final = "engine.guest.handoff_agent"
 class HandoffGuest(ForeignGuest):
     """As every process that others have started; but it notices when its agent is gone."""
 
+    def __init__(
+        self, link: AgentLink, started: messages.ForeignStarted, fds: list[int], pidfd: int
+    ) -> None:
+        super().__init__(link, started, fds, pidfd)
+        self._kind = started.kind
+
     @property
     def kind(self) -> str:
-        return "handoff"
+        """One that speaks Firecracker's handshake is memory and nothing else."""
+        return self._kind
 
     def _end_missing_alone(self, uffds: Sequence[int], places: Sequence[Range]) -> None:
         """Its own descriptors are its to close."""

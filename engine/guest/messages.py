@@ -351,7 +351,7 @@ class Attached(Answer, frozen=True):
 class ForeignStarted(Answer, frozen=True):
     """A process and its RAM blocks; beside it their descriptors, in this order. `stopped` and what
     follows: as `Attached`. `qmp_path`: of a QEMU's socket; else
-    empty."""
+    empty. `kind`: as of `Guest`, where `--guest` does not tell."""
 
     qmp_path: str
     pid: int
@@ -363,6 +363,7 @@ class ForeignStarted(Answer, frozen=True):
     unknown: bool
     missing: bool
     gone: bool
+    kind: str = ""
 
 
 class TrackedBlocks(Answer, frozen=True):
