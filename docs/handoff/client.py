@@ -8,6 +8,7 @@ where it waits for a missing page, orders wait as well.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -108,20 +109,15 @@ class Client:
 
     def serve(self, connection: socket.socket) -> None:
         """Until ramferry hangs up."""
-        buffer, fds = b"", list[int]()
-        while True:
-            while b"\n" not in buffer:
-                try:
-                    piece, received, _, _ = socket.recv_fds(connection, 4096, 1)
-                except ConnectionError:
-                    return
-                if not piece:
-                    return
-                buffer, fds = buffer + piece, fds + received
-            line, _, buffer = buffer.partition(b"\n")
+        reader = Reader(connection)
+        while line := reader.line():
             order = json.loads(line)
+            if "welcome" in order:
+                continue
+            if "id" not in order:
+                sys.exit(f"client: refused: {order}")
             answer = {"id": order["id"], "size": 8}
-            fd = fds.pop(0) if order["execute"] in ("save", "load") else -1
+            fd = reader.fds.pop(0) if order["execute"] in ("save", "load") else -1
             try:
                 self.obey(order, fd)
             except (OSError, ValueError) as exc:
@@ -129,10 +125,30 @@ class Client:
             if fd >= 0:
                 os.close(fd)
             answer["running"] = self.vm.wants_to_run
-            try:
+            with contextlib.suppress(ConnectionError):  # the next line is the end
                 connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+class Reader:
+    """Lines of a connection, and the descriptors that came beside them."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._buffer = connection, b""
+        self.fds: list[int] = []
+
+    def line(self) -> bytes:
+        """The next one; empty at the end."""
+        while b"\n" not in self._buffer:
+            try:
+                piece, fds, _, _ = socket.recv_fds(self._connection, 4096, 1)
             except ConnectionError:
-                return
+                return b""
+            if not piece:
+                return b""
+            self._buffer += piece
+            self.fds += fds
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
 
 
 def main(path: str, mebibytes: str, how: str) -> None:
@@ -151,10 +167,8 @@ def main(path: str, mebibytes: str, how: str) -> None:
         "page_size_kib": PAGE // 1024,
     }
     hello = {"handoff": 1, "running": vm.wants_to_run, "state": True, "regions": [region]}
-    socket.send_fds(connection, [json.dumps(hello).encode() + b"\n"], [vm.memfd, uffd])
-    welcome = connection.makefile().readline()
-    if "welcome" not in welcome:
-        sys.exit(f"client: refused: {welcome}")
+    with contextlib.suppress(BrokenPipeError):  # refused already: the answer says why
+        socket.send_fds(connection, [json.dumps(hello).encode() + b"\n"], [vm.memfd, uffd])
     client.serve(connection)
     if client.is_void:
         sys.exit(3)  # half a guest came

@@ -181,7 +181,7 @@ class HandoffMachine:
         """Have it write its state; return how many bytes."""
         limit = STATE_BYTES_MAX - len(STATE)
         size = self._link.execute("save", memfd, STATE_WAIT_S, limit=limit).size
-        if size is None or not 0 <= size <= limit:
+        if size is None or not 0 < size <= limit:
             raise GuestError(f"{self.what} saved a device state of {size} bytes")
         return size
 
@@ -189,9 +189,10 @@ class HandoffMachine:
         length = size - len(STATE)
         if length < 0 or os.pread(state_fd, len(STATE), 0) != STATE:
             raise GuestError(f"device state of {size} bytes is not that of a VMM by handoff")
-        if length and not self._has_state:
-            raise GuestError(f"{self.what} said that it has no device state, and one came")
-        if self._has_state:
+        if self._has_state is not (length > 0):
+            ours, theirs = ("a", "none") if self._has_state else ("no", "one")
+            raise GuestError(f"{self.what} has {ours} device state, and {theirs} came")
+        if length:
             memfd = _make_state_file(length)
             try:
                 os.lseek(state_fd, len(STATE), os.SEEK_SET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import mmap
@@ -26,6 +27,7 @@ from engine.guest.handoff_door import BUSY
 from engine.guest.handoffguest import attach_handoff
 from tests.guest.support import run
 from tests.support import WAIT_S
+from tests.vmm.test_attaching import harvest, pages_of
 
 pytestmark = [pytest.mark.process]
 
@@ -49,6 +51,7 @@ class Vmm:
     fds: list[int] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
     hello: dict[str, Any] = field(default_factory=dict)
+    memory: list[mmap.mmap] = field(default_factory=list)
 
     def add(self, flags: int = SEALABLE, share: int = mmap.MAP_SHARED) -> None:
         """One region more."""
@@ -58,6 +61,7 @@ class Vmm:
         os.ftruncate(memfd, SIZE)
         memory = mmap.mmap(memfd, SIZE, share)
         self.undo.callback(memory.close)
+        self.memory.append(memory)
         address = _native.mapping_address(memory)
         place = {"base_host_virt_addr": address, "size": SIZE, "offset": 0, "page_size_kib": 4}
         self.regions.append({"id": f"ram{len(self.regions)}", **place})
@@ -103,7 +107,8 @@ async def attaching(
 async def say(path: Path, line: bytes, fds: list[int]) -> tuple[socket.socket, dict[str, Any]]:
     """Hand over, and hear what is answered."""
     connection = await connect(path)
-    socket.send_fds(connection, [line], fds)
+    with contextlib.suppress(BrokenPipeError):  # it was refused already, and can read why
+        socket.send_fds(connection, [line], fds)
     return connection, json.loads(await hear(connection))
 
 
@@ -304,6 +309,63 @@ def test_only_this_user_may_connect_and_a_taken_path_is_refused(path: Path) -> N
         assert not path.exists()
 
     run(scenario())
+
+
+def test_each_region_is_tracked_page_by_page_as_often_as_wanted(path: Path, vmm: Vmm) -> None:
+    async def scenario() -> None:
+        async with attaching(path) as task:
+            connection, _ = await say(path, vmm.line(), vmm.fds)
+            with connection:
+                guest = await task
+                assert [block.name for block in guest.blocks] == ["ram0", "ram1"]
+                for page in (3, 200):
+                    tracking = await guest.start_tracking(None)
+                    harvest(guest, tracking)
+                    vmm.memory[1][page * 4096] = 7
+                    found = [pages_of(each) for each in harvest(guest, tracking)]
+                    assert found == [set(), {page}]
+                    await guest.stop_tracking()
+
+    vmm.add()
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "says"),
+    [(True, False, "has no device state, and one came"), (False, True, "has a device state")],
+)
+def test_both_sides_have_a_device_state_or_none_has(
+    path: Path, here: bool, there: bool, says: str
+) -> None:
+    async def answer(connection: socket.socket) -> None:
+        while True:
+            order = json.loads(await hear(connection))
+            reply = {"id": order["id"], "running": False, "size": 3}
+            connection.send(json.dumps(reply).encode() + b"\n")
+
+    async def scenario(source: Vmm, destination: Vmm) -> None:
+        source.hello, destination.hello = {"state": here}, {"state": there}
+        destination.hello["running"] = False
+        other = path.with_name("other")
+        async with attaching(path) as one, attaching(other, incoming=True) as two:
+            ends = [await say(path, source.line(), source.fds)]
+            ends += [await say(other, destination.line(), destination.fds)]
+            answering = [asyncio.create_task(answer(end)) for end, _ in ends]
+            guests = [await one, await two]
+            await guests[0].pause(for_migration=True)
+            with pytest.raises(GuestError, match=says):
+                await guests[1].load_state(await guests[0].save_state())
+            for each in answering:
+                each.cancel()
+            await asyncio.gather(*answering, return_exceptions=True)
+            for end, _ in ends:
+                end.close()
+
+    with ExitStack() as undo:
+        vmms = Vmm(undo), Vmm(undo)
+        for each in vmms:
+            each.add()
+        run(scenario(*vmms))
 
 
 @pytest.mark.parametrize("way", ["hangs", "nonsense", "refuses"])
