@@ -160,7 +160,7 @@ int main(int argc, char **argv)
     fds[1] = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK); /* no UFFDIO_API: ramferry's */
     if (fds[1] < 0)
         fds[1] = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | USER_MODE_ONLY);
-    if (memory == MAP_FAILED || fds[1] < 0)
+    if (memory == MAP_FAILED || fds[1] < 0 || madvise(memory, size, MADV_DONTFORK) < 0)
         fail("memory or userfaultfd");
     is_void = waits;
     if (pthread_create(&vcpu, NULL, run_vcpu, NULL) != 0)

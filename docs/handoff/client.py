@@ -45,6 +45,7 @@ class Vm:
         self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.memfd, size)
         self.memory = mmap.mmap(self.memfd, size)
+        self.memory.madvise(mmap.MADV_DONTFORK)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.wants_to_run, self.stands = False, True
         self.changed = threading.Condition()

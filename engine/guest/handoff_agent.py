@@ -19,7 +19,6 @@ import msgspec
 from engine.errors import GuestError, MigrationError
 from engine.guest import messages
 from engine.guest.adoption import say
-from engine.guest.agent import HANDLERS
 from engine.guest.agentmain import run_agent
 from engine.guest.base import Role
 from engine.guest.foreign import ForeignMachine
@@ -78,7 +77,7 @@ class HandoffAgent(ForeignAgent):
         while True:
             visitor = await door.next()
             try:
-                machine = await self._threads.run(partial(self._open, visitor, request.incoming))
+                machine = await self._threads.run(partial(self._admit, visitor, request.incoming))
             except MigrationError as exc:
                 door.refuse(visitor, str(exc))
                 continue
@@ -98,7 +97,7 @@ class HandoffAgent(ForeignAgent):
         kind = self._vmm.kind
         return Reply(msgspec.structs.replace(reply.answer, kind=kind), reply.lent)
 
-    def _open(self, visitor: Visitor, incoming: bool) -> HandedMachine:
+    def _admit(self, visitor: Visitor, incoming: bool) -> HandedMachine:
         if visitor.is_plain:
             return PlainMachine(visitor, incoming=incoming)
         return HandoffMachine(visitor, incoming=incoming, on_end=self._hung_up)
@@ -143,14 +142,14 @@ class HandoffAgent(ForeignAgent):
 
     # -- handover: from here on the end of the connection tells nothing ---------------------------
 
-    async def _give(self, request: messages.Request, fds: list[int]) -> Reply:
+    async def _give(self, request: messages.HandOver | messages.GiveAway, fds: list[int]) -> Reply:
         """`HandOver` and `GiveAway`."""
         vmm = self._vmm
         await self._threads.run(lambda: vmm.stay(True))
         try:
             if isinstance(request, messages.HandOver):
                 return await self._hand_over(request, fds)
-            return await HANDLERS[type(request)](self, request, fds)
+            return await self._give_away(request, fds)
         finally:
             with contextlib.suppress(GuestError):  # who is gone needs to know nothing
                 await self._keep()

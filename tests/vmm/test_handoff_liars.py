@@ -26,10 +26,12 @@ from engine.guest.foreignguest import ForeignGuest
 from engine.guest.handoff_door import BUSY
 from engine.guest.handoffguest import attach_handoff
 from tests.guest.support import run
+from tests.hugepages import huge_pages
 from tests.support import WAIT_S
 from tests.vmm.test_attaching import harvest, pages_of
 
 pytestmark = [pytest.mark.process]
+__all__ = ["huge_pages"]
 
 SIZE: Final = 1 << 20
 USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
@@ -53,17 +55,19 @@ class Vmm:
     hello: dict[str, Any] = field(default_factory=dict)
     memory: list[mmap.mmap] = field(default_factory=list)
 
-    def add(self, flags: int = SEALABLE, share: int = mmap.MAP_SHARED) -> None:
+    def add(
+        self, flags: int = SEALABLE, share: int = mmap.MAP_SHARED, size: int = SIZE, kib: int = 4
+    ) -> None:
         """One region more."""
         memfd, uffd = os.memfd_create("guest", flags), raw_userfaultfd()
         self.undo.callback(os.close, memfd)
         self.undo.callback(os.close, uffd)
-        os.ftruncate(memfd, SIZE)
-        memory = mmap.mmap(memfd, SIZE, share)
+        os.ftruncate(memfd, size)
+        memory = mmap.mmap(memfd, size, share)
         self.undo.callback(memory.close)
         self.memory.append(memory)
         address = _native.mapping_address(memory)
-        place = {"base_host_virt_addr": address, "size": SIZE, "offset": 0, "page_size_kib": 4}
+        place = {"base_host_virt_addr": address, "size": size, "offset": 0, "page_size_kib": kib}
         self.regions.append({"id": f"ram{len(self.regions)}", **place})
         self.fds += [memfd, uffd]
 
@@ -311,23 +315,32 @@ def test_only_this_user_may_connect_and_a_taken_path_is_refused(path: Path) -> N
     run(scenario())
 
 
-def test_each_region_is_tracked_page_by_page_as_often_as_wanted(path: Path, vmm: Vmm) -> None:
-    async def scenario() -> None:
-        async with attaching(path) as task:
-            connection, _ = await say(path, vmm.line(), vmm.fds)
-            with connection:
-                guest = await task
-                assert [block.name for block in guest.blocks] == ["ram0", "ram1"]
-                for page in (3, 200):
-                    tracking = await guest.start_tracking(None)
-                    harvest(guest, tracking)
-                    vmm.memory[1][page * 4096] = 7
-                    found = [pages_of(each) for each in harvest(guest, tracking)]
-                    assert found == [set(), {page}]
-                    await guest.stop_tracking()
+def test_huge_pages_are_tracked_as_such(path: Path, vmm: Vmm, huge_pages: None) -> None:
+    vmm.add(SEALABLE | os.MFD_HUGETLB, size=4 << 20, kib=2048)
 
+    run(check_tracked(path, vmm, {3: set(range(512)), 700: set(range(512, 1024))}))
+
+
+def test_each_region_is_tracked_page_by_page_as_often_as_wanted(path: Path, vmm: Vmm) -> None:
     vmm.add()
-    run(scenario())
+
+    run(check_tracked(path, vmm, {3: {3}, 200: {200}}))
+
+
+async def check_tracked(path: Path, vmm: Vmm, touches: dict[int, set[int]]) -> None:
+    """Write to pages of the second region, with a tracker for each: those are dirty then."""
+    async with attaching(path) as task:
+        connection, _ = await say(path, vmm.line(), vmm.fds)
+        with connection:
+            guest = await task
+            assert [block.name for block in guest.blocks] == ["ram0", "ram1"]
+            for page, dirty in touches.items():
+                tracking = await guest.start_tracking(None)
+                harvest(guest, tracking)
+                vmm.memory[1][page * 4096] = 7
+                found = [pages_of(each) for each in harvest(guest, tracking)]
+                assert found == [set(), dirty]
+                await guest.stop_tracking()
 
 
 @pytest.mark.parametrize(
