@@ -428,6 +428,7 @@ def punch_hole(fd: int, offset: int, size: int) -> None:
 # -- postcopy: placing behind a running guest (native/insertion.h) ------------------------------
 
 UFFD_FEATURE_THREAD_ID: int
+UFFD_FEATURE_EVENT_FORK: int
 HUGE_UNIT_PAGES: int  #: 512: pages of 2 MiB are placed whole
 
 def insert(

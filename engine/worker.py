@@ -145,7 +145,10 @@ def _schedule(is_prompt: bool) -> None:
 
 
 def answer_promptly() -> None:
-    """This process goes before others when it is woken, but not what it starts."""
+    """This process goes before others when it is woken, but not what it starts. Where somebody has
+    scheduled it otherwise, that stays."""
+    if os.sched_getscheduler(0) != os.SCHED_OTHER or os.getpriority(os.PRIO_PROCESS, 0):
+        return
     with contextlib.suppress(OSError):
         try:
             policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK

@@ -30,6 +30,7 @@
 #define LATE_LOOK_NS 500000 /* and when it has not been prompt */
 #define TRAPS_MAX 16 /* a process is not stopped more often than that within a millisecond */
 #define RETRY_NS 1000000 /* between two tries */
+#define STUCK_MAX 16 /* threads that were waited for in vain; each costs STOP_WAIT_NS */
 
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
@@ -43,6 +44,8 @@ struct job {
     struct frame_code code;
     struct injection *result;
     enum inject_obstacle obstacle;
+    pid_t stuck[STUCK_MAX]; /* did not stop, and are left alone from then on */
+    int stuck_count;
 };
 
 /* A thread that we hold. */
@@ -58,6 +61,7 @@ struct held {
 enum outcome {
     OUTCOME_DONE,
     OUTCOME_AGAIN, /* let go before anything was to be had; another thread or time may do */
+    OUTCOME_STUCK, /* it does not stop; only the end of our thread ends the tracing */
     OUTCOME_OBSTACLE,
 };
 
@@ -338,8 +342,10 @@ static enum outcome stop_thread(struct job *job, pid_t thread)
             return OUTCOME_DONE;
         if (stop == STOP_END)
             return OUTCOME_AGAIN;
-        if (stop == STOP_NONE)
-            return obstacle(job, INJECT_NO_SAFE_THREAD, ETIMEDOUT);
+        if (stop == STOP_NONE) {
+            job->stuck[job->stuck_count++] = thread;
+            return OUTCOME_STUCK;
+        }
         ptrace(PTRACE_CONT, thread, NULL, (void *)(uintptr_t)signal_number);
     }
 }
@@ -375,6 +381,14 @@ static int may_close(const struct job *job)
            target_has_descriptor(job->pid, result->left_open, result->uffd) == 1;
 }
 
+static int is_stuck(const struct job *job, pid_t thread)
+{
+    for (int i = 0; i < job->stuck_count; ++i)
+        if (job->stuck[i] == thread)
+            return 1;
+    return target_is_uninterruptible(job->pid, thread);
+}
+
 /* Try one thread after the other, once each. */
 static enum outcome try_all(struct job *job, pid_t *threads, struct held *held)
 {
@@ -389,6 +403,8 @@ static enum outcome try_all(struct job *job, pid_t *threads, struct held *held)
 
         if (job->result->uffd >= 0 && !may_close(job))
             return OUTCOME_DONE;
+        if (is_stuck(job, threads[i]))
+            continue;
         outcome = try_thread(job, threads[i], held);
         if (outcome != OUTCOME_AGAIN)
             return outcome;
@@ -444,6 +460,27 @@ static void *inject_in_thread(void *job)
     return NULL;
 }
 
+/* A thread that would not stop, for a disk or a network does not answer it, is let go with ours, and
+ * another one of ours goes on with the others. */
+static void inject_in_threads(struct job *job)
+{
+    int stuck_before;
+
+    do {
+        pthread_t thread;
+        int error;
+
+        stuck_before = job->stuck_count;
+        error = pthread_create(&thread, NULL, inject_in_thread, job);
+        if (error) {
+            obstacle(job, INJECT_FAILED, error);
+            return;
+        }
+        pthread_join(thread, NULL);
+    } while (job->stuck_count > stuck_before && job->stuck_count < STUCK_MAX &&
+             now_ns() < job->deadline_ns);
+}
+
 static int has_ended(int pidfd)
 {
     return poll(&(struct pollfd){.fd = pidfd, .events = POLLIN}, 1, 0) > 0;
@@ -451,9 +488,6 @@ static int has_ended(int pidfd)
 
 static enum inject_obstacle run(struct job *job)
 {
-    pthread_t thread;
-    int error;
-
     job->pidfd = (int)syscall(SYS_pidfd_open, job->pid, 0);
     if (job->pidfd < 0) {
         job->result->error = errno;
@@ -463,10 +497,8 @@ static enum inject_obstacle run(struct job *job)
     }
     if (target_tracer(job->pid) > 0)
         obstacle(job, INJECT_TRACED, 0);
-    else if ((error = pthread_create(&thread, NULL, inject_in_thread, job)) != 0)
-        obstacle(job, INJECT_FAILED, error);
     else
-        pthread_join(thread, NULL);
+        inject_in_threads(job);
     if (job->obstacle != INJECT_DONE && has_ended(job->pidfd))
         obstacle(job, INJECT_GONE, 0);
     close(job->pidfd);

@@ -193,6 +193,23 @@ static int is_waiting(pid_t pid, pid_t thread)
     return has_number && number >= 0;
 }
 
+int target_is_uninterruptible(pid_t pid, pid_t thread)
+{
+    char name[64], line[256] = "";
+    const char *after_name;
+    FILE *stat;
+
+    snprintf(name, sizeof name, "task/%d/stat", (int)thread);
+    stat = open_file_of(pid, name);
+    if (!stat)
+        return 0;
+    if (!fgets(line, sizeof line, stat))
+        line[0] = '\0';
+    fclose(stat);
+    after_name = strrchr(line, ')');
+    return after_name && strncmp(after_name, ") D", 3) == 0;
+}
+
 /* Append the threads, all but the first of the process, that wait, or those that do not. */
 static int list_threads(pid_t pid, int waiting, pid_t *threads, size_t threads_max, size_t *count)
 {

@@ -14,6 +14,9 @@ int target_find_code(pid_t pid, struct frame_code *code);
  * the rest; a thread may have gone on when this returns. Their count, or -errno. */
 int target_threads(pid_t pid, pid_t *threads, size_t threads_max);
 
+/* Whether the thread is in the kernel and can not be stopped now: it waits for a disk, say. 1 or 0. */
+int target_is_uninterruptible(pid_t pid, pid_t thread);
+
 /* Whether [low, high) is within one stack that ends in a guard: below it is nobody's memory. The
  * stack of a handler or a coroutine may have something below it that is in use. 1, 0, -errno. */
 int target_is_stack(pid_t pid, uint64_t low, uint64_t high);

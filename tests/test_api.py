@@ -318,8 +318,22 @@ def test_the_control_process_goes_first_but_not_what_it_starts() -> None:
             return os.getpriority(os.PRIO_PROCESS, pid), nice
 
     ours = os.getpriority(os.PRIO_PROCESS, 0)
-    first = -20 if os.geteuid() == 0 else ours
+    first = -20 if os.geteuid() == ours == 0 else ours
     assert asyncio.run(scenario()) == (first, {ours})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="others than root do not go first at all")
+@pytest.mark.parametrize(
+    "before", ["os.nice(5)", "os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))"]
+)
+def test_who_was_scheduled_by_its_operator_stays_so(before: str) -> None:
+    look = "(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0))"
+    program = (
+        f"import os; from engine.worker import answer_promptly; {before}; was = {look}; "
+        f"answer_promptly(); print(was == {look})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"True\n"
 
 
 def test_closing_ends_a_guest_whose_control_process_was_killed() -> None:

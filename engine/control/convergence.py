@@ -52,12 +52,14 @@ class Convergence:
         """The guest stands for `stood_ns`: what is left still ends inside the limit."""
         settings = self._host.parameters
         left_ns = self._model.send_ns(dirty_bytes, settings.avail_switchover_bandwidth)
-        return self.is_forced or policy.may_finish(
+        fits = self.is_forced or policy.may_finish(
             stood_ns,
             left_ns + policy.HANDOVER_NS_DEFAULT,
             settings.downtime_limit * 1_000_000,
             is_running=is_running,
         )
+        self.looks_ahead = self.looks_ahead and fits  #: what was seen there did not last
+        return fits
 
     def stalls(self, dirty_bytes: int) -> OnStall | None:
         """What `x-on-stall` wants, in the round in which a stall begins; the event says so."""

@@ -7,6 +7,7 @@ senders, or is its word about the token.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
@@ -169,18 +170,32 @@ class Conversation:
 
     async def hand_over(self, guest: Guest, *, keeps_ram: bool) -> tuple[Handover, str]:
         """The guests do it among themselves; if ours has no answer, the destination's control may
-        know."""
+        know. Also why it was not taken over, if that is known."""
+        reason = ""
         try:
             outcome = await guest.hand_over(HANDOVER_WAIT_NS, keeps_ram=keeps_ram)
         except NotHandedOver:
             raise
         except (MigrationError, OSError) as exc:
             log.error("handing over: %s", exc)
-            outcome = Handover.UNKNOWN
+            outcome, reason = Handover.UNKNOWN, str(exc)
         if outcome is Handover.UNKNOWN:
+            outcome = await self._ask_control(guest)
+        return outcome, reason if outcome is Handover.REFUSED else ""
+
+    async def _ask_control(self, guest: Guest) -> Handover:
+        """What became of a token, by the word of the destination's control process. One that has
+        not come shall not come any more: nobody may be left who could send it."""
+        if not self._verdict.done():
+            await self._main.say_last(wire.Abort("its guest does not say what became of the token"))
             await asyncio.wait({self._verdict}, timeout=VERDICT_WAIT_S)
-            outcome = self._verdict.result() if self._verdict.done() else Handover.UNKNOWN
-        return outcome, ""
+        if not self._verdict.done():
+            return Handover.UNKNOWN
+        verdict = self._verdict.result()
+        if verdict is Handover.REFUSED:
+            with contextlib.suppress(MigrationError):  # it stands, and says so when it is asked
+                await guest.settle(taken=False)
+        return verdict
 
     def _judge(self, verdict: Handover) -> None:
         if not self._verdict.done():

@@ -46,8 +46,7 @@ class IncomingMigration:
         self.host, self._address, self._sources = host, address, sources or Sources()
         self.status = Status.NONE
         self.error: str | None = None
-        #: where it really listens (port 0 resolved)
-        self.address: Address | VsockAddress | None = None
+        self.address: Address | VsockAddress | None = None  #: where it listens; no port is 0
         self._main: Main | None = None
         self._receivers: ReceiverGroup | None = None
         self.postcopy: PostcopyDestination | None = None
@@ -424,7 +423,8 @@ class IncomingMigration:
         self._taken.set()
 
     async def _hear_abort(self, _main: Main, message: wire.Abort) -> None:
-        raise PeerRefused(f"the source gave up: {wire.cut(message.reason)}")
+        if not await has_taken_over(self.host.guest, self._taken):
+            raise PeerRefused(f"the source gave up: {wire.cut(message.reason)}")
 
     def recover(self, address: Address) -> None:
         """`migrate-recover`: wait there for the source, and nowhere else any more. A source that

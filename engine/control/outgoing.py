@@ -98,7 +98,8 @@ class OutgoingMigration(Driver):
         """:raise MigrationError: it has failed at once, and `ended` comes."""
         self.handle(machine.Start())
         try:
-            self._route.open()
+            if not self.host.parameters.tls_creds:  # else `_connect` refuses, and nothing is opened
+                self._route.open()
         except (MigrationError, OSError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else exc
             self.fail_at_once(str(reason))

@@ -6,7 +6,8 @@ the process's id can undo all of it, so the death of who made them is survived.
 
 Version 1: `cpu.cfs_quota_us` (Documentation/scheduler/sched-bwc.rst). Version 2: `cpu.max` of a
 *threaded* group (Documentation/admin-guide/cgroup-v2.rst), for which `cpu` is switched on in the
-group above, and off again.
+group above, and off again. That would change how groups of others that are below it, too, share
+their time: with such there are no quotas, and for those that have come meanwhile it stays on.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ class ThreadQuotas:
             return group
         control = above / "cgroup.subtree_control"
         is_on = "cpu" in control.read_text().split()
+        if not is_on and self._has_others(above):
+            raise OSError(f"other groups below {above} would share its CPU time in another way")
         group = above / f"{self._prefix}{thread}{'' if is_on else SWITCHED_ON}"
         group.mkdir(exist_ok=True)
         (group / "cgroup.type").write_text("threaded")
@@ -161,24 +164,36 @@ class ThreadQuotas:
             if each.is_dir()
         ]
 
+    def _has_others(self, above: Path) -> bool:
+        """Whether groups that are not ours are below it."""
+        return any(
+            each.is_dir() and not each.name.startswith(self._prefix) for each in above.iterdir()
+        )
+
     def undo(self) -> None:
         """Every thread back to where it was, and no group of ours any more. Idempotent.
 
         :raise OSError: not all could be undone; the kernel says why."""
         self._look()
-        ours = self._ours()
+        ours, failures = self._ours(), list[OSError]()
         for group in ours:
-            self._remove(group)
+            try:
+                self._remove(group)
+            except OSError as exc:  # the others are freed in any case
+                failures.append(exc)
         for above in {each.parent for each in ours if each.name.endswith(SWITCHED_ON)}:
-            with contextlib.suppress(OSError):  # somebody else has use of it by now
-                (above / "cgroup.subtree_control").write_text("-cpu")
+            with contextlib.suppress(OSError):  # the group has gone
+                if not self._has_others(above):  # who came meanwhile may count on it
+                    (above / "cgroup.subtree_control").write_text("-cpu")
+        if failures:
+            raise failures[0]
 
     def _remove(self, group: Path) -> None:
         for attempts_left in reversed(range(UNDO_ATTEMPTS)):
-            for thread in (group / self._hierarchy.threads_file).read_text().split():
-                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                    (group.parent / self._hierarchy.threads_file).write_text(thread)
             try:
+                for thread in (group / self._hierarchy.threads_file).read_text().split():
+                    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                        (group.parent / self._hierarchy.threads_file).write_text(thread)
                 group.rmdir()
             except FileNotFoundError:
                 return

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -23,6 +24,11 @@ from engine.memory.tracking import TrackerName
 
 log = logging.getLogger("ramferry.guest")
 
+#: struct uffd_msg of linux/userfaultfd.h: what it tells of, and a descriptor.
+FORK_MESSAGE: Final = struct.Struct("<B7xI20x")
+EVENT_FORK: Final = 0x13
+#: What a process does whose memory its children do not need.
+NEVER_FORKED: Final = "have the process call madvise(MADV_DONTFORK) for that memory"
 INJECT_WAIT_NS: Final = 5_000_000_000
 REASON: Final = "userfaultfd write-protect async with PAGEMAP_SCAN, injected into process"
 OBSTACLES: Final = {
@@ -37,12 +43,15 @@ OBSTACLES: Final = {
     "GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
     _native.INJECT_NO_CODE: "process {pid} has no code that makes a plain system call",
     _native.INJECT_NO_SAFE_THREAD: "no thread of process {pid} can be stopped at a safe place: on "
-    "a stack that ends in a guard, and in no restartable sequence",
+    "a stack that ends in a guard, in no restartable sequence, and not waiting for a disk",
     _native.INJECT_TOO_OLD: "the kernel is too old: userfaultfd and pidfd_getfd are needed",
     _native.INJECT_REFUSED: "the kernel refuses process {pid} a userfaultfd: {error}; "
     "sysctl vm.unprivileged_userfaultfd=1 allows it",
     _native.INJECT_FAILED: "a userfaultfd could not be had from process {pid}: {error}",
 }
+
+
+Range = tuple[int, int]  #: address and size, in the process
 
 
 class CannotInject(MemoryRefused):
@@ -175,18 +184,43 @@ class ForeignMachine(Protocol):
 class ForeignTracker:
     """Writes of process `pid` to some of its memory are tracked; owns both descriptors.
 
+    :ivar uffd: to be watched: when it can be read `note_forks` is due.
     :ivar pagemap_fd: to be scanned, by whomever it is lent.
-    :ivar stopped_ns: so long stood one of its threads, once."""
+    :ivar stopped_ns: so long stood one of its threads, once.
+    :ivar has_forked: a child may have written what nobody saw."""
 
     pid: int
     uffd: int
     pagemap_fd: int
     stopped_ns: int
+    has_forked: bool = False
+
+    def note_forks(self) -> None:
+        """A fork returns, in parent and child, when it was noted: no child writes before."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                event, child_uffd = FORK_MESSAGE.unpack(os.read(self.uffd, FORK_MESSAGE.size))
+                if event == EVENT_FORK:
+                    self.has_forked = True
+                    os.close(child_uffd)  # the child is not tracked
+
+    def check_forks(self) -> None:
+        """:raise MemoryRefused: not all was seen that was written."""
+        if self.has_forked:
+            raise MemoryRefused(
+                f"process {self.pid} has forked meanwhile, and what its child writes is not seen; "
+                "migrate it once more"
+            )
 
     def close(self) -> None:
         """Stop tracking. Only once."""
         os.close(self.uffd)
         os.close(self.pagemap_fd)
+
+
+def ranges_of(blocks: Sequence[ForeignBlock]) -> list[Range]:
+    """Where they are in the process."""
+    return [(each.address, each.block.size) for each in blocks]
 
 
 def check_tracker(wanted: TrackerName | None) -> None:
@@ -221,16 +255,73 @@ def check_whole(name: str, mapping: Mapping, size: int, mappings: Sequence[Mappi
         )
 
 
-def check_alone(files: set[tuple[int, int]], pid: int) -> None:
+def check_alone(
+    files: set[tuple[int, int]], pid: int, besides: frozenset[int] = frozenset()
+) -> None:
     """Others' writes would not be seen.
 
+    :param besides: processes that may.
     :raise MemoryRefused: another process maps one of the files, as (device, inode)."""
-    if others := others_mapping(files, pid):
+    if others := [each for each in others_mapping(files, pid) if each not in besides]:
         numbers = ", ".join(str(each) for each in others)
         raise MemoryRefused(
             f"other processes map the memory of process {pid}, too (pid {numbers}), and are not "
             "tracked yet; end them (a QEMU's vhost-user back ends: use devices of QEMU itself)"
         )
+
+
+def check_still_alone(
+    blocks: Sequence[ForeignBlock], pid: int, besides: frozenset[int] = frozenset()
+) -> None:
+    """As `check_alone`, also of those who have come since the blocks were found."""
+    found = (os.fstat(each.block.fd) for each in blocks)
+    check_alone({(each.st_dev, each.st_ino) for each in found}, pid, besides)
+
+
+def family_of(pid: int) -> frozenset[int]:
+    """A process and its children; none of one that has ended."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as children:
+                found.update(int(child) for child in children.read().split())
+        found.add(pid)
+    return frozenset(found)
+
+
+def flags_of(pid: int, ranges: Sequence[Range]) -> list[set[str]]:
+    """The kernel's flags (smaps in proc(5)) of each mapping in these ranges of the process.
+
+    :raise OSError: the process is gone, or not ours to look at."""
+    found, is_ours = [], False
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            words = line.split()
+            if words[0] == "VmFlags:" and is_ours:
+                found.append(set(words[1:]))
+            elif not words[0].endswith(":"):
+                start = int(words[0].partition("-")[0], 16)
+                is_ours = any(address <= start < address + size for address, size in ranges)
+    return found
+
+
+def check_nobody_waits(blocks: Sequence[ForeignBlock], pid: int) -> None:
+    """A postcopy whose ramferry was killed leaves memory that waits for pages for ever.
+
+    :raise MemoryRefused: one of the blocks is such memory.
+    :raise OSError: the process is gone, or not ours to look at."""
+    if any("um" in each for each in flags_of(pid, ranges_of(blocks))):
+        raise MemoryRefused(
+            f"the memory of process {pid} waits for pages of a migration that nobody goes on with; "
+            "end the process and start another one"
+        )
+
+
+def is_in_children(pid: int, ranges: Sequence[Range]) -> bool:
+    """Whether a fork would give memory of these ranges to the child: no MADV_DONTFORK holds.
+
+    :raise OSError: the process is gone, or not ours to look at."""
+    return not all("dc" in each for each in flags_of(pid, ranges))
 
 
 def open_foreign_uffd(pid: int, flags: int, *, keeps: bool = False) -> tuple[int, int]:
@@ -253,21 +344,23 @@ def open_foreign_uffd(pid: int, flags: int, *, keeps: bool = False) -> tuple[int
     return uffd, stopped_ns
 
 
-def track_foreign(pid: int, ranges: Sequence[tuple[int, int]]) -> ForeignTracker:
-    """Begin to track writes to `ranges` (address, size) of the process; all is clean from now.
+def track_foreign(pid: int, blocks: Sequence[ForeignBlock]) -> ForeignTracker:
+    """Begin to track writes to the blocks of the process; all is clean from now.
 
     :raise MemoryRefused: not possible, and why; the process is as before."""
+    ranges = ranges_of(blocks)
     with contextlib.ExitStack() as undo:
         pagemap_fd = open_pagemap(pid)
         undo.callback(os.close, pagemap_fd)
         uffd, stopped_ns = open_foreign_uffd(pid, _native.UFFD_USER_MODE_ONLY)
         undo.callback(os.close, uffd)
         try:
-            _native.uffd_negotiate(uffd, FEATURES)
+            _negotiate(pid, uffd, ranges)
         except OSError as exc:
             raise MemoryRefused(f"tracking process {pid}: {exc.strerror}") from exc
         for address, size in ranges:
             write_protect(pid, uffd, pagemap_fd, address, size)
+        check_still_alone(blocks, pid)  # now that forks are noted
         undo.pop_all()
         return ForeignTracker(pid, uffd, pagemap_fd, stopped_ns)
 
@@ -300,6 +393,21 @@ def write_protect(pid: int, uffd: int, pagemap_fd: int, address: int, size: int)
                 "the process itself"
             ) from exc
         raise MemoryRefused(f"tracking process {pid}: {exc.strerror}") from exc
+
+
+def _negotiate(pid: int, uffd: int, ranges: Sequence[Range]) -> None:
+    """So that forks are told, if there can be any that matter.
+
+    :raise MemoryRefused: they cannot."""
+    try:
+        _native.uffd_negotiate(uffd, FEATURES | _native.UFFD_FEATURE_EVENT_FORK)
+    except PermissionError as exc:
+        if is_in_children(pid, ranges):
+            raise MemoryRefused(
+                f"forks of process {pid} cannot be seen by this user, nor what its children write; "
+                f"run ramferry with CAP_SYS_PTRACE, or {NEVER_FORKED}"
+            ) from exc
+        _native.uffd_negotiate(uffd, FEATURES)
 
 
 def _call_clean(pagemap_fd: int, address: int, page_count: int) -> None:

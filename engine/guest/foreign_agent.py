@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -26,13 +27,21 @@ from engine.guest.adoption import listen_alone, say, state_of
 from engine.guest.agent import Agent
 from engine.guest.agentmain import run_agent
 from engine.guest.base import Role, Standing
-from engine.guest.foreign import REASON, ForeignMachine
+from engine.guest.foreign import (
+    REASON,
+    ForeignMachine,
+    ForeignTracker,
+    check_still_alone,
+    family_of,
+)
 from engine.guest.foreign_missing import Range, end_missing, open_foreign_missing
 from engine.guest.messages import Reply
 from engine.guest.process_machine import ProcessMachine
 from engine.guest.qemu_machine import QemuMachine
 from engine.guest.throttling import Throttle
 from engine.memory.tracking import TrackerName
+
+CREDENTIALS: Final = struct.Struct("3i")  #: process, user and group (unix(7))
 
 
 class ForeignAgent(Agent):
@@ -43,6 +52,7 @@ class ForeignAgent(Agent):
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
         self._foreign: ForeignMachine | None = None
+        self._tracker: ForeignTracker | None = None  #: whose process's forks are heard of
         self._missing: list[int] = []  #: userfaultfds, one a block, while pages are missing
         self._vcpus = 0
         self._pidfd = -1
@@ -113,15 +123,19 @@ class ForeignAgent(Agent):
     async def _give_back(self) -> None:
         if self._foreign is not None:
             self._foreign.end()
-        if self.role is Role.INCOMING and self._destination.disarm():
+        is_void = self.role is Role.INCOMING and self._destination.disarm()
+        if is_void:
             await self._end_missing()  # first: a thread of QEMU may wait, and we for it
         await super()._give_back()
+        if is_void:
+            await self._end_missing()  # that were opened meanwhile
         messages.close_all(self._missing)  # of an owner: it has its own, and waits
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
         if self._foreign is None:
             return
+        self._hear_forks(None)
         self._free()
         with contextlib.suppress(MigrationError):
             self._foreign.confirm()
@@ -182,7 +196,11 @@ class ForeignAgent(Agent):
         self.role = Role.OWNER
         self._standing = Standing(by_user=not self._run_when_taken)
         self._say(messages.Taken(0, time.monotonic_ns(), self._run_when_taken))
-        self._apply()
+        try:
+            self._apply()
+        except MigrationError as exc:
+            say(f"agent[{os.getpid()}]: the guest is here and stands: {exc}")
+            return
         task = asyncio.get_running_loop().create_task(self._confirm_taken())
         self._requests.add(task)
         task.add_done_callback(self._answered)
@@ -257,7 +275,9 @@ class ForeignAgent(Agent):
         except ValueError as exc:
             raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
         async with self._one_at_a_time:
+            self._hear_forks(None)
             tracker = await self._threads.run(lambda: foreign.start_tracking(wanted))
+            self._hear_forks(tracker)
         addresses = [each.address for each in foreign.blocks]
         reason = f"{REASON} {foreign.pid}; a thread of it stood for {tracker.stopped_ns // 1000} us"
         tracked = messages.TrackedBlocks(request.id, TrackerName.UFFD.value, addresses, reason)
@@ -265,8 +285,18 @@ class ForeignAgent(Agent):
 
     async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
+            self._hear_forks(None)
             await self._threads.run(self._need_foreign().stop_tracking)
         return Reply(messages.Done(request.id))
+
+    def _hear_forks(self, tracker: ForeignTracker | None) -> None:
+        """Of the process that this one tracks, for forks wait for it; and of no other any more."""
+        loop = asyncio.get_running_loop()
+        if self._tracker is not None:
+            loop.remove_reader(self._tracker.uffd)
+        self._tracker = tracker
+        if tracker is not None:
+            loop.add_reader(tracker.uffd, tracker.note_forks)
 
     async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
@@ -291,11 +321,13 @@ class ForeignAgent(Agent):
                 raise GuestError("only a guest that waits for a migration can miss pages")
             async with self._one_at_a_time:
                 self._vcpus = await self._threads.run(foreign.count_vcpus)
-                self._missing = await self._threads.run(
-                    lambda: open_foreign_missing(foreign.pid, _ranges(foreign))
-                )
+                await self._threads.run(lambda: self._open(foreign))
         addresses = [each.address for each in foreign.blocks]
         return Reply(messages.MissingOpened(request.id, addresses, self._vcpus), self._missing)
+
+    def _open(self, foreign: ForeignMachine) -> None:
+        """In a thread, which ends also if nobody waits for it any more."""
+        self._missing = open_foreign_missing(foreign.pid, _ranges(foreign))
 
     async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
         """Waits for nobody, who may wait for a page."""
@@ -320,10 +352,39 @@ class ForeignAgent(Agent):
             raise NotHandedOver("pages of the guest have not come yet; it cannot be handed on")
         super()._give_up()
 
-    async def _hand_over(self, request: messages.HandOver, _fds: list[int]) -> Reply:
-        if await self._threads.run(self._need_foreign().looks_running):
+    async def _check_handover(self, request: messages.CheckHandover, fds: list[int]) -> Reply:
+        """Also what is too slow to be looked at while the guest stands."""
+        foreign, control = self._need_foreign(), self._control
+        self._check_forks()
+        if control is not None:  # its senders map the memory, and only read it
+            peer = control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+            ours = family_of(CREDENTIALS.unpack(peer)[0])
+            await self._threads.run(lambda: check_still_alone(foreign.blocks, foreign.pid, ours))
+        return await super()._check_handover(request, fds)
+
+    async def _hand_over(self, request: messages.HandOver, fds: list[int]) -> Reply:
+        await self._check_stands()
+        return await super()._hand_over(request, fds)
+
+    async def _give_away(self, request: messages.GiveAway, fds: list[int]) -> Reply:
+        await self._check_stands()
+        return await super()._give_away(request, fds)
+
+    async def _check_stands(self) -> None:
+        """:raise NotHandedOver: it may have written what nobody saw; no token has left."""
+        try:
+            runs = await self._threads.run(self._need_foreign().looks_running)
+            self._check_forks()  # those of a process that stands were all noted
+        except GuestError as exc:
+            raise NotHandedOver(f"nobody can say whether the guest stands: {exc}") from exc
+        except MemoryRefused as exc:
+            raise NotHandedOver(str(exc)) from exc
+        if runs:
             raise NotHandedOver("somebody else continued the guest behind the last round")
-        return await super()._hand_over(request, _fds)
+
+    def _check_forks(self) -> None:
+        if self._tracker is not None:
+            self._tracker.check_forks()
 
     async def _refuse(self, request: messages.Request, _fds: list[int]) -> Reply:
         raise GuestError(f"{type(request).__name__} is not for {self._need_foreign().what}")
@@ -348,7 +409,9 @@ FOREIGN_HANDLERS: Final[
     messages.LoadLongState: ForeignAgent._load_long,
     messages.OpenMissing: ForeignAgent._open_missing,
     messages.CloseMissing: ForeignAgent._close_missing,
+    messages.CheckHandover: ForeignAgent._check_handover,
     messages.HandOver: ForeignAgent._hand_over,
+    messages.GiveAway: ForeignAgent._give_away,
     **dict.fromkeys(
         (
             messages.Start,

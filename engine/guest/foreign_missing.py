@@ -15,7 +15,13 @@ from collections.abc import Sequence
 
 from engine import _native
 from engine.errors import MemoryRefused
-from engine.guest.foreign import INJECT_WAIT_NS, CannotInject, open_foreign_uffd
+from engine.guest.foreign import (
+    INJECT_WAIT_NS,
+    NEVER_FORKED,
+    CannotInject,
+    is_in_children,
+    open_foreign_uffd,
+)
 from engine.memory.blocks import RamBlock
 from engine.memory.missing import FEATURES
 
@@ -30,6 +36,11 @@ def open_foreign_missing(pid: int, ranges: Sequence[Range]) -> list[int]:
     descriptors, the caller's, one for each block.
 
     :raise MemoryRefused: not possible, and why; the process is as before."""
+    if is_in_children(pid, [(address, block.size) for block, address in ranges]):
+        raise MemoryRefused(
+            f"a child of process {pid} would make missing pages zero, so there is no postcopy; "
+            f"{NEVER_FORKED}"
+        )
     uffds: list[int] = []
     with contextlib.ExitStack() as undo:
         undo.callback(lambda: _let_go(pid, uffds, ranges))

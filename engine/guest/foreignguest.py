@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-from engine.errors import GuestError, MigrationError
+from engine.errors import GuestError, MigrationError, NotHandedOver
 from engine.guest import messages
 from engine.guest.agentguest import AgentGuest
 from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
 from engine.guest.foreign_missing import Range, end_missing
-from engine.guest.link import ADOPT_WAIT_S, AgentLink, adopt_agent, start_agent
+from engine.guest.link import ADOPT_WAIT_S, DEATH_WAIT_S, AgentLink, adopt_agent, start_agent
 from engine.guest.qmpclient import QmpClient
 from engine.guest.rundir import default_rundir
-from engine.guest.throttling import Undoing
+from engine.guest.throttling import Undoing, Way
 from engine.memory.blocks import RamBlock
 from engine.wire import STATE_BYTES_MAX
 
@@ -48,6 +49,8 @@ class ForeignGuest(AgentGuest):
         #: The token came while pages were missing: until the last one the process needs no agent.
         self._is_taken_in_part = started.missing
         self._undoing: Undoing | None = None  #: of a throttle, if its agent is killed
+        self._percent = 0  #: of that throttle
+        self._may_be_stopped = False  #: for a moment, by that throttle
         self._is_held = False  #: stopped for a migration, and still its own
         self._rescuing: asyncio.Task[None] | None = None
         shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
@@ -75,28 +78,35 @@ class ForeignGuest(AgentGuest):
         return await super().pause(for_migration=for_migration)
 
     async def resume(self, *, for_migration: bool) -> None:
+        self._may_be_stopped = self._percent > 0  # it is throttled anew, perhaps in another way
         await super().resume(for_migration=for_migration)
         self._is_held = self._is_held and not for_migration
 
     async def throttle(self, percent: int) -> str:
         if self._undoing is None and percent:
             self._undoing = await asyncio.to_thread(Undoing, self.pid)
+        self._percent, self._may_be_stopped = percent, self._may_be_stopped or percent > 0
         way = await super().throttle(percent)
+        self._may_be_stopped = percent > 0 and way == Way.STOPS.value
         log.info("%s (pid %d): throttle of %d percent by %s", self.kind, self.pid, percent, way)
         return way
 
     async def close_missing(self) -> None:
         """As every guest does. Its agent may have been killed: then the process has taken over, and
         we were told, or it does not run."""
-        if self._link.is_alive:
-            await super().close_missing()
+        try:
+            await self._do(messages.CloseMissing(self._link.next_id()), self._missing_wait_s)
             self._is_taken_in_part = False
-        elif self._missing is not None:
-            uffds = self._missing.uffds
+        except GuestError:
+            if not await self._has_lost_agent():
+                raise
+            if self._missing is None:
+                return
             places = list(zip(self._blocks, self._missing.addresses, strict=True))
+            uffds = self._missing.uffds
             await asyncio.to_thread(self._end_missing_alone, uffds, places)
-            self.is_missing_open = False
-            self._close_lent()
+        self.is_missing_open = False
+        self._close_lent()
 
     def _end_missing_alone(self, uffds: Sequence[int], places: Sequence[Range]) -> None:
         """What the agent would have done."""
@@ -115,10 +125,40 @@ class ForeignGuest(AgentGuest):
         return self._is_taken_in_part and not self._has_ended.is_set()
 
     async def hand_over(self, wait_ns: int, *, keeps_ram: bool = False) -> Handover:
-        self._is_held = False  # from here on only an answer tells whose it is
-        outcome = await super().hand_over(wait_ns, keeps_ram=keeps_ram)
+        with self._given_up():
+            outcome = await super().hand_over(wait_ns, keeps_ram=keeps_ram)
         self._is_held = outcome is Handover.REFUSED
         return outcome
+
+    async def give_away(self) -> None:
+        with self._given_up():
+            await super().give_away()
+
+    @contextlib.contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """From here on only an answer tells whose it is."""
+        was_held, self._is_held = self._is_held, False
+        try:
+            yield
+        except NotHandedOver:
+            self._is_held = was_held
+            raise
+
+    async def settle(self, *, taken: bool) -> None:
+        """As every guest does, also when its agent was killed with the token on its way."""
+        self._is_held = not taken
+        try:
+            await super().settle(taken=taken)
+        except GuestError:
+            if not await self._has_lost_agent():
+                raise
+            await self._let_run()
+
+    async def _has_lost_agent(self) -> bool:
+        """After it did not answer. Its connection ends before it does."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._link.died(), DEATH_WAIT_S)
+        return not self._link.is_alive
 
     async def _change(self, request: messages.Pause | messages.Resume | messages.Sleep) -> int:
         at, _ = await self._link.ask(request, messages.At, wait_s=LONG_WAIT_S)
@@ -173,12 +213,21 @@ class ForeignGuest(AgentGuest):
         return f"{self.kind} (pid {self.pid}) or its agent is gone: {reason}"
 
     async def _rescue(self) -> None:
+        if self._is_open:
+            await self._put_right(is_running=self._is_running)
+
+    async def _put_right(self, *, is_running: bool) -> None:
         """An agent that was killed leaves what it had slowed down or stopped: undo it in its place.
 
         Nobody else can have it: the right to run had not been given away."""
-        if self._undoing is not None and self._is_running:
-            await asyncio.to_thread(self._undoing.undo)
-        if not self._is_held or self._is_stopped_by_user or not self._is_open:
+        if self._undoing is not None:
+            stops, self._may_be_stopped = is_running and self._may_be_stopped, False
+            await asyncio.to_thread(self._undoing.undo, stops=stops)
+        await self._let_run()
+
+    async def _let_run(self) -> None:
+        """What stands for a migration alone."""
+        if not self._is_held or self._is_stopped_by_user:
             return
         self._is_held = False
         try:
@@ -204,14 +253,14 @@ class ForeignGuest(AgentGuest):
         """Let go of the process, which lives on."""
         if not self._is_open:
             return
-        self._is_open = False
-        self._is_running = False
+        is_running, self._is_open, self._is_running = self._is_running, False, False
         if self._is_taken_in_part and self.is_missing_open and not self._has_ended.is_set():
             log.warning(
                 "%s (pid %d) waits for ever where it touches memory that has not come",
                 self.kind, self.pid,
             )  # fmt: skip
-        await self._link.end()
+        if not await self._link.end():
+            await self._put_right(is_running=is_running)
         await self._give_back()
 
     async def leave(self) -> None:

@@ -21,7 +21,7 @@ from engine.guest import messages
 from engine.guest.adoption import say
 from engine.guest.agentmain import run_agent
 from engine.guest.base import Role
-from engine.guest.foreign import ForeignMachine
+from engine.guest.foreign import ForeignMachine, ForeignTracker
 from engine.guest.foreign_agent import ForeignAgent
 from engine.guest.handoff_door import Door, Visitor
 from engine.guest.handoff_machine import HandoffMachine
@@ -165,6 +165,9 @@ class HandoffAgent(ForeignAgent):
         reply = await self._start_tracking(request, fds)
         reason = f"{REASON} {self._vmm.pid}"
         return Reply(msgspec.structs.replace(reply.answer, reason=reason), reply.lent)
+
+    def _hear_forks(self, tracker: ForeignTracker | None) -> None:
+        """No child has the memory."""
 
     async def _lack(self, request: messages.OpenMissing, _fds: list[int]) -> Reply:
         vmm = self._vmm

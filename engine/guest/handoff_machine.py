@@ -11,16 +11,20 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, WireError
 from engine.guest.cgroups import threads_of
 from engine.guest.foreign import (
+    NEVER_FORKED,
     ForeignBlock,
     ForeignTracker,
+    check_nobody_waits,
     check_tracker,
+    is_in_children,
     open_pagemap,
+    ranges_of,
     read_mappings,
     write_protect,
 )
@@ -39,7 +43,7 @@ STATE_WAIT_S: Final = 30.0
 class HandedTracker(ForeignTracker):
     """Its userfaultfds are the machine's, and stay open."""
 
-    end: Callable[[], None]
+    end: Callable[[], None] = field(kw_only=True)
 
     def close(self) -> None:
         self.end()
@@ -67,6 +71,8 @@ class HandoffMachine:
         self._vcpus = self._check_vcpus(hello)
         try:
             offered = check_descriptors(hello, visitor.fds, self.pid, read_mappings(self.pid))
+            check_nobody_waits(offered.blocks, self.pid)
+            _check_not_in_children(offered.blocks, self.pid)
         except OSError as exc:
             raise MemoryRefused(
                 f"process {self.pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
@@ -219,7 +225,7 @@ class HandoffMachine:
             for uffd, (block, address) in zip(self._uffds, self.ranges, strict=True):
                 write_protect(self.pid, uffd, pagemap_fd, address, block.size)
             undo.pop_all()
-        self._tracker = HandedTracker(self.pid, -1, pagemap_fd, 0, self._unregister)
+        self._tracker = HandedTracker(self.pid, -1, pagemap_fd, 0, end=self._unregister)
         return self._tracker
 
     def stop_tracking(self) -> None:
@@ -263,6 +269,15 @@ class HandoffMachine:
         for uffd in self._uffds:
             os.close(uffd)
         self._uffds = []
+
+
+def _check_not_in_children(blocks: list[ForeignBlock], pid: int) -> None:
+    """Forks are not heard of here, so there may be none that matter.
+
+    :raise MemoryRefused: a child would have the memory.
+    :raise OSError: the process is gone, or not ours to look at."""
+    if is_in_children(pid, ranges_of(blocks)):
+        raise MemoryRefused(f"a child of process {pid} would have its memory; {NEVER_FORKED}")
 
 
 def _make_state_file(size: int) -> int:

@@ -188,15 +188,17 @@ class AgentLink:
         await self._dead.wait()
         return self._death
 
-    async def end(self) -> None:
-        """Ask it to end, kill it if it does not; when this returns the process is gone."""
-        self._is_ending = True
+    async def end(self) -> bool:
+        """Ask it to end, kill it if it does not; when this returns the process is gone. Whether it
+        ended by itself then, and so has put right what it had changed."""
+        was_alive, self._is_ending = self.is_alive, True
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 messages.send(self._socket, messages.Quit(self.next_id()))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._dead.wait(), END_WAIT_S)
-        if self.is_alive:
+        was_killed = self.is_alive
+        if was_killed:
             log.warning("guest (pid %d) does not end, killing it", self.pid)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -205,6 +207,7 @@ class AgentLink:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        return was_alive and not was_killed
 
     def leave(self) -> None:
         """Give the connection up, the process goes on."""

@@ -18,6 +18,7 @@ from engine.guest.foreign import (
     ForeignBlock,
     ForeignTracker,
     check_alone,
+    check_nobody_waits,
     check_tracker,
     check_whole,
     open_block,
@@ -54,6 +55,7 @@ class ProcessMachine:
             self.blocks = [self._find(path)]
             self.looks_running()
             if incoming:
+                check_nobody_waits(self.blocks, pid)
                 self.pause()
         except BaseException:
             self.close()
@@ -163,8 +165,7 @@ class ProcessMachine:
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
         check_tracker(wanted)
         self.stop_tracking()
-        ranges = [(each.address, each.block.size) for each in self.blocks]
-        self._tracker = track_foreign(self.pid, ranges)
+        self._tracker = track_foreign(self.pid, self.blocks)
         return self._tracker
 
     def stop_tracking(self) -> None:

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused
-from engine.guest.foreign import ForeignBlock, ForeignTracker, check_tracker, track_foreign
+from engine.guest.foreign import (
+    ForeignBlock,
+    ForeignTracker,
+    check_nobody_waits,
+    check_tracker,
+    track_foreign,
+)
 from engine.guest.qemu_memory import check_drives, check_idle, find_blocks
 from engine.guest.qmpclient import QmpClient, QmpRefused
 from engine.memory.tracking import TrackerName
@@ -63,6 +69,7 @@ class QemuMachine:
             check_drives(self._qmp)
             self.blocks = find_blocks(self._qmp, self.pid)
             if incoming:
+                check_nobody_waits(self.blocks, self.pid)
                 self._prepare(DESTINATION_WANTS)
         except BaseException:
             self.close()
@@ -209,6 +216,7 @@ class QemuMachine:
                 os.close(reader)
             self._pour(state_fd, size, stream.fileno())
         self._await_migrated("loading")
+        self._put_back()
         if self.looks_running():
             raise GuestError("QEMU ran the guest before it was told to")
 
@@ -270,8 +278,7 @@ class QemuMachine:
         check_drives(self._qmp)
         self._prepare(SOURCE_WANTS)
         try:
-            ranges = [(each.address, each.block.size) for each in self.blocks]
-            self._tracker = track_foreign(self.pid, ranges)
+            self._tracker = track_foreign(self.pid, self.blocks)
         except BaseException:
             with contextlib.suppress(GuestError):
                 self._put_back()
@@ -296,6 +303,8 @@ class QemuMachine:
         """Let the QEMU be; nothing may run in another thread any more."""
         self.end()
         self.stop_tracking()
+        with contextlib.suppress(GuestError):  # of a destination that has loaded nothing
+            self._put_back()
         for each in self.blocks:
             os.close(each.block.fd)
         self.blocks = []

@@ -188,15 +188,16 @@ class Undoing:
             raise GuestError(f"process {pid} has ended") from exc
         self._quotas = open_quotas(pid)
 
-    def undo(self) -> None:
-        """The process runs, and freely."""
+    def undo(self, *, stops: bool) -> None:
+        """The process is as free as it was; `stops`: it may have been stopped for a moment."""
         if self._quotas is not None:
             try:
                 self._quotas.undo()
             except OSError as exc:
                 log.error("the CPU quota of process %d stays: %s", self._pid, exc)
-        with contextlib.suppress(OSError):  # it has ended
-            signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
+        if stops:
+            with contextlib.suppress(OSError):  # it has ended
+                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     def close(self) -> None:
         """Only once."""

@@ -9,9 +9,11 @@ kind, session. The source's side of the conversation:
     CONFIRM                        TAKEN has arrived: nobody will ask again
 
 A session is void for ever once the destination has said so, or was disarmed; one that stops
-listening says VOID to those who greeted it. So an answer other than TAKEN means that this session's
-token was not and never will be taken. A refused connection means the same where only the kernel of
-this very host can have refused it: the destination listens from TAKEN until CONFIRM has come.
+listening says VOID to those who greeted it. Who has never met a session says nothing of it: an
+agent that listened there before may have taken it. So an answer other than TAKEN means that this
+session's token was not and never will be taken. A refused connection means the same where only the
+kernel of this very host can have refused it: the destination listens from TAKEN until CONFIRM has
+come.
 Across a network a firewall, or another owner of the address, may have refused. Without a proof the
 outcome is unknown: the source stays stopped, and asks once more before anybody makes it run.
 
@@ -32,7 +34,7 @@ MAGIC: Final = b"rfho"
 VERSION: Final = 1
 MESSAGE: Final = struct.Struct("<4sHH16s")
 SESSION_BYTES: Final = 16
-VOIDED_MAX: Final = 1024  #: sessions that strangers may have voided; past it they get no answer
+SESSIONS_MAX: Final = 1024  #: that are known, of strangers, too; others get no promise
 
 
 class Kind(enum.IntEnum):
@@ -73,6 +75,8 @@ class DestinationToken:
     taken: bytes | None = None
     confirmed: bool = False  #: the source knows that it was taken
     voided: set[bytes] = field(default_factory=set)
+    #: Its source has greeted, or has sent the token: that it was not taken is known here alone.
+    known: set[bytes] = field(default_factory=set)
 
     def arm(self, session: bytes) -> None:
         """Take the token of `session` when it comes.
@@ -84,6 +88,7 @@ class DestinationToken:
             raise GuestError("the source was told that this session is void; begin a new migration")
         if len(session) != SESSION_BYTES or session == bytes(SESSION_BYTES):
             raise GuestError(f"a session is {SESSION_BYTES} bytes and not zero")
+        self.known.add(session)
         self.armed = session
 
     def disarm(self) -> bool:
@@ -97,6 +102,8 @@ class DestinationToken:
 
     def answer(self, kind: Kind, session: bytes) -> Kind | None:
         """Take a message in; None: no answer, the connection ends (or goes on after CONFIRM)."""
+        if kind in (Kind.HELLO, Kind.TAKE) and len(self.known) < SESSIONS_MAX:
+            self.known.add(session)
         match kind:
             case Kind.HELLO:
                 return Kind.WAITING
@@ -112,12 +119,10 @@ class DestinationToken:
         return None
 
     def void(self, session: bytes) -> bool:
-        """Promise never to take `session`; False when it was taken, or when there is no room to
-        remember the promise."""
-        if session == self.taken:
+        """Promise never to take `session`; False when it was taken, or may have been taken by who
+        listened here before."""
+        if session == self.taken or session not in self.known:
             return False
-        if session != self.armed and len(self.voided) >= VOIDED_MAX:
-            return session in self.voided
         self.voided.add(session)
         if session == self.armed:
             self.armed = None

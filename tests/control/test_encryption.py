@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def test_neither_side_goes_without_what_it_was_told_to_use(side: str) -> None:
             assert result.status is Status.COMPLETED
 
     asyncio.run(scenario())
+
+
+def test_a_file_is_not_touched(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with engine.Control.start(f"{GUEST},rate=1M") as source:
+            await source.execute("migrate-set-parameters", tls_creds="nope")
+            assert "No TLS credentials" in await failure(source, f"file:{kept}")
+
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"what was there")
+    asyncio.run(scenario())
+
+    assert kept.read_bytes() == b"what was there"
 
 
 def test_a_stream_does_not_go_in_the_clear_either() -> None:

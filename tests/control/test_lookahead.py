@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -110,3 +111,16 @@ def test_rounds_help_when_they_leave_less_than_they_sent(left: int, looks: bool)
     convergence.left(left)
 
     assert convergence.looks_ahead is looks
+
+
+def test_nobody_looks_again_in_a_round_after_a_pause_that_did_not_fit() -> None:
+    """Whole rounds are what a throttle is set after."""
+    settings = SimpleNamespace(downtime_limit=1, avail_switchover_bandwidth=0)
+    host = cast(Host, SimpleNamespace(parameters=settings))
+    convergence = Convergence(host, MigrationNumbers())
+    convergence.looks_ahead = True
+
+    assert convergence.may_finish(0, 0, is_running=False)
+    assert convergence.looks_ahead
+    assert not convergence.may_finish(10_000_000_000, 0, is_running=True)
+    assert not convergence.looks_ahead

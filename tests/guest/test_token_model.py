@@ -25,6 +25,8 @@ class TokenMachine(RuleBasedStateMachine):
         self.destination = DestinationToken()
         self.is_alive = True  # the destination guest
         self.is_closed = False  # its control process asked to close the listener
+        self.is_another = False  # which never met our source, and what it took before lives on
+        self.was_taken = False  # by the one before
         self.outcome: Handover | None = None
         self.connection = 0
         self.questions: list[tuple[int, Kind]] = []
@@ -50,7 +52,7 @@ class TokenMachine(RuleBasedStateMachine):
     @rule()
     def the_source_makes_a_new_connection(self) -> None:
         self.connection += 1
-        if not self.is_listening:
+        if not self.is_listening and not self.is_another:
             self.outcome = self.source.nobody_listens()
 
     @precondition(lambda self: self.outcome is None and self.answers)
@@ -91,7 +93,7 @@ class TokenMachine(RuleBasedStateMachine):
 
     # -- the destination's steps
 
-    @precondition(lambda self: self.is_alive and not self.is_closed)
+    @precondition(lambda self: self.is_alive and not self.is_closed and not self.is_another)
     @rule()
     def it_is_armed(self) -> None:
         try:
@@ -114,17 +116,26 @@ class TokenMachine(RuleBasedStateMachine):
     def it_dies(self) -> None:
         self.is_alive = False
 
+    @precondition(lambda self: self.is_alive and self.outcome is None)
+    @rule()
+    def another_agent_listens_in_its_place(self) -> None:
+        """A process that knows nothing of us outlives its agent."""
+        self.was_taken = self.was_taken or self.destination.taken == OURS
+        self.destination, self.is_another, self.is_closed = DestinationToken(), True, False
+        self.questions.clear()
+
     # -- what must hold
 
     @invariant()
     def never_two_owners(self) -> None:
         source_owns = self.outcome is Handover.REFUSED or not self.source.is_sent
         assert not (source_owns and self.is_alive and self.destination.taken == OURS)
+        assert not (source_owns and self.was_taken)
 
     @invariant()
     def never_none_unless_unknown_or_under_way_or_the_owner_died(self) -> None:
         if self.outcome is Handover.TAKEN:
-            assert self.destination.taken == OURS
+            assert self.destination.taken == OURS or self.was_taken
 
     @invariant()
     def what_was_refused_is_never_taken_later(self) -> None:
@@ -134,6 +145,7 @@ class TokenMachine(RuleBasedStateMachine):
                 self.destination.taken,
                 self.destination.confirmed,
                 set(self.destination.voided),
+                set(self.destination.known),
             )
             if not self.source.is_sent:
                 return  # TAKE was never sent and never will be
@@ -148,9 +160,21 @@ def test_a_flood_of_strangers_neither_fills_memory_nor_harms_the_right_session()
     token = DestinationToken()
     token.arm(OURS)
     for number in range(1, 5000):
+        token.answer(Kind.HELLO, number.to_bytes(16, "big"))
         token.answer(Kind.ASK, number.to_bytes(16, "big"))
 
     assert len(token.voided) <= 1024
+    assert len(token.known) <= 1024
     assert token.answer(Kind.ASK, bytes(15) + b"\xff") is Kind.VOID  # an old promise stands
     assert token.answer(Kind.ASK, b"\xff" * 16) is None  # no new one is given
     assert token.answer(Kind.TAKE, OURS) is Kind.TAKEN
+
+
+def test_who_never_met_a_session_promises_nothing() -> None:
+    """Another agent, which listened there before, may have taken it."""
+    token = DestinationToken()
+
+    assert token.answer(Kind.ASK, OURS) is None
+    assert not token.void(OURS)
+    assert token.answer(Kind.TAKE, OURS) is Kind.REFUSED  # it is sent once
+    assert token.answer(Kind.ASK, OURS) is Kind.VOID

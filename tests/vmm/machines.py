@@ -24,6 +24,7 @@ from tests.vmm.sweeper import SECTOR
 
 QEMU: Final = "qemu-system-x86_64"
 MIB: Final = 1024 * 1024
+SETTINGS: Final = ("capabilities", "parameters")  #: of a QEMU's own migration
 needs_qemu = pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"needs {QEMU}")
 
 

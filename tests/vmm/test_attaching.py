@@ -7,18 +7,20 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from subprocess import PIPE
+from typing import Any
 
 import pytest
 
-from engine.errors import MigrationError
+from engine.errors import MemoryRefused, MigrationError
 from engine.guest.base import TrackerName
 from engine.guest.foreignguest import ForeignGuest, attach_qemu
 from engine.memory.blocks import PAGE_SIZE, STRIPE_SIZE
 from engine.memory.tracking import Tracking
 from tests.guest.support import run
-from tests.vmm.machines import MIB, Monitor, Vm, needs_qemu, vm
+from tests.vmm.machines import MIB, SETTINGS, Monitor, Vm, needs_qemu, vm
 
 pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
 FILE = "memory-backend-file,id=ram0,size=64M"
@@ -118,21 +120,38 @@ with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0):
 """
 
 
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[int]:
+    """Another process maps the file: its id."""
+    command = [sys.executable, "-c", MAPS, str(path)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        yield other.pid
+        other.communicate(b"\n")
+
+
 def test_memory_that_another_process_maps_is_refused() -> None:
     with vm() as machine:
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-c", MAPS, str(machine.rams[0])]
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
-            assert other.stdout is not None
-            other.stdout.readline()
-
+        with mapped(machine.rams[0]) as other:
             assert (
-                f"other processes map the memory of process {machine.pid}, too (pid {other.pid})"
+                f"other processes map the memory of process {machine.pid}, too (pid {other})"
                 in refusal(machine)
             )
-
-            other.communicate(b"\n")
         assert machine.goes_on()
+
+
+def test_memory_that_another_process_maps_later_is_not_tracked() -> None:
+    async def scenario(machine: Vm) -> str:
+        async with attached(machine) as guest:
+            refused = pytest.raises(MemoryRefused, match="other processes map")
+            with mapped(machine.rams[0]), refused as caught:
+                await guest.start_tracking(None)
+            await guest.start_tracking(None)  # it has gone
+            return str(caught.value)
+
+    with vm() as machine:
+        assert f"memory of process {machine.pid}" in run(scenario(machine))
 
 
 def test_a_drive_that_bypasses_the_page_cache_is_refused(tmp_path: Path) -> None:
@@ -150,6 +169,20 @@ def test_a_qemu_that_migrates_by_itself_is_refused() -> None:
         assert "QEMU's own migration is" in refusal(machine)
 
         machine.monitor.ask("migrate_cancel")
+
+
+def test_a_destination_to_which_nothing_came_has_its_settings_back() -> None:
+    def settings(machine: Vm) -> list[Any]:
+        return [machine.monitor.ask(f"query-migrate-{what}") for what in SETTINGS]
+
+    async def scenario(machine: Vm) -> None:
+        async with attached(machine, incoming=True):
+            assert await asyncio.to_thread(settings, machine) != before
+
+    with vm("-incoming", "defer") as machine:
+        before = settings(machine)
+        run(scenario(machine))
+        assert settings(machine) == before
 
 
 def test_a_second_ramferry_cannot_track_what_one_tracks() -> None:

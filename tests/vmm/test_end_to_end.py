@@ -15,11 +15,10 @@ import pytest
 
 import engine
 from tests.support import eventually
-from tests.vmm.machines import Vm, needs_qemu, pair, vm
+from tests.vmm.machines import SETTINGS, Vm, needs_qemu, pair, vm
 
 pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
 
-SETTINGS = ("capabilities", "parameters")
 LIMIT_MS = 60_000  #: however slow the machine is, the rounds end
 
 
@@ -146,13 +145,17 @@ def test_what_is_compressed_arrives_right(codec: str) -> None:
 
 def test_the_settings_of_its_operator_are_as_before() -> None:
     with pair() as (source, destination):
-        wanted = [{"capability": "events", "state": True}]
-        source.monitor.ask("migrate-set-capabilities", capabilities=wanted)
-        before = [source.monitor.ask(f"query-migrate-{what}") for what in SETTINGS]
+        wanted, before = [{"capability": "events", "state": True}], []
+        for each in (source, destination):
+            each.monitor.ask("migrate-set-capabilities", capabilities=wanted)
+            before += [each.monitor.ask(f"query-migrate-{what}") for what in SETTINGS]
 
         asyncio.run(migrate(source, destination))
 
-        assert [source.monitor.ask(f"query-migrate-{what}") for what in SETTINGS] == before
+        after = []
+        for each in (source, destination):
+            after += [each.monitor.ask(f"query-migrate-{what}") for what in SETTINGS]
+        assert after == before
 
 
 def test_a_guest_goes_there_and_another_one_back() -> None:

@@ -65,6 +65,7 @@ class Vmm:
         os.ftruncate(memfd, size)
         memory = mmap.mmap(memfd, size, share)
         self.undo.callback(memory.close)
+        memory.madvise(mmap.MADV_DONTFORK)
         self.memory.append(memory)
         address = _native.mapping_address(memory)
         place = {"base_host_virt_addr": address, "size": size, "offset": 0, "page_size_kib": kib}
@@ -184,6 +185,10 @@ def same_userfaultfd(vmm: Vmm) -> None:
     vmm.fds[3] = vmm.fds[1]
 
 
+def for_children(vmm: Vmm) -> None:
+    vmm.memory[0].madvise(mmap.MADV_DOFORK)
+
+
 def pipe(vmm: Vmm) -> None:
     ends = os.pipe()
     for end in ends:
@@ -219,6 +224,7 @@ def overlap(vmm: Vmm) -> None:
         (elsewhere, "does not map the memfd of region 'ram0' shared and writable at 0x"),
         (same_memory, "does not map the memfd of region 'ram1'"),
         (same_userfaultfd, "the userfaultfd of region 'ram1' cannot track"),
+        (for_children, r"madvise\(MADV_DONTFORK\) for that memory"),
         (pipe, "the memory of region 'ram0' is no memfd"),
         (large_pages, "has pages of 4096 bytes, and not 2097152"),
         (strange_thread, "has no thread"),

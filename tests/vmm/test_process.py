@@ -28,6 +28,7 @@ STEPPER = """
 import mmap, struct, sys
 with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
     pages = len(memory) // 4096 - 1
+    memory.madvise(mmap.MADV_DONTFORK)
     print(flush=True)
     input()
     while True:

@@ -37,6 +37,7 @@ WRITER: Final = """
 import mmap, os, sys
 with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
     out = os.open(sys.argv[1] + ".out", os.O_WRONLY | os.O_CREAT)
+    memory.madvise(mmap.MADV_DONTFORK)
     print(flush=True)
     input()
     for start in range(0, len(memory), 65536):
@@ -140,6 +141,51 @@ def test_an_agent_left_alone_says_where_it_is_adopted(directory: Path) -> None:
 
     with steppers(directory) as (source, destination):
         asyncio.run(scenario(source, destination))
+
+
+@needs_kernel_faults
+def test_a_twin_that_waits_for_pages_of_nobody_is_refused(directory: Path) -> None:
+    async def scenario(source: Stepper, destination: Stepper) -> None:
+        async with in_postcopy(source.spec, destination.spec) as both:
+            os.kill(agents_of(both.there.pid)[0], signal.SIGKILL)
+            both.there.kill()
+            await both.there.wait()
+            path = str(destination.path)
+            with pytest.raises(MemoryRefused, match="waits for pages of a migration that nobody"):
+                await attach_process(destination.process.pid, path, incoming=True)
+
+    with steppers(directory) as (source, destination):
+        asyncio.run(scenario(source, destination))
+
+        assert lacks_pages(destination)
+
+
+def kill_our_agent() -> None:
+    """It has ended when this returns."""
+    agent = agents_of(os.getpid())[0]
+    os.kill(agent, signal.SIGKILL)
+    os.waitid(os.P_PID, agent, os.WEXITED | os.WNOWAIT)
+
+
+@needs_kernel_faults
+def test_nobody_waits_when_an_agent_dies_before_it_was_told_to_end_that(directory: Path) -> None:
+    async def scenario(destination: Stepper) -> None:
+        path = str(destination.path)
+        guest = await attach_process(destination.process.pid, path, incoming=True)
+        try:
+            await guest.open_missing()
+            assert lacks_pages(destination)
+            kill_our_agent()  # our event loop has not seen it yet
+            await guest.close_missing()
+            assert not guest.is_missing_open
+        finally:
+            await guest.quit()
+
+    with steppers(directory) as (_, destination):
+        run(scenario(destination))
+
+        assert not lacks_pages(destination)
+        assert userfaultfds(destination) == 0
 
 
 def test_a_twin_that_may_not_wait_in_the_kernel_is_refused(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,36 @@ def test_version_2_gets_threaded_groups_and_cpu_max(tmp_path: Path, is_on: bool)
     assert (tmp_path / "cgroup.subtree_control").read_text() == ("cpu io" if is_on else "+cpu")
 
 
+def test_version_2_does_not_change_how_others_share_their_time(tmp_path: Path) -> None:
+    """There are no quotas then, so that the process is stopped and continued instead."""
+    me, control = os.getpid(), tmp_path / "cgroup.subtree_control"
+    control.write_text("io")
+    (tmp_path / "somebody").mkdir()
+
+    with pytest.raises(OSError, match="would share its CPU time"):
+        ThreadQuotas(me, Drawn(2, "/", tmp_path, {me: tmp_path})).limit([me], 80)
+
+    assert control.read_text() == "io"
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == ["somebody"]
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_version_2_is_not_switched_off_for_others_that_have_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_beside: bool
+) -> None:
+    me, control = os.getpid(), tmp_path / "cgroup.subtree_control"
+    control.write_text("io")
+    quotas = ThreadQuotas(me, Drawn(2, "/", tmp_path, {me: tmp_path}))
+    quotas.limit([me], 80)
+    if is_beside:
+        (tmp_path / "somebody").mkdir()
+    monkeypatch.setattr(ThreadQuotas, "_remove", lambda _self, group: shutil.rmtree(group))
+
+    quotas.undo()
+
+    assert control.read_text() == ("+cpu" if is_beside else "-cpu")
+
+
 @pytest.mark.parametrize(
     ("percent", "period", "quota"),
     [(1, 10_000, 9_900), (90, 10_000, 1_000), (91, 11_111, 1_000), (99, 100_000, 1_000)],
@@ -217,6 +248,28 @@ def test_threads_go_into_groups_of_their_own_and_back(directory: Path) -> None:
         assert groups(process.pid) == before
         assert not ours.exists()
         assert is_free(process.pid)
+
+
+def test_one_group_that_stays_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me, removed = os.getpid(), []
+
+    def remove(_self: ThreadQuotas, group: Path) -> None:
+        removed.append(group.name)
+        if len(removed) == 1:
+            raise PermissionError(group)
+
+    drawn = Drawn(1, "/", tmp_path, {me: tmp_path})
+    for thread in (1, 2):
+        (tmp_path / f"ramferry-{me}-{thread}").mkdir()
+    monkeypatch.setattr(ThreadQuotas, "_remove", remove)
+    monkeypatch.setattr("engine.guest.cgroups.threads_of", lambda _pid: [me])
+
+    with pytest.raises(PermissionError):
+        ThreadQuotas(me, drawn).undo()
+
+    assert sorted(removed) == [f"ramferry-{me}-1", f"ramferry-{me}-2"]
 
 
 def version_2() -> Hierarchy | None:
@@ -393,12 +446,50 @@ def test_a_process_is_free_when_control_is_killed(directory: Path, threads: int)
         asyncio.run(scenario(process.pid, twin.pid))
 
 
+@pytest.mark.parametrize("threads", [1, THREADS_MAX])
+def test_a_process_is_free_when_an_agent_that_does_not_end_is_killed_for_it(
+    directory: Path, threads: int
+) -> None:
+    async def scenario(pid: int) -> None:
+        guest = await attach_process(pid, str(directory / "busy"), incoming=False)
+        try:
+            await guest.throttle(99)
+            os.kill(agents_of(os.getpid())[0], signal.SIGSTOP)
+        finally:
+            await guest.quit()
+        assert await asyncio.to_thread(is_free, pid)
+
+    with busy(directory, threads) as process:
+        run(scenario(process.pid))
+
+
+@needs_quotas
+def test_who_is_stopped_by_others_stays_stopped_when_the_agent_is_killed(directory: Path) -> None:
+    """Its throttle was a quota, which stops nobody."""
+
+    async def scenario(pid: int) -> None:
+        guest = await attach_process(pid, str(directory / "busy"), incoming=False)
+        try:
+            await guest.throttle(50)
+            os.kill(pid, signal.SIGSTOP)
+            assert await asyncio.to_thread(eventually, lambda: stands(pid))
+            os.kill(agents_of(os.getpid())[0], signal.SIGKILL)
+            await guest.died()
+            assert "ramferry" not in "".join(groups(pid))
+            assert stands(pid)
+        finally:
+            await guest.quit()
+
+    with busy(directory) as process:
+        run(scenario(process.pid))
+
+
 def test_undoing_a_process_that_has_ended_does_nothing(directory: Path) -> None:
     with busy(directory) as process:
         undoing = Undoing(process.pid)
         process.kill()
         process.wait()
-        undoing.undo()
+        undoing.undo(stops=True)
         undoing.close()
 
 

@@ -68,10 +68,10 @@ class StreamRoute:
         self._writer = ChunkWriter(stream.fd, is_file=stream.start is not None)
 
     async def connect(self, host: Host, session: bytes) -> Agreement:
+        hello = msgspec.structs.replace(hello_of(host, session), channels=1)
         if isinstance(self._address, VsockAddress):
             async with asyncio.timeout(ANSWER_WAIT_S):
                 self._use(await vsock.connect(self._address))
-        hello = msgspec.structs.replace(hello_of(host, session), channels=1)
         stream, writer = self._need()
         await writer.send(wire.StreamHello(hello, self._answers))
         return Agreement(

@@ -1,0 +1,118 @@
+"""What the agent of a process that knows nothing of us does where that process fails it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from engine.errors import GuestError, NotHandedOver
+from engine.guest import foreign_agent, messages
+from engine.guest.base import Role
+from engine.guest.foreign_agent import ForeignAgent
+from tests.guest.support import run
+
+pytestmark = pytest.mark.process
+
+
+class Broken:
+    """A process that answers nothing, and has nothing to be given back."""
+
+    kind, qmp_path, what = "process", "", "process 1"
+    pid = 1
+    is_running = False
+
+    def __init__(self) -> None:
+        self.blocks: list[Any] = []
+
+    def looks_running(self) -> bool:
+        raise GuestError("it hangs")
+
+    def resume(self) -> None:
+        raise GuestError("it hangs")
+
+    def count_vcpus(self) -> int:
+        return 0
+
+    def confirm(self) -> None:
+        """Nothing was ordered."""
+
+    end = close = confirm
+
+
+@contextlib.asynccontextmanager
+async def agent_of(process: Broken, role: Role) -> AsyncIterator[tuple[ForeignAgent, Any]]:
+    """An agent that runs in this process, and control's end of its connection."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    agent = ForeignAgent(theirs)
+    agent._foreign, agent.role = process, role  # type: ignore[assignment]
+    task = asyncio.ensure_future(agent.run())
+    with ours:
+        await asyncio.sleep(0)  # it serves
+        try:
+            yield agent, ours
+        finally:
+            agent._end.set()
+            await task
+
+
+def test_a_guest_that_may_run_is_not_handed_over() -> None:
+    async def scenario() -> None:
+        async with agent_of(Broken(), Role.OWNER) as (agent, _):
+            with pytest.raises(NotHandedOver, match="nobody can say whether the guest stands"):
+                await agent._hand_over(messages.HandOver(1, 1), [])
+            assert agent.role is Role.OWNER
+
+    run(scenario())
+
+
+def test_a_token_that_has_come_is_told_though_the_process_does_not_go_on(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def scenario() -> messages.Answer:
+        async with agent_of(Broken(), Role.INCOMING) as (agent, control):
+            agent._run_when_taken = True
+            agent._taken()
+            assert agent.role is Role.OWNER
+            return messages.answer_decoder().decode(messages.receive(control)[0])
+
+    assert isinstance(run(scenario()), messages.Taken)
+    assert "the guest is here and stands: it hangs" in capfd.readouterr().err
+
+
+def test_what_was_opened_for_a_control_process_that_has_gone_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It goes while a thread of the agent has the process open its userfaultfds."""
+    begun, may_end = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def open_slowly(*_: object) -> list[int]:
+        begun.set()
+        assert may_end.wait(10)
+        return [os.dup(0)]
+
+    def note(_pid: int, uffds: list[int], _ranges: object) -> None:
+        ended.extend(uffds)
+
+    async def scenario() -> None:
+        async with agent_of(Broken(), Role.INCOMING) as (agent, control):
+            messages.send(control, messages.OpenMissing(1))
+            await asyncio.to_thread(begun.wait, 10)
+            control.close()
+            await agent._end.wait()
+            may_end.set()
+
+    monkeypatch.setattr(foreign_agent, "open_foreign_missing", open_slowly)
+    monkeypatch.setattr(foreign_agent, "end_missing", note)
+    run(scenario())
+
+    assert len(ended) == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(ended[0])

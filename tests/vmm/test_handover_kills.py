@@ -1,0 +1,118 @@
+"""kill -9 of an agent with the right to run on its way: afterwards exactly one guest runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import engine
+from tests.support import eventually
+from tests.survival.test_switchover import Gate, gate, handing_over
+from tests.vmm.machines import needs_qemu, pair
+from tests.vmm.test_end_to_end import LIMIT_MS, agents_of, failure
+from tests.vmm.test_process import Stepper, directory, steppers
+
+pytestmark = pytest.mark.process
+__all__ = ["directory"]
+
+
+@dataclass
+class Armed:
+    """Both control processes; the destination waits for the token."""
+
+    here: engine.Control
+    there: engine.Control
+    between: Gate
+    migration: engine.Migration
+
+    @property
+    def agents(self) -> tuple[int, int]:
+        return agents_of(self.here.pid)[0], agents_of(self.there.pid)[0]
+
+
+@contextlib.asynccontextmanager
+async def armed(source: str, destination: str, tmp_path: Path) -> AsyncIterator[Armed]:
+    """A migration whose source has not heard that the destination is armed."""
+    path = tmp_path / "main"
+    here = engine.Control.start(source)
+    there = engine.Control.start(destination, f"unix:{path}")
+    async with here, there, gate(path) as between:
+        migration = await here.migrate(f"unix:{path}", max_bandwidth=0, downtime_limit=LIMIT_MS)
+        await between.armed.wait()
+        yield Armed(here, there, between, migration)
+
+
+@contextlib.contextmanager
+def stopped(agent: int) -> Iterator[None]:
+    """It does nothing meanwhile."""
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(agent, signal.SIGCONT)
+
+
+async def kill_before_the_token_leaves(source: str, destination: str, tmp_path: Path) -> str:
+    async with armed(source, destination, tmp_path) as found:
+        agent, _ = found.agents
+        with stopped(agent):
+            found.between.open()
+            await handing_over(found.here)
+            os.kill(agent, signal.SIGKILL)
+            return await failure(found.migration)
+
+
+def test_a_process_runs_at_the_source_when_its_agent_is_killed_before_the_token_leaves(
+    directory: Path, tmp_path: Path
+) -> None:
+    with steppers(directory) as (source, destination):
+        reason = asyncio.run(kill_before_the_token_leaves(source.spec, destination.spec, tmp_path))
+
+        assert "was killed by SIGKILL" in reason
+        assert source.goes_on()
+        assert destination.stands()
+
+
+@pytest.mark.guest
+@needs_qemu
+def test_a_qemu_runs_at_the_source_when_its_agent_is_killed_before_the_token_leaves(
+    tmp_path: Path,
+) -> None:
+    with pair() as (source, destination):
+        asyncio.run(kill_before_the_token_leaves(source.spec, destination.spec, tmp_path))
+
+        assert source.goes_on()
+        assert destination.status != "running"
+
+
+def test_one_process_runs_when_the_sources_agent_is_killed_behind_the_token(
+    directory: Path, tmp_path: Path
+) -> None:
+    """The token has left, and lies before an agent that does not look."""
+
+    async def scenario(source: Stepper, destination: Stepper) -> None:
+        async with armed(source.spec, destination.spec, tmp_path) as found:
+            agent, other = found.agents
+            with stopped(other):
+                found.between.open()
+                await handing_over(found.here)
+                await asyncio.sleep(0.2)  # so that it is sent, mostly; both orders must do
+                os.kill(agent, signal.SIGKILL)
+            with contextlib.suppress(engine.MigrationError):
+                await found.migration.result()
+            assert await asyncio.to_thread(
+                eventually, lambda: source.stands() != destination.stands()
+            )
+
+    with steppers(directory) as (source, destination):
+        asyncio.run(scenario(source, destination))
+
+        assert source.stands() != destination.stands()
