@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, cast
 
 import msgspec
 
-from engine.errors import GuestError, MigrationError
+from engine.errors import GuestError, MigrationError, NotHandedOver
 from engine.guest import messages
 from engine.guest.adoption import say
 from engine.guest.agentmain import run_agent
@@ -145,7 +145,10 @@ class HandoffAgent(ForeignAgent):
     async def _give(self, request: messages.HandOver | messages.GiveAway, fds: list[int]) -> Reply:
         """`HandOver` and `GiveAway`."""
         vmm = self._vmm
-        await self._threads.run(lambda: vmm.stay(True))
+        try:
+            await self._threads.run(lambda: vmm.stay(True))
+        except GuestError as exc:
+            raise NotHandedOver(f"nobody can say whether the guest stands: {exc}") from exc
         try:
             if isinstance(request, messages.HandOver):
                 return await self._hand_over(request, fds)

@@ -21,7 +21,8 @@ from typing import Any, Final
 import pytest
 
 from engine import _native
-from engine.errors import GuestError, UsageError
+from engine.errors import GuestError, NotHandedOver, UsageError
+from engine.guest.foreign import flags_of
 from engine.guest.foreignguest import ForeignGuest
 from engine.guest.handoff_door import BUSY
 from engine.guest.handoffguest import attach_handoff
@@ -385,6 +386,57 @@ def test_both_sides_have_a_device_state_or_none_has(
         for each in vmms:
             each.add()
         run(scenario(*vmms))
+
+
+def test_a_vmm_that_would_not_stand_alone_is_not_handed_over(path: Path, vmm: Vmm) -> None:
+    async def answer(connection: socket.socket) -> None:
+        runs = True
+        while True:
+            order = json.loads(await hear(connection))
+            if order["execute"] in ("pause", "resume"):
+                runs = order["execute"] == "resume"
+            reply = {"id": order["id"], "running": runs}
+            if order.get("until") == "resume":
+                reply["error"] = "never"
+            connection.send(json.dumps(reply).encode() + b"\n")
+
+    async def scenario() -> None:
+        async with attaching(path) as task:
+            connection, _ = await say(path, vmm.line(), vmm.fds)
+            with connection:
+                answering = asyncio.create_task(answer(connection))
+                guest = await task
+                await guest.pause(for_migration=True)
+                with pytest.raises(NotHandedOver, match="refused 'pause': never"):
+                    await guest.give_away()
+                await guest.resume(for_migration=True)
+                assert guest.is_running
+                answering.cancel()
+                await asyncio.gather(answering, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_a_vmm_that_hangs_up_is_let_go_and_can_come_again(path: Path, vmm: Vmm) -> None:
+    async def scenario() -> None:
+        for used in (vmm, again):
+            async with attaching(path) as task:
+                connection, _ = await say(path, used.line(), used.fds)
+                with connection:
+                    guest = await task
+                    await guest.start_tracking(None)
+                    assert is_tracked()
+                async with asyncio.timeout(WAIT_S):
+                    assert "its agent is gone" in await guest.died()
+                assert not is_tracked()
+
+    def is_tracked() -> bool:
+        ranges = [(vmm.regions[0]["base_host_virt_addr"], SIZE)]
+        return any("uw" in flags for flags in flags_of(os.getpid(), ranges))
+
+    again = Vmm(vmm.undo, [vmm.fds[0], raw_userfaultfd()], vmm.regions)
+    vmm.undo.callback(os.close, again.fds[1])
+    run(scenario())
 
 
 @pytest.mark.parametrize("way", ["hangs", "nonsense", "refuses"])
