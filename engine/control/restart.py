@@ -20,14 +20,27 @@ from engine.errors import UsageError
 from engine.guest.agentguest import AgentGuest
 from engine.guest.base import Guest, Handover
 from engine.guest.foreignguest import adopt_foreign
-from engine.guest.spec import GuestSpec, ProcessSpec, QemuSpec, RamSpec, WorkloadSpec
+from engine.guest.spec import (
+    GuestSpec,
+    HandoffSpec,
+    ProcessSpec,
+    QemuSpec,
+    RamSpec,
+    WorkloadSpec,
+)
 from engine.guest.workload import adopt_workload
 
 #: A guest that has lost its control process may ask the destination first who has the right to run.
 GUEST_WAIT_S: Final = 30.0
 POLL_S: Final = 0.02
 
-KINDS: Final = {RamSpec: "ram", WorkloadSpec: "workload", QemuSpec: "qemu", ProcessSpec: "process"}
+KINDS: Final = {
+    RamSpec: "ram",
+    WorkloadSpec: "workload",
+    QemuSpec: "qemu",
+    ProcessSpec: "process",
+    HandoffSpec: "handoff",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ async def plan(found: Found | None, spec: GuestSpec, *, incoming: bool) -> Plan:
         )
     if isinstance(spec, WorkloadSpec):
         return await _plan_workload(found, spec, incoming=incoming)
-    if isinstance(spec, QemuSpec | ProcessSpec):
+    if isinstance(spec, QemuSpec | ProcessSpec | HandoffSpec):
         return await _plan_foreign(found, spec, incoming=incoming)
     return _plan_ram(found, spec, incoming=incoming)
 
@@ -216,7 +229,9 @@ def _at_destination_in_part(found: Found) -> UsageError:
     )
 
 
-async def _plan_foreign(found: Found, spec: QemuSpec | ProcessSpec, *, incoming: bool) -> Plan:
+async def _plan_foreign(
+    found: Found, spec: QemuSpec | ProcessSpec | HandoffSpec, *, incoming: bool
+) -> Plan:
     """It goes on by itself; whether it waits, runs or stands is looked at anew. In postcopy its
     agent has lived on."""
     path = await _orphan(found)

@@ -350,30 +350,49 @@ def track_foreign(pid: int, blocks: Sequence[ForeignBlock]) -> ForeignTracker:
     :raise MemoryRefused: not possible, and why; the process is as before."""
     ranges = ranges_of(blocks)
     with contextlib.ExitStack() as undo:
-        try:
-            pagemap_fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise MemoryRefused(f"/proc/{pid}/pagemap: {exc.strerror}") from exc
+        pagemap_fd = open_pagemap(pid)
         undo.callback(os.close, pagemap_fd)
-        if not _native.pagemap_scan_supported(pagemap_fd):
-            raise MemoryRefused("the kernel has no PAGEMAP_SCAN, which Linux 6.7 brought")
         uffd, stopped_ns = open_foreign_uffd(pid, _native.UFFD_USER_MODE_ONLY)
         undo.callback(os.close, uffd)
         try:
             _negotiate(pid, uffd, ranges)
-            for address, size in ranges:
-                _native.uffd_register(uffd, address, size, _native.UFFD_REGISTER_WP)
-                _call_clean(pagemap_fd, address, size // PAGE_SIZE)
         except OSError as exc:
-            if exc.errno == errno.EBUSY:
-                raise MemoryRefused(
-                    f"the memory of process {pid} is tracked already, by another ramferry or by "
-                    "the process itself"
-                ) from exc
             raise MemoryRefused(f"tracking process {pid}: {exc.strerror}") from exc
+        for address, size in ranges:
+            write_protect(pid, uffd, pagemap_fd, address, size)
         check_still_alone(blocks, pid)  # now that forks are noted
         undo.pop_all()
         return ForeignTracker(pid, uffd, pagemap_fd, stopped_ns)
+
+
+def open_pagemap(pid: int) -> int:
+    """The caller's.
+
+    :raise MemoryRefused: not to be had, or the kernel cannot scan it."""
+    try:
+        pagemap_fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise MemoryRefused(f"/proc/{pid}/pagemap: {exc.strerror}") from exc
+    if not _native.pagemap_scan_supported(pagemap_fd):
+        os.close(pagemap_fd)
+        raise MemoryRefused("the kernel has no PAGEMAP_SCAN, which Linux 6.7 brought")
+    return pagemap_fd
+
+
+def write_protect(pid: int, uffd: int, pagemap_fd: int, address: int, size: int) -> None:
+    """Have a negotiated userfaultfd of the process track one range; all of it is clean from now.
+
+    :raise MemoryRefused: not possible, and why."""
+    try:
+        _native.uffd_register(uffd, address, size, _native.UFFD_REGISTER_WP)
+        _call_clean(pagemap_fd, address, size // PAGE_SIZE)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            raise MemoryRefused(
+                f"the memory of process {pid} is tracked already, by another ramferry or by "
+                "the process itself"
+            ) from exc
+        raise MemoryRefused(f"tracking process {pid}: {exc.strerror}") from exc
 
 
 def _negotiate(pid: int, uffd: int, ranges: Sequence[Range]) -> None:

@@ -74,6 +74,17 @@ def _open_kept(pid: int) -> int:
 def _register(pid: int, uffd: int, block: RamBlock, address: int) -> None:
     try:
         _native.uffd_negotiate(uffd, FEATURES | _native.UFFD_FEATURE_THREAD_ID)
+    except OSError as exc:
+        raise _cannot_wait(pid, block, exc) from exc
+    register_missing(pid, uffd, block, address)
+
+
+def register_missing(pid: int, uffd: int, block: RamBlock, address: int) -> None:
+    """Whoever touches a page of the block that is missing waits from now on, for a userfaultfd of
+    the process that was negotiated.
+
+    :raise MemoryRefused: not possible, and why."""
+    try:
         _native.uffd_register(uffd, address, block.size, _native.UFFD_REGISTER_MISSING)
     except OSError as exc:
         if exc.errno == errno.EBUSY:
@@ -81,21 +92,30 @@ def _register(pid: int, uffd: int, block: RamBlock, address: int) -> None:
                 f"memory '{block.name}' of process {pid} has a userfaultfd already, of another "
                 "ramferry or of the process itself"
             ) from exc
-        raise MemoryRefused(
-            f"memory '{block.name}' of process {pid} cannot wait for missing pages "
-            f"({exc.strerror}); it must be in a tmpfs or hugetlbfs"
-        ) from exc
+        raise _cannot_wait(pid, block, exc) from exc
+
+
+def _cannot_wait(pid: int, block: RamBlock, exc: OSError) -> MemoryRefused:
+    return MemoryRefused(
+        f"memory '{block.name}' of process {pid} cannot wait for missing pages "
+        f"({exc.strerror}); it must be in a tmpfs or hugetlbfs"
+    )
 
 
 def end_missing(pid: int, uffds: Sequence[int], ranges: Sequence[Range]) -> None:
     """What is missing reads as zero from now on, and nobody waits. The descriptors stay the
     caller's; those in the process are closed."""
-    for uffd, (block, address) in zip(uffds, ranges, strict=True):
-        with contextlib.suppress(OSError):  # it was not registered yet, or the process is gone
-            _native.uffd_unregister(uffd, address, block.size)
+    unregister(uffds, ranges)
     for uffd in uffds:
         if not _close_there(pid, uffd):
             log.warning("a userfaultfd stays open in process %d, unused", pid)
+
+
+def unregister(uffds: Sequence[int], ranges: Sequence[Range]) -> None:
+    """Nobody waits any more, and nothing is tracked; the descriptors stay open."""
+    for uffd, (block, address) in zip(uffds, ranges, strict=True):
+        with contextlib.suppress(OSError):  # it was not registered yet, or the process is gone
+            _native.uffd_unregister(uffd, address, block.size)
 
 
 def _close_there(pid: int, uffd: int) -> bool:

@@ -7,14 +7,14 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from engine.errors import GuestError, MigrationError, NotHandedOver
 from engine.guest import messages
 from engine.guest.agentguest import AgentGuest
 from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
-from engine.guest.foreign_missing import end_missing
+from engine.guest.foreign_missing import Range, end_missing
 from engine.guest.link import ADOPT_WAIT_S, DEATH_WAIT_S, AgentLink, adopt_agent, start_agent
 from engine.guest.qmpclient import QmpClient
 from engine.guest.rundir import default_rundir
@@ -103,9 +103,14 @@ class ForeignGuest(AgentGuest):
             if self._missing is None:
                 return
             places = list(zip(self._blocks, self._missing.addresses, strict=True))
-            await asyncio.to_thread(end_missing, self.pid, self._missing.uffds, places)
+            uffds = self._missing.uffds
+            await asyncio.to_thread(self._end_missing_alone, uffds, places)
         self.is_missing_open = False
         self._close_lent()
+
+    def _end_missing_alone(self, uffds: Sequence[int], places: Sequence[Range]) -> None:
+        """What the agent would have done."""
+        end_missing(self.pid, uffds, places)
 
     def _taken(self, event: messages.Taken) -> None:
         self._is_taken_in_part = self._missing is not None
@@ -285,7 +290,7 @@ async def attach_qemu(path: str, *, incoming: bool) -> ForeignGuest:
     :raise MigrationError: one line that says what is missing; the QEMU is as before."""
     link, where = start_agent(AGENT), os.path.abspath(path)
     request = messages.StartQemu(link.next_id(), where, incoming, default_rundir())
-    return await _attach(link, request)
+    return await attach_foreign(link, request)
 
 
 async def attach_process(pid: int, path: str, *, incoming: bool) -> ForeignGuest:
@@ -294,34 +299,41 @@ async def attach_process(pid: int, path: str, *, incoming: bool) -> ForeignGuest
     :raise MigrationError: one line that says what is missing; the process is as before."""
     link, where = start_agent(AGENT), os.path.abspath(path)
     request = messages.StartProcess(link.next_id(), pid, where, incoming, default_rundir())
-    return await _attach(link, request)
+    return await attach_foreign(link, request)
 
 
-async def adopt_foreign(path: str) -> ForeignGuest:
+async def adopt_foreign(path: str, kind: type[ForeignGuest] = ForeignGuest) -> ForeignGuest:
     """Take over a process in postcopy whose control process died; it goes on as it is.
 
     :raise UsageError: no agent waits there.
     :raise GuestError: it does not answer; it is left alone."""
     link = adopt_agent(path)
     try:
-        return await _started(link, messages.Attach(link.next_id()), ADOPT_WAIT_S)
+        return await _started(link, messages.Attach(link.next_id()), ADOPT_WAIT_S, kind)
     except (MigrationError, asyncio.CancelledError):
         link.leave()
         raise
 
 
-async def _attach(
-    link: AgentLink, request: messages.StartQemu | messages.StartProcess
+async def attach_foreign(
+    link: AgentLink,
+    request: messages.Request,
+    wait_s: float = ATTACH_WAIT_S,
+    kind: type[ForeignGuest] = ForeignGuest,
 ) -> ForeignGuest:
-    """Take the link over, also on failure."""
+    """Ask a new agent for its first attachment; take the link over, also on failure.
+
+    :raise MigrationError: one line that says what is missing."""
     try:
-        return await _started(link, request, ATTACH_WAIT_S)
+        return await _started(link, request, wait_s, kind)
     except (MigrationError, asyncio.CancelledError):
         await link.end()
         raise
 
 
-async def _started(link: AgentLink, request: messages.Request, wait_s: float) -> ForeignGuest:
+async def _started(
+    link: AgentLink, request: messages.Request, wait_s: float, kind: type[ForeignGuest]
+) -> ForeignGuest:
     """The link stays the caller's on failure."""
     started, fds = await link.ask(request, messages.ForeignStarted, wait_s=wait_s)
     try:
@@ -334,4 +346,4 @@ async def _started(link: AgentLink, request: messages.Request, wait_s: float) ->
     except GuestError:
         messages.close_all(fds)
         raise
-    return ForeignGuest(link, started, fds, pidfd)
+    return kind(link, started, fds, pidfd)

@@ -95,6 +95,18 @@ class StartProcess(Request, frozen=True):
     rundir: Text
 
 
+class StartHandoff(Request, frozen=True):
+    """First request to a new agent, for a VMM that will connect. Answer: ForeignStarted, then.
+
+    :ivar path: of the socket where it does.
+    :ivar incoming: it shall take a guest over.
+    :ivar rundir: as of a QEMU."""
+
+    path: Text
+    incoming: bool
+    rundir: Text
+
+
 class Pause(Request, frozen=True):
     """Answer: At."""
 
@@ -339,7 +351,7 @@ class Attached(Answer, frozen=True):
 class ForeignStarted(Answer, frozen=True):
     """A process and its RAM blocks; beside it their descriptors, in this order. `stopped` and what
     follows: as `Attached`. `qmp_path`: of a QEMU's socket; else
-    empty."""
+    empty. `kind`: as of `Guest`, where `--guest` does not tell."""
 
     qmp_path: str
     pid: int
@@ -351,6 +363,7 @@ class ForeignStarted(Answer, frozen=True):
     unknown: bool
     missing: bool
     gone: bool
+    kind: str = ""
 
 
 class TrackedBlocks(Answer, frozen=True):
@@ -419,11 +432,11 @@ class Taken(Answer, frozen=True):
 
 
 AnyRequest = (
-    Start | StartQemu | StartProcess | Attach | Pause | Resume | Sleep | Throttle | Writes
-    | StartTracking | StopTracking | ClearSoftDirty | StartCounting | CountWritten | CountDirty
-    | LimitDirty | ReadDirtied | ReadTimes | SaveState | LoadState | LoadLongState | Judge
-    | OpenMissing | CloseMissing | ListenHandover | Arm | Disarm | ConnectHandover | CheckHandover
-    | HandOver | ReleaseRam | GiveAway | Settle | TakeOver | CloseHandover | Quit
+    Start | StartQemu | StartProcess | StartHandoff | Attach | Pause | Resume | Sleep | Throttle
+    | Writes | StartTracking | StopTracking | ClearSoftDirty | StartCounting | CountWritten
+    | CountDirty | LimitDirty | ReadDirtied | ReadTimes | SaveState | LoadState | LoadLongState
+    | Judge | OpenMissing | CloseMissing | ListenHandover | Arm | Disarm | ConnectHandover
+    | CheckHandover | HandOver | ReleaseRam | GiveAway | Settle | TakeOver | CloseHandover | Quit
 )  # fmt: skip
 AnyAnswer = (
     Done | Failed | At | Throttled | Count | Dirtied | Times | Attached | ForeignStarted | Tracked

@@ -11,7 +11,8 @@ from engine.errors import UsageError, shown
 from engine.guest import messages
 from engine.guest.backing import HUGE_1G, HUGE_2M, check_available, make_ram
 from engine.guest.base import Guest, Handover, TrackerName
-from engine.guest.foreignguest import adopt_foreign, attach_process, attach_qemu
+from engine.guest.foreignguest import ForeignGuest, adopt_foreign, attach_process, attach_qemu
+from engine.guest.handoffguest import HandoffGuest, attach_handoff
 from engine.guest.ram import RamGuest
 from engine.guest.rundir import check_rundir, default_rundir
 from engine.guest.workload import WorkloadGuest, adopt_workload, start_workload
@@ -20,7 +21,6 @@ from engine.sizes import parse_size
 
 PATTERNS: Final = ("sweep", "random", "hotspot", "append")
 CONTENTS: Final = ("zero", "text", "heap", "random", "mixed")
-NOT_YET: Final = ("handoff",)
 ADOPTED_WAITS: Final = "a guest that is adopted (socket=) cannot wait for a migration"
 PATH_BYTES_MAX: Final = 4095  #: the kernel's PATH_MAX, less its final zero
 
@@ -93,7 +93,15 @@ class ProcessSpec:
     socket: str | None = None
 
 
-GuestSpec = RamSpec | WorkloadSpec | QemuSpec | ProcessSpec
+@dataclass(frozen=True, slots=True)
+class HandoffSpec:
+    """`handoff:PATH`: a VMM that will connect to a socket there; `socket` as of a QEMU."""
+
+    path: str = ""
+    socket: str | None = None
+
+
+GuestSpec = RamSpec | WorkloadSpec | QemuSpec | ProcessSpec | HandoffSpec
 SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec, QemuSpec, ProcessSpec)
 #: What kinds that have no size need, and how it looks.
 NEEDED: Final = {
@@ -210,14 +218,25 @@ def parse_guest_spec(text: str) -> GuestSpec:
         return _parse(QemuSpec, kind, rest)
     if kind == "process":
         return _parse(ProcessSpec, kind, rest)
-    if kind in NOT_YET:
-        raise UsageError(
-            f"guest kind '{kind}' is not built yet; there are: ram, workload, qemu, process"
-        )
+    if kind == "handoff":
+        return _parse_handoff(rest)
     raise UsageError(
         f"guest '{shown(text)}' is of no known kind; allowed: ram:size=..., workload:size=..., "
-        "qemu:qmp=..., process:pid=...,path=..."
+        "qemu:qmp=..., process:pid=...,path=..., handoff:PATH"
     )
+
+
+def _parse_handoff(text: str) -> HandoffSpec:
+    """A path and nothing else, whatever is in it."""
+    name, equals, value = text.partition("=")
+    is_adopted = name == "socket" and equals
+    try:
+        path = _path(value if is_adopted else text)
+    except ValueError as exc:
+        raise UsageError(
+            f"guest 'handoff' needs {exc}, like handoff:/run/vmm.sock; not '{shown(text)}'"
+        ) from exc
+    return HandoffSpec(socket=path) if is_adopted else HandoffSpec(path)
 
 
 def _parse(spec_type: type[SpecT], kind: str, text: str) -> SpecT:
@@ -275,17 +294,20 @@ async def open_guest(
     :raise GuestError: the guest's process failed to start; nothing is left."""
     if isinstance(spec, WorkloadSpec):
         return await open_workload(spec, incoming=incoming, run=run)
-    if isinstance(spec, QemuSpec | ProcessSpec):
+    if isinstance(spec, QemuSpec | ProcessSpec | HandoffSpec):
         return await _open_foreign(spec, incoming=incoming)
     ram = make_ram(spec.size, spec.path, spec.hugetlb, spec.pagesize)
     return RamGuest(ram, incoming=incoming, run=run, given_up=given_up)
 
 
-async def _open_foreign(spec: QemuSpec | ProcessSpec, *, incoming: bool) -> Guest:
+async def _open_foreign(spec: QemuSpec | ProcessSpec | HandoffSpec, *, incoming: bool) -> Guest:
     if spec.socket is not None:
         if incoming:
             raise UsageError(ADOPTED_WAITS)
-        return await adopt_foreign(spec.socket)
+        kind = HandoffGuest if isinstance(spec, HandoffSpec) else ForeignGuest
+        return await adopt_foreign(spec.socket, kind)
+    if isinstance(spec, HandoffSpec):
+        return await attach_handoff(spec.path, incoming=incoming)
     if isinstance(spec, QemuSpec):
         return await attach_qemu(spec.qmp, incoming=incoming)
     return await attach_process(spec.pid, spec.path, incoming=incoming)

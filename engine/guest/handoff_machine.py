@@ -1,0 +1,302 @@
+"""A VMM that has handed its memory over, as its agent drives it: orders over its connection.
+
+Nothing is injected: it has sent a userfaultfd for each region, which tracks its writes at the
+source and has it wait for missing pages at the destination.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from engine.errors import GuestError, MemoryRefused, WireError
+from engine.guest.cgroups import threads_of
+from engine.guest.foreign import (
+    NEVER_FORKED,
+    ForeignBlock,
+    ForeignTracker,
+    check_nobody_waits,
+    check_tracker,
+    is_in_children,
+    open_pagemap,
+    ranges_of,
+    read_mappings,
+    write_protect,
+)
+from engine.guest.foreign_missing import Range, register_missing, unregister
+from engine.guest.handoff_door import Visitor
+from engine.guest.handoff_hello import VERSION, Hello, check_descriptors, parse_hello
+from engine.guest.handoff_link import VmmLink, encode_line
+from engine.memory.tracking import TrackerName
+from engine.wire import STATE_BYTES_MAX
+
+STATE: Final = b"ramferry handoff 1\n"  #: what a device state begins with, also one of no bytes
+STATE_WAIT_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class HandedTracker(ForeignTracker):
+    """Its userfaultfds are the machine's, and stay open."""
+
+    end: Callable[[], None] = field(kw_only=True)
+
+    def close(self) -> None:
+        self.end()
+        os.close(self.pagemap_fd)
+
+
+class HandoffMachine:
+    """One VMM; owns its connection and the descriptors that it has sent."""
+
+    kind, qmp_path = "handoff", ""
+
+    def __init__(self, visitor: Visitor, *, incoming: bool, on_end: Callable[[], None]) -> None:
+        """Take over who has said hello, and say welcome.
+
+        :param on_end: called by a thread when the VMM hangs up.
+        :raise MigrationError: one line that says what is wrong; the visitor stays the caller's."""
+        self.pid = visitor.pid
+        self.blocks: list[ForeignBlock] = []
+        self._tracker: HandedTracker | None = None
+        self._ordered: tuple[int, str] | None = None  #: one whose answer nobody has read yet
+        self._stays = False  #: what stands now stands whatever becomes of the connection
+        hello = parse_hello(visitor.text)
+        self.is_running, self._has_state = hello.running, hello.state
+        self._check_role(incoming)
+        self._vcpus = self._check_vcpus(hello)
+        try:
+            offered = check_descriptors(hello, visitor.fds, self.pid, read_mappings(self.pid))
+            check_nobody_waits(offered.blocks, self.pid)
+            _check_not_in_children(offered.blocks, self.pid)
+        except OSError as exc:
+            raise MemoryRefused(
+                f"process {self.pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
+            ) from exc
+        role = "destination" if incoming else "source"
+        try:
+            visitor.connection.send(encode_line({"welcome": VERSION, "role": role}))
+        except OSError as exc:
+            raise GuestError("it hung up before it was welcome") from exc
+        visitor.fds = []
+        self.blocks, self._uffds = offered.blocks, offered.uffds
+        self._link = VmmLink(visitor.connection, self.what, on_end)
+
+    @property
+    def what(self) -> str:
+        return f"VMM (pid {self.pid})"
+
+    def _check_role(self, incoming: bool) -> None:
+        if incoming and self.is_running:
+            raise GuestError(
+                "it runs, and ramferry waits for a guest to put there; start it so that it stands "
+                "until it is told to resume"
+            )
+
+    def _check_vcpus(self, hello: Hello) -> list[int]:
+        """:raise WireError: threads of somebody else."""
+        for thread in hello.vcpus:
+            if not os.path.exists(f"/proc/{self.pid}/task/{thread}"):
+                raise WireError(f"vcpus: process {self.pid} has no thread {thread}")
+        return list(hello.vcpus)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def looks_running(self) -> bool:
+        running = self._link.execute("status").running
+        if running is None:
+            raise GuestError(f"{self.what} does not say whether it runs")
+        self.is_running = running
+        return running
+
+    def pause(self) -> int:
+        """Stop it. If it ran, and its connection ends, it runs again, until `stay`."""
+        self._stays = self._stays or not self.is_running
+        at_ns = self._order_pause()
+        if self.looks_running():
+            raise GuestError(f"somebody else continued {self.what} as it was stopped")
+        return at_ns
+
+    def _order_pause(self) -> int:
+        self._link.execute("pause", until="resume" if self._stays else "hangup")
+        return time.monotonic_ns()
+
+    def stay(self, stays: bool) -> None:
+        """Whether it stands also without its connection, while it stands."""
+        if self._stays is not stays:
+            self._stays = stays
+            self._order_pause()
+
+    def arrive(self) -> None:
+        """The guest is here, and stands: said without waiting, as `resume`."""
+        self._stays = True
+        self._ordered = (self._link.order("arrived"), "arrived")
+
+    def resume(self) -> None:
+        self._stays = False
+        self._ordered = (self._link.order("resume"), "resume")
+        self.is_running = True
+
+    def confirm(self) -> None:
+        """:raise GuestError: it did not do what it was told without waiting."""
+        ordered, self._ordered = self._ordered, None
+        if ordered is None:
+            return
+        try:
+            self._link.answer(*ordered)
+        except GuestError:
+            self.is_running = False
+            raise
+
+    def vcpus(self) -> list[int]:
+        """Threads that it has named, or all.
+
+        :raise GuestError: it has ended."""
+        try:
+            return self._vcpus or threads_of(self.pid)
+        except OSError as exc:
+            raise GuestError(f"{self.what} has ended") from exc
+
+    def count_vcpus(self) -> int:
+        return len(self._vcpus)
+
+    # -- device state ----------------------------------------------------------------------------
+
+    def save(self) -> tuple[int, int]:
+        if self.looks_running():
+            raise GuestError(f"{self.what} runs; pause it before its state is saved")
+        memfd = _make_state_file(len(STATE) + STATE_BYTES_MAX)
+        try:
+            size = self._save(memfd) if self._has_state else 0
+            state = _make_state_file(len(STATE) + size)
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.close, state)
+                os.pwrite(state, STATE, 0)
+                os.lseek(state, len(STATE), os.SEEK_SET)
+                _copy(memfd, state, size)
+                undo.pop_all()
+        finally:
+            os.close(memfd)
+        return state, len(STATE) + size
+
+    def _save(self, memfd: int) -> int:
+        """Have it write its state; return how many bytes."""
+        limit = STATE_BYTES_MAX - len(STATE)
+        size = self._link.execute("save", memfd, STATE_WAIT_S, limit=limit).size
+        if size is None or not 0 < size <= limit:
+            raise GuestError(f"{self.what} saved a device state of {size} bytes")
+        return size
+
+    def load(self, state_fd: int, size: int) -> None:
+        length = size - len(STATE)
+        if length < 0 or os.pread(state_fd, len(STATE), 0) != STATE:
+            raise GuestError(f"device state of {size} bytes is not that of a VMM by handoff")
+        if self._has_state is not (length > 0):
+            ours, theirs = ("a", "none") if self._has_state else ("no", "one")
+            raise GuestError(f"{self.what} has {ours} device state, and {theirs} came")
+        if length:
+            memfd = _make_state_file(length)
+            try:
+                os.lseek(state_fd, len(STATE), os.SEEK_SET)
+                _copy(state_fd, memfd, length)
+                self._link.execute("load", memfd, STATE_WAIT_S, size=length)
+            finally:
+                os.close(memfd)
+        if self.looks_running():
+            raise GuestError(f"{self.what} ran the guest before it was told to")
+
+    # -- tracking and missing pages --------------------------------------------------------------
+
+    @property
+    def ranges(self) -> list[Range]:
+        return [(each.block, each.address) for each in self.blocks]
+
+    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+        check_tracker(wanted)
+        self.stop_tracking()
+        with contextlib.ExitStack() as undo:
+            pagemap_fd = open_pagemap(self.pid)
+            undo.callback(os.close, pagemap_fd)
+            undo.callback(self._unregister)
+            for uffd, (block, address) in zip(self._uffds, self.ranges, strict=True):
+                write_protect(self.pid, uffd, pagemap_fd, address, block.size)
+            undo.pop_all()
+        self._tracker = HandedTracker(self.pid, -1, pagemap_fd, 0, end=self._unregister)
+        return self._tracker
+
+    def stop_tracking(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+
+    def _unregister(self) -> None:
+        unregister(self._uffds, self.ranges)
+
+    def open_missing(self) -> list[int]:
+        """It waits for what is missing, whoever of us dies, until `end_missing`; return copies of
+        the userfaultfds, the caller's.
+
+        :raise MigrationError: not possible, and why; it is as before."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unregister)
+            for uffd, place in zip(self._uffds, self.ranges, strict=True):
+                register_missing(self.pid, uffd, *place)
+            self._link.execute("hold")
+            uffds = [fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0) for uffd in self._uffds]
+            undo.pop_all()
+        return uffds
+
+    def end_missing(self) -> None:
+        """Nobody waits any more; it may close its userfaultfds when it hangs up."""
+        self._unregister()
+        self._link.order("release")
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        self._link.give_up()
+
+    def close(self) -> None:
+        self.stop_tracking()
+        self._link.close()
+        for each in self.blocks:
+            os.close(each.block.fd)
+        self.blocks = []
+        for uffd in self._uffds:
+            os.close(uffd)
+        self._uffds = []
+
+
+def _check_not_in_children(blocks: list[ForeignBlock], pid: int) -> None:
+    """Forks are not heard of here, so there may be none that matter.
+
+    :raise MemoryRefused: a child would have the memory.
+    :raise OSError: the process is gone, or not ours to look at."""
+    if is_in_children(pid, ranges_of(blocks)):
+        raise MemoryRefused(f"a child of process {pid} would have its memory; {NEVER_FORKED}")
+
+
+def _make_state_file(size: int) -> int:
+    """Of so many bytes for ever, so that nobody who has it makes it smaller or larger."""
+    fd = os.memfd_create("ramferry-state", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _copy(source: int, destination: int, size: int) -> None:
+    """From here to there, at both positions; a source that ends before leaves zeros."""
+    copied = 0
+    while copied < size:
+        piece = os.read(source, min(1024 * 1024, size - copied))
+        if not piece:
+            return
+        copied += os.write(destination, piece)
