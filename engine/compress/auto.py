@@ -43,6 +43,8 @@ TRIAL_MAX_NS: Final = 800 * MS
 #: One that was slower is avoided for so long, and each time twice as long.
 AVOIDED_NS: Final = 1_000 * MS
 DOUBLINGS_MAX: Final = 4
+#: A trial is compared with the most that was drained in so long before it: a stall proves nothing.
+PEAK_NS: Final = 300 * MS
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
 LEARNING: Final = 0.25
 LEARNING_BYTES: Final = 1024 * 1024
@@ -93,8 +95,28 @@ class Allowance:
         self._left_ns -= spent_ns
 
 
+@dataclass(slots=True)
+class Preparing:
+    """CPU time for a byte of RAM beside its codec. For a codec pages are sorted and copied together,
+    which takes longer than LZ4 itself."""
+
+    thread_ns: float = 0.0
+    worker_ns: float = 0.0
+
+    def learn(self, thread_ns: float, worker_ns: float, weight: float) -> None:
+        self.thread_ns += weight * (thread_ns - self.thread_ns)
+        self.worker_ns += weight * (worker_ns - self.worker_ns)
+
+
+class Peak(NamedTuple):
+    """The most that the channel drained of one codec, lately."""
+
+    at_ns: int = 0
+    rate: float = 0.0
+
+
 class Trial(NamedTuple):
-    """A stronger codec was taken instead of `weaker`, while the channel drained `rate`."""
+    """A stronger codec was taken instead of `weaker`, of which the channel drained `rate`."""
 
     began_ns: int
     weaker: int
@@ -118,10 +140,11 @@ class Auto:
         self._known[0].times = 1
         self._current = 0
         self._trial: Trial | None = None
+        self._peaks = [Peak() for _ in LADDER]
         self._changed_ns = self._held_until_ns = 0  #: the choice, and since when and until when
         self._worth = 1.0  #: part of the RAM that looks worth trying, seen in `_tries` batches
         self._tries = 0
-        self._thread_ns = self._worker_ns = 0.0  #: CPU time for a byte of RAM, without its codec
+        self._plain, self._sorted = Preparing(), Preparing()  #: without a codec, and for one
         self._probed_ns = 0  #: by the probe after the batch before
         self._before, self._changes, self._why = 0, 0, Why.START  #: the last change
 
@@ -142,6 +165,8 @@ class Auto:
         allowed = [i for i, known in enumerate(self._known) if now_ns >= known.avoided_until_ns]
         best = min(allowed, key=self._ns_per_byte)
         if self._ns_per_byte(best) * GAIN_MIN < self._ns_per_byte(self._current):
+            if best > self._current and self._judge(now_ns, is_early=True):
+                return self._arms[self._current]
             self._change(best, now_ns)
         if self._current == 0 and self.drain.is_full and self._is_due(1, now_ns):
             return self._arms[1]
@@ -150,32 +175,48 @@ class Auto:
     def _change(self, index: int, now_ns: int) -> None:
         trial = self._trial
         if trial is None and self.drain.is_full:
-            trial = Trial(now_ns, self._current, self.drain.rate)
+            trial = Trial(now_ns, self._current, self._peak(now_ns).rate)
         self._trial = trial if trial is not None and index > trial.weaker else None
         self._take(index, now_ns, Why.STRONGER if index > self._current else Why.WEAKER)
+
+    def _peak(self, now_ns: int) -> Peak:
+        """Of the current codec."""
+        peak, rate = self._peaks[self._current], self.drain.rate
+        if rate >= peak.rate or now_ns > peak.at_ns + PEAK_NS:
+            peak = self._peaks[self._current] = Peak(now_ns, rate)
+        return peak
 
     def _take(self, index: int, now_ns: int, why: Why) -> None:
         self._before, self._current, self._changed_ns = self._current, index, now_ns
         self._changes, self._why = self._changes + 1, why
 
-    def _judge(self, now_ns: int) -> None:
+    def _judge(self, now_ns: int, *, is_early: bool = False) -> bool:
         """A channel is also full when the other side cannot decode as fast; then it drains less of
-        a stronger codec's packets, and the weaker one was better."""
+        a stronger codec's packets, and the weaker one was better.
+
+        :param is_early: a still stronger one is wanted: then this one must be good so far.
+        :return: the weaker one was better, and is the choice again."""
         trial = self._trial
         if trial is None or not trial.rate or now_ns < self._changed_ns + WINDOW_NS:
-            return
+            return False
         trial_ns = now_ns - trial.began_ns
-        if trial_ns < TRIAL_NS or (not self.drain.is_full and trial_ns < TRIAL_MAX_NS):
-            return
+        due_ns = (WINDOW_NS if is_early else TRIAL_NS) if self.drain.is_full else TRIAL_MAX_NS
+        if trial_ns < due_ns:
+            return False
         self._trial, known = None, self._known[self._current]
         promised_ns = self._wire_ns(trial.weaker) * self.drain.rate / trial.rate
         if not self.drain.is_full or self._wire_ns(self._current) <= promised_ns * GAIN_MIN:
             known.disproved = 0
-            return
-        known.avoided_until_ns = now_ns + AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX)
+            return False
+        until_ns = now_ns + AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX)
+        for one in self._known[
+            self._current :
+        ]:  # who decodes this too slowly is slower with stronger ones
+            one.avoided_until_ns = max(one.avoided_until_ns, until_ns)
         known.disproved += 1
         self._take(trial.weaker, now_ns, Why.DISPROVED)
         self._held_until_ns = now_ns + TRIAL_NS  # until the drain was seen with the weaker one
+        return True
 
     def probe(self, now_ns: int) -> Arm | None:
         """What to encode the pages of the batch with a second time, to learn: while the channel is
@@ -214,24 +255,27 @@ class Auto:
     def _made_ns(self, index: int) -> float:
         codec_ns = self._worth * self._known[index].codec_ns
         share = min(self._share_left, self._share_seen)
-        return max(self._thread_ns + codec_ns, (self._worker_ns + codec_ns) / share)
+        beside = self._sorted if index and self._sorted.worker_ns else self._plain
+        return max(beside.thread_ns + codec_ns, (beside.worker_ns + codec_ns) / share)
 
     # -- experience ------------------------------------------------------------------------------
 
     def learn(self, done: Done) -> None:
         """What became of a batch."""
         self.drain.learn(done)
+        if self.drain.is_full:
+            self._peak(done.at_ns)
         self._budget.spend(done.codec_ns)
         weight = LEARNING * min(1.0, done.ram_bytes / LEARNING_BYTES)
         codec_ns, self._probed_ns = done.codec_ns + self._probed_ns, 0
         thread_ns = (done.thread_ns - codec_ns) / done.ram_bytes
         worker_ns = (done.worker_ns - codec_ns) / done.ram_bytes
         share = done.thread_ns / max(1, done.thread_ns, done.total_ns - done.waited_ns)
-        self._thread_ns += weight * (thread_ns - self._thread_ns)
-        self._worker_ns += weight * (worker_ns - self._worker_ns)
         self._share_seen += weight * (share - self._share_seen)
         self._share_left = done.fair_share
         index = self._arms.index(done.arm)
+        beside = self._sorted if index else self._plain
+        beside.learn(thread_ns, worker_ns, weight if beside.worker_ns else 1.0)
         if index:
             self._tries += 1
             worth = done.tried_bytes / done.ram_bytes
@@ -272,7 +316,7 @@ class Auto:
             known.times,
             int(known.codec_ns * 1000),
             int(known.left * 1e6),
-            min(RATE_MAX, rate) if self._worker_ns else 0,
+            min(RATE_MAX, rate) if self._plain.worker_ns else 0,
         )
 
     def learn_probe(self, probe: Probe) -> None:
