@@ -19,7 +19,8 @@ from engine.control.status import Status
 from engine.errors import UsageError
 from engine.guest.agentguest import AgentGuest
 from engine.guest.base import Guest, Handover
-from engine.guest.foreignguest import adopt_foreign
+from engine.guest.foreignguest import ForeignGuest, adopt_foreign
+from engine.guest.handoffguest import HandoffGuest
 from engine.guest.spec import (
     GuestSpec,
     HandoffSpec,
@@ -212,9 +213,12 @@ async def _end_source(found: Found) -> None:
     path = await _orphan(found)
     if path is None:
         return
-    is_workload = found.began.guest_kind == KINDS[WorkloadSpec]
     guest: AgentGuest
-    guest = await (adopt_workload(path, None) if is_workload else adopt_foreign(path))
+    if found.began.guest_kind == KINDS[WorkloadSpec]:
+        guest = await adopt_workload(path, None)
+    else:
+        is_handed = found.began.guest_kind == KINDS[HandoffSpec]
+        guest = await adopt_foreign(path, HandoffGuest if is_handed else ForeignGuest)
     if guest.is_gone:
         await guest.quit()
     else:

@@ -279,13 +279,19 @@ def check_still_alone(
 
 
 def family_of(pid: int) -> frozenset[int]:
-    """A process and its children; none of one that has ended."""
-    found: set[int] = set()
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as children:
-                found.update(int(child) for child in children.read().split())
-        found.add(pid)
+    """A process and its children, also when threads of it end meanwhile; none of one that has
+    ended."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return frozenset()
+    found = {pid}
+    for thread in threads:
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as children,
+        ):
+            found.update(int(child) for child in children.read().split())
     return frozenset(found)
 
 

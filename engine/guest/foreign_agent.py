@@ -223,7 +223,7 @@ class ForeignAgent(Agent):
             try:
                 at_ns = await self._threads.run(foreign.pause)
             except GuestError:
-                if self._missing:  # it obeys when the page has come: take the order back
+                if self._is_taken_back:
                     self._standing = before
                     self._apply()
                 raise
@@ -258,6 +258,12 @@ class ForeignAgent(Agent):
             self._throttling.lift()
 
     @property
+    def _is_taken_back(self) -> bool:
+        """Whether an order to stand that failed holds no more. Where pages are missing it is obeyed
+        when the page has come."""
+        return bool(self._missing)
+
+    @property
     def _is_free(self) -> bool:
         return self.role is Role.OWNER and self._standing.may_run
 
@@ -276,6 +282,7 @@ class ForeignAgent(Agent):
             raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
         async with self._one_at_a_time:
             self._hear_forks(None)
+            await self._threads.run(foreign.stop_tracking)  # forks wait where nobody hears them
             tracker = await self._threads.run(lambda: foreign.start_tracking(wanted))
             self._hear_forks(tracker)
         addresses = [each.address for each in foreign.blocks]

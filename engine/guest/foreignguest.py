@@ -41,6 +41,7 @@ class ForeignGuest(AgentGuest):
     ) -> None:
         """Take link and descriptors over.
 
+        :param fds: one a block.
         :param pidfd: of the process."""
         super().__init__(link, running=started.running, stopped=started.stopped)
         self._qmp_path, self.pid = started.qmp_path, started.pid
@@ -52,6 +53,7 @@ class ForeignGuest(AgentGuest):
         self._percent = 0  #: of that throttle
         self._may_be_stopped = False  #: for a moment, by that throttle
         self._is_held = False  #: stopped for a migration, and still its own
+        self._is_given = False  #: its agent was told to give it up, and it did not stay its own
         self._rescuing: asyncio.Task[None] | None = None
         shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
         self._blocks = tuple(RamBlock(*shape) for shape in shapes)
@@ -80,7 +82,7 @@ class ForeignGuest(AgentGuest):
     async def resume(self, *, for_migration: bool) -> None:
         self._may_be_stopped = self._percent > 0  # it is throttled anew, perhaps in another way
         await super().resume(for_migration=for_migration)
-        self._is_held = self._is_held and not for_migration
+        self._is_held, self._is_given = self._is_held and not for_migration, False
 
     async def throttle(self, percent: int) -> str:
         if self._undoing is None and percent:
@@ -128,6 +130,7 @@ class ForeignGuest(AgentGuest):
         with self._given_up():
             outcome = await super().hand_over(wait_ns, keeps_ram=keeps_ram)
         self._is_held = outcome is Handover.REFUSED
+        self._is_given = not self._is_held
         return outcome
 
     async def give_away(self) -> None:
@@ -137,16 +140,16 @@ class ForeignGuest(AgentGuest):
     @contextlib.contextmanager
     def _given_up(self) -> Iterator[None]:
         """From here on only an answer tells whose it is."""
-        was_held, self._is_held = self._is_held, False
+        was_held, self._is_held, self._is_given = self._is_held, False, True
         try:
             yield
         except NotHandedOver:
-            self._is_held = was_held
+            self._is_held, self._is_given = was_held, False
             raise
 
     async def settle(self, *, taken: bool) -> None:
         """As every guest does, also when its agent was killed with the token on its way."""
-        self._is_held = not taken
+        self._is_held, self._is_given = not taken, taken
         try:
             await super().settle(taken=taken)
         except GuestError:
@@ -337,7 +340,7 @@ async def _started(
     """The link stays the caller's on failure."""
     started, fds = await link.ask(request, messages.ForeignStarted, wait_s=wait_s)
     try:
-        if len(fds) != len(started.names):
+        if len(fds) != len(started.names) + started.has_connection:
             raise GuestError("the agent did not hand RAM over")
         pidfd = os.pidfd_open(started.pid)
     except OSError as exc:

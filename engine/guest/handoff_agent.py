@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, cast
 
@@ -51,12 +52,21 @@ class HandedMachine(ForeignMachine, Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _End:
+    """That of a VMM's connection; `is_ours` once the VMM is the one that is served."""
+
+    has_come: bool = False
+    is_ours: bool = False
+
+
 class HandoffAgent(ForeignAgent):
     """One VMM, one control connection, and the door at which it came in."""
 
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
         self._door: Door | None = None
+        self._connection: socket.socket | None = None  #: of a VMM that takes orders; its machine's
         self._loop = asyncio.get_running_loop()
 
     def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
@@ -75,39 +85,52 @@ class HandoffAgent(ForeignAgent):
             raise GuestError("the agent is attached already")
         door = self._door = Door(request.path)
         while True:
-            visitor = await door.next()
+            visitor, end = await door.next(), _End()
+            admit = partial(self._admit, visitor, end, request.incoming)
             try:
-                machine = await self._threads.run(partial(self._admit, visitor, request.incoming))
+                machine = await self._threads.run(admit)
             except MigrationError as exc:
                 door.refuse(visitor, str(exc))
                 continue
             try:
+                if end.has_come:
+                    raise GuestError(f"{machine.what} has ended its connection")
                 self._watch(machine.pid)
                 break
-            except GuestError:
+            except GuestError as exc:
+                say(f"handoff[{os.getpid()}]: {exc}, as soon as it was welcome")
                 machine.close()
         door.refuse_others()
+        end.is_ours = True
+        self._connection = None if visitor.is_plain else visitor.connection
         self._foreign, self._rundir = machine, request.rundir
         self.role = Role.INCOMING if request.incoming else Role.OWNER
         self._standing.by_user = not machine.is_running
         return self._started(request.id)
 
     def _started(self, request_id: int) -> Reply:
-        reply = super()._started(request_id)
-        kind = self._vmm.kind
-        return Reply(msgspec.structs.replace(reply.answer, kind=kind), reply.lent)
+        """Control gets a copy of the connection, too: if we are killed, it can still be told."""
+        reply, connection = super()._started(request_id), self._connection
+        beside = [connection.fileno()] if connection is not None else []
+        answer = msgspec.structs.replace(
+            reply.answer, kind=self._vmm.kind, has_connection=bool(beside)
+        )
+        return Reply(answer, [*reply.lent, *beside])
 
-    def _admit(self, visitor: Visitor, incoming: bool) -> HandedMachine:
+    def _admit(self, visitor: Visitor, end: _End, incoming: bool) -> HandedMachine:
         if visitor.is_plain:
             return PlainMachine(visitor, incoming=incoming)
-        return HandoffMachine(visitor, incoming=incoming, on_end=self._hung_up)
+        return HandoffMachine(visitor, incoming=incoming, on_end=partial(self._hung_up, end))
 
-    def _hung_up(self) -> None:
+    def _hung_up(self, end: _End) -> None:
         """Called by the connection's thread, when we have closed it, too."""
+        end.has_come = True
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._end_with_vmm)
+            self._loop.call_soon_threadsafe(self._end_with_vmm, end)
 
-    def _end_with_vmm(self) -> None:
+    def _end_with_vmm(self, end: _End) -> None:
+        if not end.is_ours:  # it had said hello, and others may come
+            return
         if not self._end.is_set() and self._foreign is not None:
             say(f"handoff[{os.getpid()}]: {self._foreign.what} has ended its connection")
         self._end.set()
@@ -121,9 +144,11 @@ class HandoffAgent(ForeignAgent):
 
     async def _keep(self) -> None:
         """A VMM that stands for us only goes on without us, as long as it has the right to run."""
-        vmm, stays = self._vmm, self._standing.by_user or self.role is not Role.OWNER
-        if not vmm.is_running:
-            await self._threads.run(lambda: vmm.stay(stays))
+        vmm = self._vmm
+        async with self._one_at_a_time:
+            stays = self._standing.by_user or self.role is not Role.OWNER
+            if not vmm.is_running:
+                await self._threads.run(lambda: vmm.stay(stays))
 
     async def _pause_asked(self, request: messages.Pause, fds: list[int]) -> Reply:
         reply = await self._pause(request, fds)
@@ -137,8 +162,17 @@ class HandoffAgent(ForeignAgent):
 
     def _taken(self) -> None:
         super()._taken()
-        if not self._is_free:
+        if self._is_free:
+            return
+        try:
             self._vmm.arrive()
+        except MigrationError as exc:
+            say(f"agent[{os.getpid()}]: the guest is here, and was not told so: {exc}")
+
+    @property
+    def _is_taken_back(self) -> bool:
+        """Who is memory alone takes no order to stand."""
+        return super()._is_taken_back or self._vmm.kind == PlainMachine.kind
 
     # -- handover: from here on the end of the connection tells nothing ---------------------------
 
@@ -146,7 +180,8 @@ class HandoffAgent(ForeignAgent):
         """`HandOver` and `GiveAway`."""
         vmm = self._vmm
         try:
-            await self._threads.run(lambda: vmm.stay(True))
+            async with self._one_at_a_time:
+                await self._threads.run(lambda: vmm.stay(True))
         except GuestError as exc:
             raise NotHandedOver(f"nobody can say whether the guest stands: {exc}") from exc
         try:
@@ -172,17 +207,8 @@ class HandoffAgent(ForeignAgent):
     def _hear_forks(self, tracker: ForeignTracker | None) -> None:
         """No child has the memory."""
 
-    async def _lack(self, request: messages.OpenMissing, _fds: list[int]) -> Reply:
-        vmm = self._vmm
-        if not self._missing:
-            if self.role is not Role.INCOMING:
-                raise GuestError("only a guest that waits for a migration can miss pages")
-            async with self._one_at_a_time:
-                self._missing = await self._threads.run(vmm.open_missing)
-        addresses = [each.address for each in vmm.blocks]
-        return Reply(
-            messages.MissingOpened(request.id, addresses, vmm.count_vcpus()), self._missing
-        )
+    def _open(self, _foreign: ForeignMachine) -> None:
+        self._missing = self._vmm.open_missing()
 
     async def _end_missing(self) -> None:
         if self._missing:
@@ -203,7 +229,6 @@ HANDOFF_HANDLERS: Final[
     messages.GiveAway: HandoffAgent._give,
     messages.Settle: HandoffAgent._settle_kept,
     messages.StartTracking: HandoffAgent._track,
-    messages.OpenMissing: HandoffAgent._lack,
 }
 
 

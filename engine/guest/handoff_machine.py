@@ -253,7 +253,8 @@ class HandoffMachine:
     def end_missing(self) -> None:
         """Nobody waits any more; it may close its userfaultfds when it hangs up."""
         self._unregister()
-        self._link.order("release")
+        with contextlib.suppress(GuestError):
+            self._link.order("release")
 
     # -- the end ---------------------------------------------------------------------------------
 

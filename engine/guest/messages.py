@@ -350,8 +350,8 @@ class Attached(Answer, frozen=True):
 
 class ForeignStarted(Answer, frozen=True):
     """A process and its RAM blocks; beside it their descriptors, in this order. `stopped` and what
-    follows: as `Attached`. `qmp_path`: of a QEMU's socket; else
-    empty. `kind`: as of `Guest`, where `--guest` does not tell."""
+    follows: as `Attached`. `qmp_path`: of a QEMU's socket; else empty. `kind`: as of `Guest`, where
+    `--guest` does not tell. `has_connection`: that of a VMM is behind them."""
 
     qmp_path: str
     pid: int
@@ -364,6 +364,7 @@ class ForeignStarted(Answer, frozen=True):
     missing: bool
     gone: bool
     kind: str = ""
+    has_connection: bool = False
 
 
 class TrackedBlocks(Answer, frozen=True):

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import os
 import socket
+import subprocess
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from engine.errors import GuestError, NotHandedOver
+from engine.errors import GuestError, MemoryRefused, NotHandedOver
 from engine.guest import foreign_agent, messages
 from engine.guest.base import Role
+from engine.guest.foreign import family_of
 from engine.guest.foreign_agent import ForeignAgent
+from engine.memory.tracking import TrackerName
 from tests.guest.support import run
 
 pytestmark = pytest.mark.process
@@ -47,10 +50,12 @@ class Broken:
 
 
 @contextlib.asynccontextmanager
-async def agent_of(process: Broken, role: Role) -> AsyncIterator[tuple[ForeignAgent, Any]]:
+async def agent_of(
+    process: Broken, role: Role, kind: type[ForeignAgent] = ForeignAgent
+) -> AsyncIterator[tuple[Any, socket.socket]]:
     """An agent that runs in this process, and control's end of its connection."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    agent = ForeignAgent(theirs)
+    agent = kind(theirs)
     agent._foreign, agent.role = process, role  # type: ignore[assignment]
     task = asyncio.ensure_future(agent.run())
     with ours:
@@ -116,3 +121,41 @@ def test_what_was_opened_for_a_control_process_that_has_gone_is_ended(
     assert len(ended) == 1
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(ended[0])
+
+
+def test_forks_do_not_wait_for_a_tracker_whose_successor_is_refused() -> None:
+    """Nobody hears of them any more when another tracker is asked for."""
+    done: list[str] = []
+
+    class Refusing(Broken):
+        def stop_tracking(self) -> None:
+            done.append("stop")
+
+        def start_tracking(self, _wanted: TrackerName | None) -> None:
+            done.append("start")
+            raise MemoryRefused("not that one")
+
+    async def scenario() -> None:
+        async with agent_of(Refusing(), Role.OWNER) as (agent, _):
+            with pytest.raises(MemoryRefused, match="not that one"):
+                await agent._start_tracking(messages.StartTracking(1, "soft-dirty"), [])
+
+    run(scenario())
+
+    assert done == ["stop", "start"]
+
+
+def test_children_are_found_though_a_thread_ends_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def with_one_that_ended(path: str) -> list[str]:
+        return ["0", *listed(path)]
+
+    listed = os.listdir
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        monkeypatch.setattr(os, "listdir", with_one_that_ended)
+        found = family_of(os.getpid())
+        child.kill()
+
+    assert {os.getpid(), child.pid} <= found
+    assert family_of(child.pid) == frozenset()

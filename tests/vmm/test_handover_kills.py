@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 
 import engine
+from engine.control.streams.opening import Sources
+from engine.control.streams.source import StreamRoute
+from engine.control.uri import FileAddress
+from engine.guest.base import Handover
+from engine.guest.foreignguest import attach_process
+from tests.guest.support import run
 from tests.support import eventually
 from tests.survival.test_switchover import Gate, gate, handing_over
 from tests.vmm.machines import needs_qemu, pair
@@ -116,3 +122,30 @@ def test_one_process_runs_when_the_sources_agent_is_killed_behind_the_token(
         asyncio.run(scenario(source, destination))
 
         assert source.stands() != destination.stands()
+
+
+def test_a_process_runs_when_its_agent_is_killed_as_it_is_given_to_a_stream(
+    directory: Path,
+) -> None:
+    """Nobody waits for a word of the destination there: nothing was written."""
+
+    async def scenario(source: Stepper) -> None:
+        guest = await attach_process(source.process.pid, str(source.path), incoming=False)
+        watching = asyncio.create_task(guest.died())
+        try:
+            await guest.pause(for_migration=True)
+            route = StreamRoute(FileAddress("unwritten"), Sources(), answers=False)
+            with stopped(guest.agent_pid):
+                giving = asyncio.create_task(route.hand_over(guest, keeps_ram=False))
+                await asyncio.sleep(0)  # it is asked
+                os.kill(guest.agent_pid, signal.SIGKILL)
+                outcome, reason = await giving
+            assert outcome is Handover.REFUSED
+            assert "was killed by SIGKILL" in reason
+            assert await asyncio.to_thread(source.goes_on)
+            await watching
+        finally:
+            await guest.quit()
+
+    with steppers(directory) as (source, _):
+        run(scenario(source))

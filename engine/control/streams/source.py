@@ -154,6 +154,8 @@ class StreamRoute:
         try:
             await guest.give_away()
         except GuestError as exc:  # nothing was written, so nobody else can have it
+            with contextlib.suppress(MigrationError):  # it, too, learns that it is its own
+                await guest.settle(taken=False)
             return Handover.REFUSED, f"the guest does not give its right to run up: {exc}"
         outcome, reason = await self._take()
         if outcome is Handover.REFUSED:
