@@ -176,8 +176,7 @@ class HandoffMachine:
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, state)
                 os.pwrite(state, STATE, 0)
-                os.lseek(state, len(STATE), os.SEEK_SET)
-                _copy(memfd, state, size)
+                _copy((memfd, 0), (state, len(STATE)), size)
                 undo.pop_all()
         finally:
             os.close(memfd)
@@ -201,8 +200,7 @@ class HandoffMachine:
         if length:
             memfd = _make_state_file(length)
             try:
-                os.lseek(state_fd, len(STATE), os.SEEK_SET)
-                _copy(state_fd, memfd, length)
+                _copy((state_fd, len(STATE)), (memfd, 0), length)
                 self._link.execute("load", memfd, STATE_WAIT_S, size=length)
             finally:
                 os.close(memfd)
@@ -292,11 +290,13 @@ def _make_state_file(size: int) -> int:
     return fd
 
 
-def _copy(source: int, destination: int, size: int) -> None:
-    """From here to there, at both positions; a source that ends before leaves zeros."""
+def _copy(source: tuple[int, int], destination: tuple[int, int], size: int) -> None:
+    """From one descriptor and place to the other; a source that ends before leaves zeros. Who has
+    such a descriptor, too, may have moved its file position, so that is neither used nor moved."""
+    (read_fd, read_at), (write_fd, write_at) = source, destination
     copied = 0
     while copied < size:
-        piece = os.read(source, min(1024 * 1024, size - copied))
+        piece = os.pread(read_fd, min(1024 * 1024, size - copied), read_at + copied)
         if not piece:
             return
-        copied += os.write(destination, piece)
+        copied += os.pwrite(write_fd, piece, write_at + copied)
