@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,8 +21,9 @@ from engine.guest.foreign import (
     ForeignBlock,
     ForeignTracker,
     check_nobody_waits,
+    check_still_alone,
     check_tracker,
-    is_in_children,
+    flags_of,
     open_pagemap,
     ranges_of,
     read_mappings,
@@ -30,7 +31,13 @@ from engine.guest.foreign import (
 )
 from engine.guest.foreign_missing import Range, register_missing, unregister
 from engine.guest.handoff_door import Visitor
-from engine.guest.handoff_hello import VERSION, Hello, check_descriptors, parse_hello
+from engine.guest.handoff_hello import (
+    VERSION,
+    Hello,
+    check_descriptors,
+    check_mapped,
+    parse_hello,
+)
 from engine.guest.handoff_link import VmmLink, encode_line
 from engine.memory.tracking import TrackerName
 from engine.wire import STATE_BYTES_MAX
@@ -69,14 +76,10 @@ class HandoffMachine:
         self.is_running, self._has_state = hello.running, hello.state
         self._check_role(incoming)
         self._vcpus = self._check_vcpus(hello)
-        try:
+        with _looking_at(self.pid):
             offered = check_descriptors(hello, visitor.fds, self.pid, read_mappings(self.pid))
             check_nobody_waits(offered.blocks, self.pid)
             _check_not_in_children(offered.blocks, self.pid)
-        except OSError as exc:
-            raise MemoryRefused(
-                f"process {self.pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
-            ) from exc
         role = "destination" if incoming else "source"
         try:
             visitor.connection.send(encode_line({"welcome": VERSION, "role": role}))
@@ -213,9 +216,21 @@ class HandoffMachine:
     def ranges(self) -> list[Range]:
         return [(each.block, each.address) for each in self.blocks]
 
+    def check_memory(self) -> None:
+        """It may have changed since the hello; slow, for a guest that runs.
+
+        :raise MemoryRefused: somebody may write, now or as a child, what is not seen."""
+        with _looking_at(self.pid):
+            mappings = read_mappings(self.pid)
+            for each in self.blocks:
+                check_mapped(each, self.pid, mappings)
+            _check_not_in_children(self.blocks, self.pid)
+            check_still_alone(self.blocks, self.pid)
+
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
         check_tracker(wanted)
         self.stop_tracking()
+        self.check_memory()
         with contextlib.ExitStack() as undo:
             pagemap_fd = open_pagemap(self.pid)
             undo.callback(os.close, pagemap_fd)
@@ -243,6 +258,9 @@ class HandoffMachine:
             undo.callback(self._unregister)
             for uffd, place in zip(self._uffds, self.ranges, strict=True):
                 register_missing(self.pid, uffd, *place)
+            with _looking_at(self.pid):
+                _check_not_in_children(self.blocks, self.pid)
+                _check_waits(self.blocks, self.pid)
             self._link.execute("hold")
             uffds = [fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0) for uffd in self._uffds]
             undo.pop_all()
@@ -269,13 +287,42 @@ class HandoffMachine:
         self._uffds = []
 
 
+@contextlib.contextmanager
+def _looking_at(pid: int) -> Iterator[None]:
+    """:raise MemoryRefused: the process is gone, or not ours to look at."""
+    try:
+        yield
+    except OSError as exc:
+        raise MemoryRefused(
+            f"process {pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
+        ) from exc
+
+
 def _check_not_in_children(blocks: list[ForeignBlock], pid: int) -> None:
     """Forks are not heard of here, so there may be none that matter.
 
     :raise MemoryRefused: a child would have the memory.
     :raise OSError: the process is gone, or not ours to look at."""
-    if is_in_children(pid, ranges_of(blocks)):
+    if not _all_have("dc", blocks, pid):
         raise MemoryRefused(f"a child of process {pid} would have its memory; {NEVER_FORKED}")
+
+
+def _check_waits(blocks: list[ForeignBlock], pid: int) -> None:
+    """:raise MemoryRefused: what was registered is not the memory of this process.
+    :raise OSError: the process is gone, or not ours to look at."""
+    if not _all_have("um", blocks, pid):
+        raise MemoryRefused(
+            f"process {pid} does not wait for missing pages at the userfaultfds that it has sent; "
+            "they must be its own"
+        )
+
+
+def _all_have(flag: str, blocks: list[ForeignBlock], pid: int) -> bool:
+    """Whether all mappings of the blocks, one a block at the least, have the flag.
+
+    :raise OSError: the process is gone, or not ours to look at."""
+    found = flags_of(pid, ranges_of(blocks))
+    return len(found) >= len(blocks) and all(flag in each for each in found)
 
 
 def _make_state_file(size: int) -> int:
