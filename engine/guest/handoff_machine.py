@@ -137,12 +137,19 @@ class HandoffMachine:
     def arrive(self) -> None:
         """The guest is here, and stands: said without waiting, as `resume`."""
         self._stays = True
-        self._ordered = (self._link.order("arrived"), "arrived")
+        self._order("arrived")
 
     def resume(self) -> None:
         self._stays = False
-        self._ordered = (self._link.order("resume"), "resume")
+        self._order("resume")
         self.is_running = True
+
+    def _order(self, command: str) -> None:
+        """What becomes of it `confirm` tells, unless another order comes before."""
+        before, self._ordered = self._ordered, None
+        if before is not None:
+            self._link.forget(before[0])
+        self._ordered = (self._link.order(command), command)
 
     def confirm(self) -> None:
         """:raise GuestError: it did not do what it was told without waiting."""
@@ -269,7 +276,8 @@ class HandoffMachine:
     def end_missing(self) -> None:
         """Nobody waits any more; it may close its userfaultfds when it hangs up."""
         self._unregister()
-        self._link.order("release")
+        with contextlib.suppress(GuestError):  # who is gone needs to know nothing
+            self._link.tell("release")
 
     # -- the end ---------------------------------------------------------------------------------
 
