@@ -226,18 +226,18 @@ class HandoffMachine:
     def check_memory(self) -> None:
         """It may have changed since the hello; slow, for a guest that runs.
 
-        :raise MemoryRefused: somebody may write, now or as a child, what is not seen."""
+        :raise MemoryRefused: it may write, elsewhere or as a child, what is not seen."""
         with _looking_at(self.pid):
             mappings = read_mappings(self.pid)
             for each in self.blocks:
                 check_mapped(each, self.pid, mappings)
             _check_not_in_children(self.blocks, self.pid)
-            check_still_alone(self.blocks, self.pid)
 
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
         check_tracker(wanted)
         self.stop_tracking()
         self.check_memory()
+        check_still_alone(self.blocks, self.pid)
         with contextlib.ExitStack() as undo:
             pagemap_fd = open_pagemap(self.pid)
             undo.callback(os.close, pagemap_fd)

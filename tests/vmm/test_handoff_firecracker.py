@@ -184,6 +184,20 @@ def test_a_migration_fails_when_nobody_can_serve_its_pages(
     asyncio.run(scenario())
 
 
+def test_one_that_serves_nobody_is_not_waited_for(restored: Restored) -> None:
+    """Whatever it does, it ends with its agent."""
+
+    async def scenario() -> int:
+        async with engine.Control.start(f"handoff:{restored.socket}", "tcp:127.0.0.1:0") as there:
+            server = server_of(agent_of(there.pid))
+            os.kill(server, signal.SIGSTOP)
+            return server
+
+    server = asyncio.run(scenario())
+
+    assert eventually(lambda: not Path(f"/proc/{server}").exists(), 20)
+
+
 def server_of(agent: int) -> int:
     """The process that will serve the pages."""
     for children in Path(f"/proc/{agent}/task").glob("*/children"):
