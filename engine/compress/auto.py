@@ -97,8 +97,8 @@ class Allowance:
 
 @dataclass(slots=True)
 class Preparing:
-    """CPU time for a byte of RAM beside its codec. For a codec pages are sorted and copied together,
-    which takes longer than LZ4 itself."""
+    """CPU time for a byte of RAM beside its codec. For a codec pages are sorted and copied, which
+    takes longer than LZ4 itself."""
 
     thread_ns: float = 0.0
     worker_ns: float = 0.0

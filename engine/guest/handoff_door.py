@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -23,6 +24,9 @@ from engine.wire import BLOCKS_MAX, cut
 HELLO_WAIT_S: Final = 5.0  #: for all of a hello, from a VMM that has connected
 BACKLOG: Final = 8
 FDS_MAX: Final = FDS_A_REGION * BLOCKS_MAX
+#: As of accept(2): no descriptor or memory is to be had now.
+NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NO_ROOM_WAIT_S: Final = 0.2
 BUSY: Final = "another VMM is served here"
 
 
@@ -105,6 +109,11 @@ class Door:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
             except ConnectionError:
+                continue
+            except OSError as exc:
+                if exc.errno not in NO_ROOM:
+                    raise
+                await asyncio.sleep(NO_ROOM_WAIT_S)  # it waits until others close theirs
                 continue
             return connection
 

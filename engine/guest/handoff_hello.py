@@ -20,7 +20,13 @@ import msgspec
 
 from engine import _native
 from engine.errors import GuestError, MemoryRefused, WireError, shown
-from engine.guest.foreign import ForeignBlock, Mapping, check_alone, check_whole, open_block
+from engine.guest.foreign import (
+    ForeignBlock,
+    Mapping,
+    check_still_alone,
+    check_whole,
+    open_block,
+)
 from engine.guest.tracker import FEATURES as TRACKING_FEATURES
 from engine.memory.blocks import PAGE_SIZE
 from engine.memory.missing import FEATURES as MISSING_FEATURES
@@ -160,21 +166,13 @@ def check_descriptors(
     blocks = []
     for region, memfd in zip(hello.regions, memfds, strict=True):
         block = _check_memfd(region, memfd)
-        _check_mapped(region, memfd, pid, mappings)
+        check_mapped(block, pid, mappings)
         blocks.append(block)
-    files = {_file_of(memfd) for memfd in memfds}
-    if len(files) < len(memfds):
-        raise WireError("two regions have the same memfd; each needs one of its own")
-    check_alone(files, pid)
+    check_still_alone(blocks, pid)
     for region, uffd in zip(hello.regions, uffds, strict=True):
         check_uffd(f"region '{shown(region.id)}'", uffd)
         _negotiate(region, uffd)
     return Offered(blocks, uffds)
-
-
-def _file_of(fd: int) -> tuple[int, int]:
-    found = os.fstat(fd)
-    return found.st_dev, found.st_ino
 
 
 def _check_memfd(region: Region, fd: int) -> ForeignBlock:
@@ -215,21 +213,23 @@ def _seal(what: str, fd: int) -> None:
             ) from exc
 
 
-def _check_mapped(region: Region, fd: int, pid: int, mappings: Sequence[Mapping]) -> None:
-    """:raise MigrationError: the process has not mapped all of it there, shared, once."""
-    device, inode = _file_of(fd)
-    ours = [each for each in mappings if (each.device, each.inode) == (device, inode)]
+def check_mapped(block: ForeignBlock, pid: int, mappings: Sequence[Mapping]) -> None:
+    """:raise MemoryRefused: the process has not mapped all of it there, shared, once, and so not
+    as two blocks either."""
+    name, found = block.block.name, os.fstat(block.block.fd)
+    file = (found.st_dev, found.st_ino)
+    ours = [each for each in mappings if (each.device, each.inode) == file]
     first = min(ours, key=lambda each: each.start, default=None)
     if (
         first is None
-        or first.start != region.base_host_virt_addr
+        or first.start != block.address
         or any(each.rights[1] + each.rights[3] != "ws" for each in ours)
     ):
         raise MemoryRefused(
-            f"process {pid} does not map the memfd of region '{shown(region.id)}' shared and "
-            f"writable at {region.base_host_virt_addr:#x}"
+            f"process {pid} does not map the memfd of region '{shown(name)}' shared and "
+            f"writable at {block.address:#x}"
         )
-    check_whole(region.id, first, region.size, mappings)
+    check_whole(name, first, block.block.size, mappings)
 
 
 def check_uffd(what: str, fd: int) -> None:

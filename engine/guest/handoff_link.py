@@ -73,13 +73,28 @@ class VmmLink:
     # -- orders ----------------------------------------------------------------------------------
 
     def order(self, command: str, fd: int = -1, **arguments: Any) -> int:
-        """Send an order and do not wait; return what `answer` takes. The descriptor is lent.
+        """Send an order and do not wait; return what `answer` or `forget` takes. The descriptor is
+        lent.
 
         :raise GuestError: the VMM is gone, or does not read."""
         with self._changed:
             number = next(self._ids)
             self._replies[number] = None
-        line = encode_line({"id": number, "execute": command, **arguments})
+        try:
+            self._send({"id": number, "execute": command, **arguments}, fd)
+        except GuestError:
+            self.forget(number)
+            raise
+        return number
+
+    def tell(self, command: str) -> None:
+        """`order`, whose answer nobody wants."""
+        with self._changed:
+            number = next(self._ids)
+        self._send({"id": number, "execute": command}, -1)
+
+    def _send(self, order: dict[str, Any], fd: int) -> None:
+        line = encode_line(order)
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
         beside = [rights] if fd >= 0 else []
         try:
@@ -88,9 +103,7 @@ class VmmLink:
             if sent < len(line):
                 raise BlockingIOError
         except OSError as exc:
-            self._forget(number)
             raise GuestError(f"{self._what} takes no orders: {self._end or exc.strerror}") from exc
-        return number
 
     def answer(self, number: int, command: str, wait_s: float = ANSWER_WAIT_S) -> Reply:
         """Wait for what became of an order.
@@ -113,7 +126,8 @@ class VmmLink:
         """`order` and `answer`."""
         return self.answer(self.order(command, fd, **arguments), command, wait_s)
 
-    def _forget(self, number: int) -> None:
+    def forget(self, number: int) -> None:
+        """Nobody will ask what became of an order."""
         with self._changed:
             self._replies.pop(number, None)
 

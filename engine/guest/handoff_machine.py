@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,8 +21,9 @@ from engine.guest.foreign import (
     ForeignBlock,
     ForeignTracker,
     check_nobody_waits,
+    check_still_alone,
     check_tracker,
-    is_in_children,
+    flags_of,
     open_pagemap,
     ranges_of,
     read_mappings,
@@ -30,7 +31,13 @@ from engine.guest.foreign import (
 )
 from engine.guest.foreign_missing import Range, register_missing, unregister
 from engine.guest.handoff_door import Visitor
-from engine.guest.handoff_hello import VERSION, Hello, check_descriptors, parse_hello
+from engine.guest.handoff_hello import (
+    VERSION,
+    Hello,
+    check_descriptors,
+    check_mapped,
+    parse_hello,
+)
 from engine.guest.handoff_link import VmmLink, encode_line
 from engine.memory.tracking import TrackerName
 from engine.wire import STATE_BYTES_MAX
@@ -69,14 +76,10 @@ class HandoffMachine:
         self.is_running, self._has_state = hello.running, hello.state
         self._check_role(incoming)
         self._vcpus = self._check_vcpus(hello)
-        try:
+        with _looking_at(self.pid):
             offered = check_descriptors(hello, visitor.fds, self.pid, read_mappings(self.pid))
             check_nobody_waits(offered.blocks, self.pid)
             _check_not_in_children(offered.blocks, self.pid)
-        except OSError as exc:
-            raise MemoryRefused(
-                f"process {self.pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
-            ) from exc
         role = "destination" if incoming else "source"
         try:
             visitor.connection.send(encode_line({"welcome": VERSION, "role": role}))
@@ -134,12 +137,19 @@ class HandoffMachine:
     def arrive(self) -> None:
         """The guest is here, and stands: said without waiting, as `resume`."""
         self._stays = True
-        self._ordered = (self._link.order("arrived"), "arrived")
+        self._order("arrived")
 
     def resume(self) -> None:
         self._stays = False
-        self._ordered = (self._link.order("resume"), "resume")
+        self._order("resume")
         self.is_running = True
+
+    def _order(self, command: str) -> None:
+        """What becomes of it `confirm` tells, unless another order comes before."""
+        before, self._ordered = self._ordered, None
+        if before is not None:
+            self._link.forget(before[0])
+        self._ordered = (self._link.order(command), command)
 
     def confirm(self) -> None:
         """:raise GuestError: it did not do what it was told without waiting."""
@@ -176,8 +186,7 @@ class HandoffMachine:
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, state)
                 os.pwrite(state, STATE, 0)
-                os.lseek(state, len(STATE), os.SEEK_SET)
-                _copy(memfd, state, size)
+                _copy((memfd, 0), (state, len(STATE)), size)
                 undo.pop_all()
         finally:
             os.close(memfd)
@@ -201,8 +210,7 @@ class HandoffMachine:
         if length:
             memfd = _make_state_file(length)
             try:
-                os.lseek(state_fd, len(STATE), os.SEEK_SET)
-                _copy(state_fd, memfd, length)
+                _copy((state_fd, len(STATE)), (memfd, 0), length)
                 self._link.execute("load", memfd, STATE_WAIT_S, size=length)
             finally:
                 os.close(memfd)
@@ -215,9 +223,21 @@ class HandoffMachine:
     def ranges(self) -> list[Range]:
         return [(each.block, each.address) for each in self.blocks]
 
+    def check_memory(self) -> None:
+        """It may have changed since the hello; slow, for a guest that runs.
+
+        :raise MemoryRefused: it may write, elsewhere or as a child, what is not seen."""
+        with _looking_at(self.pid):
+            mappings = read_mappings(self.pid)
+            for each in self.blocks:
+                check_mapped(each, self.pid, mappings)
+            _check_not_in_children(self.blocks, self.pid)
+
     def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
         check_tracker(wanted)
         self.stop_tracking()
+        self.check_memory()
+        check_still_alone(self.blocks, self.pid)
         with contextlib.ExitStack() as undo:
             pagemap_fd = open_pagemap(self.pid)
             undo.callback(os.close, pagemap_fd)
@@ -245,6 +265,9 @@ class HandoffMachine:
             undo.callback(self._unregister)
             for uffd, place in zip(self._uffds, self.ranges, strict=True):
                 register_missing(self.pid, uffd, *place)
+            with _looking_at(self.pid):
+                _check_not_in_children(self.blocks, self.pid)
+                _check_waits(self.blocks, self.pid)
             self._link.execute("hold")
             uffds = [fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0) for uffd in self._uffds]
             undo.pop_all()
@@ -253,8 +276,8 @@ class HandoffMachine:
     def end_missing(self) -> None:
         """Nobody waits any more; it may close its userfaultfds when it hangs up."""
         self._unregister()
-        with contextlib.suppress(GuestError):
-            self._link.order("release")
+        with contextlib.suppress(GuestError):  # who is gone needs to know nothing
+            self._link.tell("release")
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -272,13 +295,42 @@ class HandoffMachine:
         self._uffds = []
 
 
+@contextlib.contextmanager
+def _looking_at(pid: int) -> Iterator[None]:
+    """:raise MemoryRefused: the process is gone, or not ours to look at."""
+    try:
+        yield
+    except OSError as exc:
+        raise MemoryRefused(
+            f"process {pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
+        ) from exc
+
+
 def _check_not_in_children(blocks: list[ForeignBlock], pid: int) -> None:
     """Forks are not heard of here, so there may be none that matter.
 
     :raise MemoryRefused: a child would have the memory.
     :raise OSError: the process is gone, or not ours to look at."""
-    if is_in_children(pid, ranges_of(blocks)):
+    if not _all_have("dc", blocks, pid):
         raise MemoryRefused(f"a child of process {pid} would have its memory; {NEVER_FORKED}")
+
+
+def _check_waits(blocks: list[ForeignBlock], pid: int) -> None:
+    """:raise MemoryRefused: what was registered is not the memory of this process.
+    :raise OSError: the process is gone, or not ours to look at."""
+    if not _all_have("um", blocks, pid):
+        raise MemoryRefused(
+            f"process {pid} does not wait for missing pages at the userfaultfds that it has sent; "
+            "they must be its own"
+        )
+
+
+def _all_have(flag: str, blocks: list[ForeignBlock], pid: int) -> bool:
+    """Whether all mappings of the blocks, one a block at the least, have the flag.
+
+    :raise OSError: the process is gone, or not ours to look at."""
+    found = flags_of(pid, ranges_of(blocks))
+    return len(found) >= len(blocks) and all(flag in each for each in found)
 
 
 def _make_state_file(size: int) -> int:
@@ -293,11 +345,13 @@ def _make_state_file(size: int) -> int:
     return fd
 
 
-def _copy(source: int, destination: int, size: int) -> None:
-    """From here to there, at both positions; a source that ends before leaves zeros."""
+def _copy(source: tuple[int, int], destination: tuple[int, int], size: int) -> None:
+    """From one descriptor and place to the other; a source that ends before leaves zeros. Who has
+    such a descriptor, too, may have moved its file position, so that is neither used nor moved."""
+    (read_fd, read_at), (write_fd, write_at) = source, destination
     copied = 0
     while copied < size:
-        piece = os.read(source, min(1024 * 1024, size - copied))
+        piece = os.pread(read_fd, min(1024 * 1024, size - copied), read_at + copied)
         if not piece:
             return
-        copied += os.write(destination, piece)
+        copied += os.pwrite(write_fd, piece, write_at + copied)

@@ -25,6 +25,7 @@ import numpy as np
 from engine import _native
 from engine.guest.adoption import say
 from engine.guest.handoff_hello import Region
+from engine.guest.handoff_serving import is_wanted
 
 UFFDIO_COPY: Final = 0xC028AA03
 UFFDIO_WAKE: Final = 0x8010AA02
@@ -59,7 +60,7 @@ class PagePusher:
                 self._serve_faults()
                 self._copy(index, begin - region.offset, place - region.offset)
         for region in self._regions:
-            _native.uffd_unregister(self._uffd, region.base_host_virt_addr, region.size)
+            self._unregister(region)
         while not self._is_quiet():
             self._take_events()
 
@@ -164,6 +165,13 @@ class PagePusher:
         elif error:
             raise OSError(error, os.strerror(error))
 
+    def _unregister(self, region: Region) -> None:
+        try:
+            _native.uffd_unregister(self._uffd, region.base_host_virt_addr, region.size)
+        except OSError:  # ENOMEM also when the VMM is gone, which a copy tells: ESRCH
+            self._zero(region, 0)  # what is not there now is zero
+            raise
+
     def _is_quiet(self) -> bool:
         """Nobody waits for us to hear that memory was given back. While somebody does, the kernel
         copies nothing and says so, before it looks whether the place is registered any more."""
@@ -178,14 +186,14 @@ class PagePusher:
 
 
 def main(go: int, memfd: int, uffd: int, text: str) -> None:
-    """Wait for a byte, and push; without one, nothing is done."""
+    """Wait until the guest is the VMM's, and push; if it never is, nothing is done."""
     regions = msgspec.json.decode(text, type=list[Region])
-    with socket.socket(fileno=go) as waiting:
-        if not waiting.recv(1):
-            return
     os.set_blocking(uffd, False)
     pusher = PagePusher(uffd, memfd, regions)
     try:
+        with socket.socket(fileno=go) as orders:
+            if not is_wanted(orders):
+                return
         pusher.run()
     except OSError as exc:
         if exc.errno != errno.ESRCH:  # its process is gone

@@ -7,11 +7,13 @@ again. So it is a destination: all pages are received into memory of ours, and t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -22,10 +24,13 @@ from engine.guest.cgroups import threads_of
 from engine.guest.foreign import ForeignBlock, ForeignTracker
 from engine.guest.handoff_door import Visitor
 from engine.guest.handoff_hello import Region, check_apart, check_regions, check_uffd
+from engine.guest.handoff_serving import READY, SERVE, YOURS
 from engine.guest.ram import STATE
 from engine.memory.blocks import BLOCK_SIZE_MAX
 from engine.memory.tracking import TrackerName
 
+READY_WAIT_S: Final = 10.0  #: for an interpreter to start
+END_WAIT_S: Final = 5.0
 SERVER: Final = "engine.guest.handoff_pages"
 NO_ORDERS: Final = "a VMM of Firecracker's handshake takes no orders; use its own API"
 
@@ -52,6 +57,54 @@ def size_of(regions: list[Region]) -> int:
     return max(each.offset + each.size for each in regions)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A mapping, as of /proc/PID/smaps."""
+
+    start: int
+    end: int
+    page_size: int
+    flags: frozenset[str]
+
+
+def read_places(pid: int) -> list[Place]:
+    """All mappings, by address.
+
+    :raise OSError: the process is gone, or not ours to look at."""
+    places, start, end, page_size = [], 0, 0, 0
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            words = line.split()
+            if not words[0].endswith(":"):
+                start, end = (int(each, 16) for each in words[0].split("-"))
+            elif words[0] == "KernelPageSize:":
+                page_size = int(words[1]) * 1024
+            elif words[0] == "VmFlags:":
+                places.append(Place(start, end, page_size, frozenset(words[1:])))
+    return places
+
+
+def check_waits(pid: int, regions: list[Region]) -> None:
+    """:raise MemoryRefused: the process does not wait for the pages of a region, all of them."""
+    try:
+        places = read_places(pid)
+    except OSError as exc:
+        raise MemoryRefused(
+            f"process {pid} cannot be looked at: {exc.strerror}; run ramferry as its user or root"
+        ) from exc
+    for region in regions:
+        reached = region.base_host_virt_addr  # neighbours may be one mapping
+        for each in places:
+            is_good = "um" in each.flags and each.page_size == region.page_size
+            if is_good and each.start <= reached < each.end:
+                reached = each.end
+        if reached < region.end:
+            raise MemoryRefused(
+                f"process {pid} does not wait for missing pages of {region.page_size} bytes at "
+                f"{reached:#x}, in the region of {region.size} bytes that it has named"
+            )
+
+
 class PlainMachine:
     """One such VMM; owns its connection and userfaultfd, the memory until it is served, and starts
     the process that serves it, which outlives us."""
@@ -72,6 +125,7 @@ class PlainMachine:
         if len(visitor.fds) != 1:
             raise WireError(f"{len(visitor.fds)} descriptors beside it; its userfaultfd is needed")
         check_uffd("the VMM", visitor.fds[0])
+        check_waits(self.pid, regions)
         ram = make_ram(size_of(regions), None, None, None)
         self.blocks = [ForeignBlock(ram.block, 0)]
         self._go, theirs = socket.socketpair()
@@ -90,6 +144,7 @@ class PlainMachine:
                 os.close(ram.block.fd)
                 self._go.close()
                 raise GuestError("the process that serves pages cannot be started") from exc
+        self._is_ready = self._is_given = False  #: as the process knows
         self._connection, self._uffd = visitor.connection, visitor.fds.pop()
 
     @property
@@ -108,19 +163,32 @@ class PlainMachine:
 
     def resume(self) -> None:
         if not self.is_running:
+            self._tell(SERVE)
             self.is_running = True
-            self._go.send(b"!")
+
+    def _tell(self, order: bytes) -> None:
+        """:raise GuestError: nobody serves it."""
+        try:
+            self._go.send(order)
+        except OSError as exc:
+            raise GuestError(self._unserved) from exc
+        self._is_given = True
+
+    @property
+    def _unserved(self) -> str:
+        return f"the process that serves pages to {self.what} has ended"
 
     def confirm(self) -> None:
         """:raise GuestError: nobody serves it."""
         if self.is_running and self._server.poll():
-            raise GuestError(f"the process that serves {self.what} has ended")
+            raise GuestError(self._unserved)
 
     def stay(self, stays: bool) -> None:
         """It cannot be told."""
 
     def arrive(self) -> None:
-        """It waits for its pages."""
+        """It gets its pages when it is resumed, or when we have ended."""
+        self._tell(YOURS)
 
     def vcpus(self) -> list[int]:
         """:raise GuestError: it has ended."""
@@ -140,6 +208,16 @@ class PlainMachine:
     def load(self, state_fd: int, size: int) -> None:
         if size != len(STATE) or os.pread(state_fd, size, 0) != STATE:
             raise GuestError(f"device state of {size} bytes is not that of a ram guest")
+        self._check_served()
+
+    def _check_served(self) -> None:
+        """:raise GuestError: the process that serves pages has ended, or cannot begin."""
+        if not self._is_ready:
+            with contextlib.suppress(OSError):
+                self._go.settimeout(READY_WAIT_S)
+                self._is_ready = self._go.recv(1) == READY
+        if not self._is_ready or self._server.poll() is not None:
+            raise GuestError(self._unserved)
 
     # -- tracking and missing pages ----------------------------------------------------------------
 
@@ -163,12 +241,16 @@ class PlainMachine:
     # -- the end -----------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Nobody waits."""
+        """Who waits in `load` gives up."""
+        with contextlib.suppress(OSError):
+            self._go.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
-        self._go.close()  # a server that was not told to serve ends
-        if not self.is_running:
-            self._server.wait()
+        self._go.close()
+        if not self._is_given:  # it has nothing to do
+            self._server.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(END_WAIT_S)
         self._server.poll()
         self._connection.close()
         os.close(self._uffd)

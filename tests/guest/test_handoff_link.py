@@ -108,6 +108,22 @@ def test_who_reads_nothing_is_noticed_without_waiting() -> None:
         order_on(link)
 
 
+def test_what_nobody_waits_for_is_not_kept() -> None:
+    """Orders that were only told, or are not asked for any more, and their answers."""
+    with linked() as (link, theirs, _):
+        link.tell("release")
+        dropped = link.order("resume")
+        link.forget(dropped)
+        last = link.order("status")
+        numbers = [json.loads(line)["id"] for line in read_lines(theirs, 3)]
+        assert numbers[1:] == [dropped, last]
+        for number in numbers:
+            theirs.send(b'{"id":%d}\n' % number)
+        link.answer(last, "status", WAIT_S)
+
+        assert not link._replies
+
+
 def test_what_was_ordered_last_is_read_behind_the_end() -> None:
     with linked() as (link, theirs, _):
         link.order("resume")

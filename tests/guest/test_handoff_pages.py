@@ -7,15 +7,20 @@ import ctypes
 import mmap
 import os
 import select
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from engine import _native
 from engine.guest.handoff_hello import Region
-from engine.guest.handoff_pages import PagePusher
+from engine.guest.handoff_pages import PagePusher, main
+from engine.guest.handoff_serving import READY, SERVE, YOURS, is_wanted
 from tests.kernel import has_userfaultfd
 from tests.support import WAIT_S
 
@@ -140,3 +145,74 @@ def test_a_place_where_nobody_waits_is_an_error(world: World) -> None:
 
     with pytest.raises(OSError, match="No such file"):
         world.push()
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "is_served"), [(b"", False), (SERVE, True), (YOURS, True), (YOURS + SERVE, True)]
+)
+def test_pages_are_served_to_whose_guest_it_is_also_when_nobody_is_left(
+    said: bytes, is_served: bool
+) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        with ours:
+            ours.send(said)
+        assert is_wanted(theirs) is is_served
+
+
+def test_nobody_is_served_before_it_is_said() -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(WAIT_S)
+    with ours, theirs:
+        found: list[bool] = []
+        thread = threading.Thread(target=lambda: found.append(is_wanted(theirs)))
+        thread.start()
+        assert ours.recv(1) == READY
+        ours.send(YOURS)
+        thread.join(0.2)
+        assert not found
+        ours.send(SERVE)
+        thread.join(WAIT_S)
+        assert found == [True]
+
+
+#: Waits for its memory at a userfaultfd, which it sends.
+GONE = """
+import mmap, os, socket, sys
+from engine import _native
+memory = mmap.mmap(-1, 4096 * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+uffd = _native.uffd_open(_native.UFFD_USER_MODE_ONLY, 0)
+address = _native.mapping_address(memory)
+_native.uffd_register(uffd, address, 4096 * 4, _native.UFFD_REGISTER_MISSING)
+connection = socket.socket(fileno=int(sys.argv[1]))
+socket.send_fds(connection, [b"%d" % address], [uffd])
+"""
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_vmm_that_has_gone_does_not_wait_for_ever(
+    holes: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.ExitStack() as undo:
+        ours, theirs = socket.socketpair()
+        undo.enter_context(ours)
+        with theirs:
+            number = theirs.fileno()
+            subprocess.run([sys.executable, "-c", GONE, str(number)], pass_fds=[number], check=True)
+        address, uffds, _, _ = socket.recv_fds(ours, 100, 1)
+        undo.callback(os.close, uffds[0])
+        memfd = os.memfd_create("received", os.MFD_CLOEXEC)
+        undo.callback(os.close, memfd)
+        os.ftruncate(memfd, 4 * PAGE)
+        if not holes:
+            os.pwrite(memfd, b"x" * PAGE, 0)
+        agent, server = socket.socketpair()
+        with agent:
+            agent.send(SERVE)
+            region = msgspec.json.encode([Region(int(address), 4 * PAGE, 0)]).decode()
+            main(server.detach(), memfd, uffds[0], region)
+
+    assert capfd.readouterr().err == ""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import engine
+from engine import _native
 from engine.errors import MigrationError, WireError
 from engine.guest.handoff_plain import parse_plain
 from tests.guest.support import run
@@ -28,6 +30,7 @@ pytestmark = [pytest.mark.process]
 
 MIB = 1 << 20
 PAGE = 4096
+LARGE = 2 * MIB
 SIZES = (24, 8)  #: of its regions
 
 
@@ -94,12 +97,16 @@ def snapshot(directory: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def arrived(restored: Restored, snapshot: Path) -> AsyncIterator[engine.Control]:
+async def arrived(
+    restored: Restored, snapshot: Path, *, stands: bool = False
+) -> AsyncIterator[engine.Control]:
     """The destination's control process, when a migration has just completed."""
     here = engine.Control.start(f"ram:size={sum(SIZES)}M,path={snapshot}")
     there = engine.Control.start(f"handoff:{restored.socket}", "tcp:127.0.0.1:0")
     async with here, there:
         assert restored.waits()
+        if stands:
+            await there.execute("stop")
         migration = await here.migrate(there, max_bandwidth=0, downtime_limit=60_000)
         await migration.result()
         yield there
@@ -138,6 +145,66 @@ def test_it_gets_its_pages_when_ramferry_is_killed_behind_the_migration(
     restored.ask()
     assert restored.answer() == hashlib.sha256(snapshot.read_bytes()).hexdigest()
     assert eventually(lambda: not restored.waits())
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["quits", "is-killed"])
+def test_one_that_arrived_stopped_gets_its_pages_when_ramferry_has_gone(
+    restored: Restored, snapshot: Path, is_killed: bool
+) -> None:
+    async def scenario() -> None:
+        async with arrived(restored, snapshot, stands=True) as there:
+            assert (await there.execute("query-status"))["running"] is False
+            assert restored.waits()
+            if is_killed:
+                os.kill(agent_of(there.pid), signal.SIGKILL)
+                there.kill()
+                await there.wait()
+
+    asyncio.run(scenario())
+
+    restored.ask()
+    assert restored.answer() == hashlib.sha256(snapshot.read_bytes()).hexdigest()
+    assert eventually(lambda: not restored.waits())
+
+
+def test_a_migration_fails_when_nobody_can_serve_its_pages(
+    restored: Restored, snapshot: Path
+) -> None:
+    async def scenario() -> None:
+        here = engine.Control.start(f"ram:size={sum(SIZES)}M,path={snapshot}")
+        there = engine.Control.start(f"handoff:{restored.socket}", "tcp:127.0.0.1:0")
+        async with here, there:
+            os.kill(server_of(agent_of(there.pid)), signal.SIGKILL)
+            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=60_000)
+            with pytest.raises(MigrationError):
+                await migration.result()
+            assert (await here.execute("query-status"))["status"] == "running"
+            assert "the process that serves pages" in there.stderr
+
+    asyncio.run(scenario())
+
+
+def test_one_that_serves_nobody_is_not_waited_for(restored: Restored) -> None:
+    """Whatever it does, it ends with its agent."""
+
+    async def scenario() -> int:
+        async with engine.Control.start(f"handoff:{restored.socket}", "tcp:127.0.0.1:0") as there:
+            server = server_of(agent_of(there.pid))
+            os.kill(server, signal.SIGSTOP)
+            return server
+
+    server = asyncio.run(scenario())
+
+    assert eventually(lambda: not Path(f"/proc/{server}").exists(), 20)
+
+
+def server_of(agent: int) -> int:
+    """The process that will serve the pages."""
+    for children in Path(f"/proc/{agent}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if b"engine.guest.handoff_pages" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    raise AssertionError("it has none")
 
 
 def test_it_waits_when_the_migration_never_comes(restored: Restored) -> None:
@@ -182,6 +249,34 @@ def test_wrong_descriptors_are_refused(directory: Path, kinds: list[str], says: 
         for fd in fds:
             undo.callback(os.close, fd)
         assert says in run(scenario(fds))
+
+
+@pytest.mark.parametrize("lie", ["unregistered", "half", "elsewhere", "large-pages"])
+def test_memory_that_does_not_wait_is_refused(directory: Path, lie: str) -> None:
+    """Its faults would never be told."""
+    size = 4 * LARGE
+
+    async def scenario(place: dict[str, int]) -> str:
+        async with attaching(directory / "door", incoming=True):
+            connection, answer = await say(directory / "door", plain(place), [uffd])
+            connection.close()
+            return str(answer["error"])
+
+    with contextlib.ExitStack() as undo:
+        uffd = _native.uffd_open(_native.UFFD_USER_MODE_ONLY, 0)
+        undo.callback(os.close, uffd)
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        undo.callback(memory.close)
+        address = -(-_native.mapping_address(memory) // LARGE) * LARGE
+        waiting = {"unregistered": 0, "half": LARGE}.get(lie, 2 * LARGE)
+        if waiting:
+            _native.uffd_register(uffd, address, waiting, _native.UFFD_REGISTER_MISSING)
+        place = region(base_host_virt_addr=address, size=2 * LARGE)
+        if lie == "elsewhere":
+            place["base_host_virt_addr"] += LARGE
+        if lie == "large-pages":
+            place["page_size_kib"] = LARGE
+        assert "does not wait for missing pages" in run(scenario(place))
 
 
 def region(**changes: int) -> dict[str, int]:
