@@ -26,7 +26,7 @@ from engine.guest.foreign import ForeignMachine, ForeignTracker
 from engine.guest.foreign_agent import ForeignAgent
 from engine.guest.handoff_door import Door, Visitor
 from engine.guest.handoff_machine import HandoffMachine
-from engine.guest.handoff_plain import PlainMachine
+from engine.guest.handoff_plain import NO_ORDERS, PlainMachine
 from engine.guest.messages import Reply
 
 REASON: Final = "userfaultfd write-protect async with PAGEMAP_SCAN, handed over by process"
@@ -41,6 +41,10 @@ class HandedMachine(ForeignMachine, Protocol):
 
     def arrive(self) -> None:
         """The guest is here, and stands: said without waiting."""
+        ...
+
+    def check_memory(self) -> None:
+        """Whether all writes to it are still seen."""
         ...
 
     def open_missing(self) -> list[int]:
@@ -151,6 +155,8 @@ class HandoffAgent(ForeignAgent):
                 await self._threads.run(lambda: vmm.stay(stays))
 
     async def _pause_asked(self, request: messages.Pause, fds: list[int]) -> Reply:
+        if self._vmm.is_running and isinstance(self._vmm, PlainMachine):
+            raise GuestError(NO_ORDERS)  # and nothing is wanted that cannot be
         reply = await self._pause(request, fds)
         await self._keep()
         return reply
@@ -192,6 +198,11 @@ class HandoffAgent(ForeignAgent):
             with contextlib.suppress(GuestError):  # who is gone needs to know nothing
                 await self._keep()
 
+    async def _check_handed(self, request: messages.CheckHandover, fds: list[int]) -> Reply:
+        """Nobody tells of a mapping that has come, or of a fork that would matter."""
+        await self._threads.run(self._vmm.check_memory)
+        return await self._check_handover(request, fds)
+
     async def _settle_kept(self, request: messages.Settle, fds: list[int]) -> Reply:
         reply = await self._settle(request, fds)
         await self._keep()
@@ -225,6 +236,7 @@ HANDOFF_HANDLERS: Final[
     messages.StartHandoff: HandoffAgent._start_handoff,
     messages.Pause: HandoffAgent._pause_asked,
     messages.Resume: HandoffAgent._resume_kept,
+    messages.CheckHandover: HandoffAgent._check_handed,
     messages.HandOver: HandoffAgent._give,
     messages.GiveAway: HandoffAgent._give,
     messages.Settle: HandoffAgent._settle_kept,

@@ -226,6 +226,9 @@ class PlainMachine:
             "the memory of a VMM of Firecracker's handshake is private: it cannot be migrated on"
         )
 
+    def check_memory(self) -> None:
+        """Never tracked."""
+
     def stop_tracking(self) -> None:
         """Never started."""
 

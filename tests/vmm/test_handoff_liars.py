@@ -21,7 +21,7 @@ from typing import Any, Final
 import pytest
 
 from engine import _native
-from engine.errors import GuestError, NotHandedOver, UsageError
+from engine.errors import GuestError, MemoryRefused, NotHandedOver, UsageError
 from engine.guest.foreign import flags_of
 from engine.guest.foreignguest import ForeignGuest
 from engine.guest.handoff_door import BUSY
@@ -413,6 +413,22 @@ def test_a_vmm_that_would_not_stand_alone_is_not_handed_over(path: Path, vmm: Vm
                 assert guest.is_running
                 answering.cancel()
                 await asyncio.gather(answering, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_a_vmm_that_would_fork_its_memory_meanwhile_is_not_handed_over(
+    path: Path, vmm: Vmm
+) -> None:
+    async def scenario() -> None:
+        async with attaching(path) as task:
+            connection, _ = await say(path, vmm.line(), vmm.fds)
+            with connection:
+                guest = await task
+                await guest.start_tracking(None)
+                for_children(vmm)
+                with pytest.raises(MemoryRefused, match="a child of process"):
+                    await guest.check_handover()
 
     run(scenario())
 
