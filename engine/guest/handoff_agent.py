@@ -26,7 +26,7 @@ from engine.guest.foreign import ForeignMachine, ForeignTracker
 from engine.guest.foreign_agent import ForeignAgent
 from engine.guest.handoff_door import Door, Visitor
 from engine.guest.handoff_machine import HandoffMachine
-from engine.guest.handoff_plain import NO_ORDERS, PlainMachine
+from engine.guest.handoff_plain import PlainMachine
 from engine.guest.messages import Reply
 
 REASON: Final = "userfaultfd write-protect async with PAGEMAP_SCAN, handed over by process"
@@ -155,8 +155,6 @@ class HandoffAgent(ForeignAgent):
                 await self._threads.run(lambda: vmm.stay(stays))
 
     async def _pause_asked(self, request: messages.Pause, fds: list[int]) -> Reply:
-        if self._vmm.is_running and isinstance(self._vmm, PlainMachine):
-            raise GuestError(NO_ORDERS)  # and nothing is wanted that cannot be
         reply = await self._pause(request, fds)
         await self._keep()
         return reply
