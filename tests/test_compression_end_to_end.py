@@ -143,8 +143,10 @@ def test_auto_arrives_right_and_says_what_it_chose() -> None:
 
     chosen, channels, printed, verdict = asyncio.run(scenario())
     assert verdict.is_right, verdict
+    drained = [channel["auto"]["drain-bytes-per-second"] for channel in channels]
+    assert 10e6 < sum(drained) < 80e6, "one budget: on a busy machine one channel gets more of it"
     for known in (channel["auto"] for channel in channels):
-        assert 5e6 < known["drain-bytes-per-second"] < 40e6
+        assert 0 < known["drain-bytes-per-second"] < 40e6
         assert known["channel-is-full"]
         assert known["last-change"]["to"] == known["codec"] != "none"
         assert {one["codec"] for one in known["estimates"]} >= {"none", known["codec"]}
