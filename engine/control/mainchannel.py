@@ -252,8 +252,8 @@ class DestinationEnd(Generic[F]):
         """As `close`; the peer has been told what became of the migration."""
         self.close()
 
-    def close(self) -> None:
-        """Stop listening, remove the file, end every connection. Idempotent."""
+    def stop_listening(self) -> None:
+        """Whoever comes from now on finds nobody; the peer stays. Idempotent."""
         if self._socket.fileno() == -1:
             return
         if self._server is not None:
@@ -263,5 +263,9 @@ class DestinationEnd(Generic[F]):
             unixsocket.remove_dead(self._path)
         for stranger in self._strangers:
             stranger.abort()
+
+    def close(self) -> None:
+        """Stop listening, remove the file, end every connection. Idempotent."""
+        self.stop_listening()
         if self._peer is not None:
             self._peer.close()

@@ -264,6 +264,25 @@ def test_a_second_source_is_refused_while_the_first_is_served(address: Address) 
     asyncio.run(scenario())
 
 
+def test_who_comes_when_nobody_is_listened_for_finds_nobody_and_the_first_stays(
+    address: Address,
+) -> None:
+    async def scenario() -> None:
+        async with listening(address) as destination:
+            accepting = asyncio.ensure_future(destination.accept())
+            async with source_of(destination) as first:
+                await accepting
+                destination.stop_listening()
+                with pytest.raises(PeerRefused, match="Failed to connect"):
+                    await SourceEnd(destination.address).connect()
+                await first.send(wire.Arm(1, True))
+                assert await destination.receive() == wire.Arm(1, True)
+                await destination.send(wire.Armed())
+                assert await first.receive() == wire.Armed()
+
+    asyncio.run(scenario())
+
+
 def test_after_a_source_that_does_not_fit_the_next_one_is_accepted(address: Address) -> None:
     async def scenario() -> None:
         async with listening(address) as destination:

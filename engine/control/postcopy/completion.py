@@ -116,6 +116,7 @@ class Completion:
                     await self._fail(exc)
                     return
                 failure = await self._pause_and_resync(exc)
+        self.main.stop_listening()  # a source that comes back finds nobody, and can tell why
         migration.set_status(Status.COMPLETED)
         await self._say_all()
         await self.postcopy.end(is_closing=True)
