@@ -209,9 +209,7 @@ class Auto:
             known.disproved = 0
             return False
         until_ns = now_ns + AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX)
-        for one in self._known[
-            self._current :
-        ]:  # who decodes this too slowly is slower with stronger ones
+        for one in self._known[self._current :]:  # stronger ones take still longer to decode
             one.avoided_until_ns = max(one.avoided_until_ns, until_ns)
         known.disproved += 1
         self._take(trial.weaker, now_ns, Why.DISPROVED)

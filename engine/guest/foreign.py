@@ -295,20 +295,42 @@ def family_of(pid: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def flags_of(pid: int, ranges: Sequence[Range]) -> list[set[str]]:
-    """The kernel's flags (smaps in proc(5)) of each mapping in these ranges of the process.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A mapping, as of smaps in proc(5); `flags` are the kernel's."""
+
+    start: int
+    end: int
+    page_size: int
+    flags: frozenset[str]
+
+
+def read_places(pid: int) -> list[Place]:
+    """All mappings, by address.
 
     :raise OSError: the process is gone, or not ours to look at."""
-    found, is_ours = [], False
+    places, start, end, page_size = [], 0, 0, 0
     with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
         for line in lines:
             words = line.split()
-            if words[0] == "VmFlags:" and is_ours:
-                found.append(set(words[1:]))
-            elif not words[0].endswith(":"):
-                start = int(words[0].partition("-")[0], 16)
-                is_ours = any(address <= start < address + size for address, size in ranges)
-    return found
+            if not words[0].endswith(":"):
+                start, end = (int(each, 16) for each in words[0].split("-"))
+            elif words[0] == "KernelPageSize:":
+                page_size = int(words[1]) * 1024
+            elif words[0] == "VmFlags:":
+                places.append(Place(start, end, page_size, frozenset(words[1:])))
+    return places
+
+
+def flags_of(pid: int, ranges: Sequence[Range]) -> list[frozenset[str]]:
+    """The kernel's flags of each mapping in these ranges of the process.
+
+    :raise OSError: the process is gone, or not ours to look at."""
+    return [
+        place.flags
+        for place in read_places(pid)
+        if any(address <= place.start < address + size for address, size in ranges)
+    ]
 
 
 def check_nobody_waits(blocks: Sequence[ForeignBlock], pid: int) -> None:

@@ -34,7 +34,7 @@ from engine.guest.foreign import (
     check_still_alone,
     family_of,
 )
-from engine.guest.foreign_missing import Range, end_missing, open_foreign_missing
+from engine.guest.foreign_missing import block_ranges, end_missing, open_foreign_missing
 from engine.guest.messages import Reply
 from engine.guest.process_machine import ProcessMachine
 from engine.guest.qemu_machine import QemuMachine
@@ -334,7 +334,7 @@ class ForeignAgent(Agent):
 
     def _open(self, foreign: ForeignMachine) -> None:
         """In a thread, which ends also if nobody waits for it any more."""
-        self._missing = open_foreign_missing(foreign.pid, _ranges(foreign))
+        self._missing = open_foreign_missing(foreign.pid, block_ranges(foreign.blocks))
 
     async def _close_missing(self, request: messages.CloseMissing, _fds: list[int]) -> Reply:
         """Waits for nobody, who may wait for a page."""
@@ -348,7 +348,9 @@ class ForeignAgent(Agent):
         if foreign is not None and uffds:
             self._missing = []
             try:
-                await self._threads.run(lambda: end_missing(foreign.pid, uffds, _ranges(foreign)))
+                await self._threads.run(
+                    lambda: end_missing(foreign.pid, uffds, block_ranges(foreign.blocks))
+                )
             finally:
                 messages.close_all(uffds)
 
@@ -395,10 +397,6 @@ class ForeignAgent(Agent):
 
     async def _refuse(self, request: messages.Request, _fds: list[int]) -> Reply:
         raise GuestError(f"{type(request).__name__} is not for {self._need_foreign().what}")
-
-
-def _ranges(foreign: ForeignMachine) -> list[Range]:
-    return [(each.block, each.address) for each in foreign.blocks]
 
 
 FOREIGN_HANDLERS: Final[

@@ -19,6 +19,7 @@ from engine.guest.foreign import (
     INJECT_WAIT_NS,
     NEVER_FORKED,
     CannotInject,
+    ForeignBlock,
     is_in_children,
     open_foreign_uffd,
 )
@@ -29,6 +30,11 @@ log = logging.getLogger("ramferry.guest")
 
 #: One block of memory, and where the process maps it.
 Range = tuple[RamBlock, int]
+
+
+def block_ranges(blocks: Sequence[ForeignBlock]) -> list[Range]:
+    """Which memory lies where in the process."""
+    return [(each.block, each.address) for each in blocks]
 
 
 def open_foreign_missing(pid: int, ranges: Sequence[Range]) -> list[int]:

@@ -29,7 +29,7 @@ from engine.guest.foreign import (
     read_mappings,
     write_protect,
 )
-from engine.guest.foreign_missing import Range, register_missing, unregister
+from engine.guest.foreign_missing import block_ranges, register_missing, unregister
 from engine.guest.handoff_door import Visitor
 from engine.guest.handoff_hello import (
     VERSION,
@@ -219,10 +219,6 @@ class HandoffMachine:
 
     # -- tracking and missing pages --------------------------------------------------------------
 
-    @property
-    def ranges(self) -> list[Range]:
-        return [(each.block, each.address) for each in self.blocks]
-
     def check_memory(self) -> None:
         """It may have changed since the hello; slow, for a guest that runs.
 
@@ -242,7 +238,7 @@ class HandoffMachine:
             pagemap_fd = open_pagemap(self.pid)
             undo.callback(os.close, pagemap_fd)
             undo.callback(self._unregister)
-            for uffd, (block, address) in zip(self._uffds, self.ranges, strict=True):
+            for uffd, (block, address) in zip(self._uffds, block_ranges(self.blocks), strict=True):
                 write_protect(self.pid, uffd, pagemap_fd, address, block.size)
             undo.pop_all()
         self._tracker = HandedTracker(self.pid, -1, pagemap_fd, 0, end=self._unregister)
@@ -254,7 +250,7 @@ class HandoffMachine:
             self._tracker = None
 
     def _unregister(self) -> None:
-        unregister(self._uffds, self.ranges)
+        unregister(self._uffds, block_ranges(self.blocks))
 
     def open_missing(self) -> list[int]:
         """It waits for what is missing, whoever of us dies, until `end_missing`; return copies of
@@ -263,7 +259,7 @@ class HandoffMachine:
         :raise MigrationError: not possible, and why; it is as before."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._unregister)
-            for uffd, place in zip(self._uffds, self.ranges, strict=True):
+            for uffd, place in zip(self._uffds, block_ranges(self.blocks), strict=True):
                 register_missing(self.pid, uffd, *place)
             with _looking_at(self.pid):
                 _check_not_in_children(self.blocks, self.pid)

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -21,7 +20,7 @@ import msgspec
 from engine.errors import GuestError, MemoryRefused, WireError
 from engine.guest.backing import make_ram
 from engine.guest.cgroups import threads_of
-from engine.guest.foreign import ForeignBlock, ForeignTracker
+from engine.guest.foreign import ForeignBlock, ForeignTracker, read_places
 from engine.guest.handoff_door import Visitor
 from engine.guest.handoff_hello import Region, check_apart, check_regions, check_uffd
 from engine.guest.handoff_serving import READY, SERVE, YOURS
@@ -55,33 +54,6 @@ def parse_plain(text: bytes) -> list[Region]:
 def size_of(regions: list[Region]) -> int:
     """Of the memory file."""
     return max(each.offset + each.size for each in regions)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A mapping, as of /proc/PID/smaps."""
-
-    start: int
-    end: int
-    page_size: int
-    flags: frozenset[str]
-
-
-def read_places(pid: int) -> list[Place]:
-    """All mappings, by address.
-
-    :raise OSError: the process is gone, or not ours to look at."""
-    places, start, end, page_size = [], 0, 0, 0
-    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            words = line.split()
-            if not words[0].endswith(":"):
-                start, end = (int(each, 16) for each in words[0].split("-"))
-            elif words[0] == "KernelPageSize:":
-                page_size = int(words[1]) * 1024
-            elif words[0] == "VmFlags:":
-                places.append(Place(start, end, page_size, frozenset(words[1:])))
-    return places
 
 
 def check_waits(pid: int, regions: list[Region]) -> None:

@@ -90,10 +90,8 @@ class Client:
         return {flag for line in lines for flag in line.split()} & {"uw", "um"}
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        with self.process:
+            self.process.kill()
 
 
 @contextlib.contextmanager

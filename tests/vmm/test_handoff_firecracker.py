@@ -63,11 +63,15 @@ class Restored:
         return any("um" in line.split() for line in smaps.splitlines() if "VmFlags" in line)
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
+        with self.process:
+            self.process.kill()
+
+
+def check_served(restored: Restored, snapshot: Path) -> None:
+    """It sees every byte of the memory that was sent, and then waits for nothing any more."""
+    restored.ask()
+    assert restored.answer() == hashlib.sha256(snapshot.read_bytes()).hexdigest()
+    assert eventually(lambda: not restored.waits())
 
 
 @pytest.fixture
@@ -142,9 +146,7 @@ def test_it_gets_its_pages_when_ramferry_is_killed_behind_the_migration(
 
     asyncio.run(scenario())
 
-    restored.ask()
-    assert restored.answer() == hashlib.sha256(snapshot.read_bytes()).hexdigest()
-    assert eventually(lambda: not restored.waits())
+    check_served(restored, snapshot)
 
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["quits", "is-killed"])
@@ -162,9 +164,7 @@ def test_one_that_arrived_stopped_gets_its_pages_when_ramferry_has_gone(
 
     asyncio.run(scenario())
 
-    restored.ask()
-    assert restored.answer() == hashlib.sha256(snapshot.read_bytes()).hexdigest()
-    assert eventually(lambda: not restored.waits())
+    check_served(restored, snapshot)
 
 
 def test_a_migration_fails_when_nobody_can_serve_its_pages(

@@ -75,11 +75,8 @@ class Stepper:
         return state == "T"
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
+        with self.process:
+            self.process.kill()
 
 
 @contextlib.contextmanager
