@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from engine import wire
+from engine.control.agreement import Agreement
 from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.encryption import check_encryption
 from engine.control.host import Host
 from engine.control.mainchannel import SourceEnd
-from engine.control.route import Agreement
 from engine.control.senders import SenderGroup
 from engine.control.uri import Address
 from engine.errors import MigrationError, NotHandedOver, PeerRefused, WireError

@@ -327,14 +327,14 @@ class IncomingMigration:
 
     def use(self, main: Main, count: int) -> ReceiverGroup:
         """Make receivers for so many channels beside this main one; they are the migration's."""
-        self._main, stream_fd, on_stream_end = main, -1, lambda: None
+        self._main, host, stream_fd, on_stream_end = main, self.host, -1, lambda: None
         if isinstance(main, StreamDestination):
             stream_fd, on_stream_end = main.fd, main.channel_ended
         self._receivers = ReceiverGroup(
-            self.host.guest.blocks,
-            self.host.receivers,
-            Channels(self.session, count, self.bind, stream_fd),
-            heal_limit=self.host.parameters.x_heal_limit,
+            host.guest.blocks,
+            host.receivers,
+            Channels(self.session, count, self.bind, stream_fd, host.capability("postcopy-ram")),
+            heal_limit=host.parameters.x_heal_limit,
             tell=self.tell,
             fail=self._break_off,
             on_stream_end=on_stream_end,

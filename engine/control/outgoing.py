@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from engine import wire
 from engine.control import machine, policy
+from engine.control.agreement import Agreement
 from engine.control.compression import compression_now
 from engine.control.convergence import Convergence
 from engine.control.conversation import Conversation
@@ -25,7 +26,7 @@ from engine.control.lookahead import LookAhead
 from engine.control.machine import Effect, Outgoing, Phase
 from engine.control.notifiers import Side
 from engine.control.postcopy.source import PostcopySource
-from engine.control.route import Agreement, Route
+from engine.control.route import Route
 from engine.control.senders import SenderGroup
 from engine.control.stall import STALL_NEEDS_POSTCOPY, OnStall
 from engine.control.statistics import SAMPLE_S, DowntimePhases
@@ -143,10 +144,9 @@ class OutgoingMigration(Driver):
             self.host.guest.blocks,
             self.host.senders,
             self.session,
-            agreement.endpoints,
+            agreement,
             lambda index, reason: self.handle(machine.ChannelLost(index, reason)),
-            stream_fd=agreement.stream_fd,
-            is_acknowledged=agreement.is_acknowledged,
+            may_postcopy=self._may_be_postcopy,
         )
         self.settings_changed()
         self._spawn(lambda: self._route.listen(senders))

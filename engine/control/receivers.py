@@ -36,12 +36,14 @@ class Channels:
 
     :ivar count: channels, one receiver each.
     :ivar bind: where the receiver of a channel listens; not asked for a stream.
-    :ivar stream_fd: lent to the only receiver; -1: there is no stream."""
+    :ivar stream_fd: lent to the only receiver; -1: there is no stream.
+    :ivar may_postcopy: the guest may wait for pages beside the receivers."""
 
     session: bytes
     count: int
     bind: Callable[[int], str]
     stream_fd: int = -1
+    may_postcopy: bool = False
 
 
 class ReceiverGroup:
@@ -145,8 +147,14 @@ class ReceiverGroup:
         with contextlib.suppress(WorkerLost):  # `_lose` has been told
             if self._is_stream:
                 worker.order(wire.UseStream(), [self._channels.stream_fd])
-            session, incarnation = self._channels.session, lane.incarnation
-            order = wire.PrepareReceiver(lane.index, session, bind, incarnation, shapes)
+            order = wire.PrepareReceiver(
+                lane.index,
+                self._channels.session,
+                bind,
+                lane.incarnation,
+                shapes,
+                self._channels.may_postcopy,
+            )
             worker.order(order, fds)
             if self._missing is not None:
                 self._order_insertion(worker)

@@ -3,30 +3,13 @@ one (`Conversation`), or a single stream (`streams.source.StreamRoute`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from engine import wire
+from engine.control.agreement import Agreement
 from engine.control.host import Host
 from engine.control.senders import SenderGroup
 from engine.guest.base import Guest, Handover
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """What senders need to know.
-
-    :ivar endpoints: one for each channel.
-    :ivar codecs: ids of those that the destination can decode, or must.
-    :ivar placement: how the destination places pages, if it said so.
-    :ivar stream_fd: of a stream, lent to its only sender; else -1.
-    :ivar is_acknowledged: the destination says which rounds it has placed."""
-
-    endpoints: list[str]
-    codecs: tuple[int, ...]
-    placement: str = ""
-    stream_fd: int = -1
-    is_acknowledged: bool = True
 
 
 class Route(Protocol):

@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from engine import wire
+from engine.control.agreement import Agreement
 from engine.control.compression import codecs_of, compression_info, delta_statistics, lacking_codecs
 from engine.control.lane import HarvestTotals, Lane, RoundTotals
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
@@ -49,20 +50,20 @@ class SenderGroup:
         blocks: Sequence[RamBlock],
         pool: Pool[wire.SenderReport],
         session: bytes,
-        endpoints: Sequence[str],
+        agreement: Agreement,
         on_lost: Callable[[int, str], None],
         *,
-        stream_fd: int = -1,
-        is_acknowledged: bool = True,
+        may_postcopy: bool = False,
     ) -> None:
         """
-        :param stream_fd: lent to the only lane in place of an endpoint; -1: there is no stream.
-        :param is_acknowledged: `received` will be told of every round; else a round that was sent
-            counts as placed."""
+        :param agreement: a stream is lent to the only lane in place of an endpoint. Where it is not
+            acknowledged, a round that was sent counts as placed, as nothing tells `received`.
+        :param may_postcopy: a guest may wait for pages beside the lanes."""
         wire.check_blocks([wire.BlockShape.of(block) for block in blocks])
         self._blocks, self._pool, self._session = tuple(blocks), pool, session
         self._on_lost = on_lost
-        self._stream_fd, self._is_acknowledged = stream_fd, is_acknowledged
+        self._stream_fd = agreement.stream_fd
+        self._is_acknowledged, self._may_postcopy = agreement.is_acknowledged, may_postcopy
         self._waiters: set[asyncio.Future[None]] = set()
         self._hash_seed = int.from_bytes(os.urandom(8), "little")
         self._tracking: Tracking | None = None
@@ -81,7 +82,7 @@ class SenderGroup:
             stack.callback(self.delivered.close)
             self.budget = Budget.create()
             stack.callback(self.budget.close)
-            for i, where in enumerate(endpoints):
+            for i, where in enumerate(agreement.endpoints):
                 self.lanes.append(Lane(i, where, Progress.create()))
                 stack.callback(self.lanes[i].progress.close)
             stack.pop_all()
@@ -176,6 +177,7 @@ class SenderGroup:
                 [block.address for block in blocks],
                 self._detect_zero,
                 self._hash_seed,
+                self._may_postcopy,
             ),
             fds,
         )

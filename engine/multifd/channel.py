@@ -12,11 +12,6 @@ from zmq.utils.monitor import recv_monitor_message
 from engine import wire
 from engine.multifd.worker import set_channel_options
 
-LOOPBACK: Final = ("tcp://127.", "tcp://[::1]:", "tcp://localhost:")
-#: On loopback nothing is on its way for long: a larger send buffer only leaves the caches (5 % less
-#: CPU than with the kernel's own tuning, up to 4 MiB). Over a network the kernel tunes it.
-LOOPBACK_SEND_BUFFER_BYTES: Final = 512 * 1024
-
 LOST_EVENTS: Final = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
 HANDSHAKE_FAILED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -63,16 +58,20 @@ class Channel(Protocol):
 class SocketChannel:
     """A DEALER that connects once and says when it is lost."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], order: wire.OpenChannel) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        order: wire.OpenChannel,
+        *,
+        may_postcopy: bool = False,
+    ) -> None:
         self.incarnation = order.incarnation
         self.sequence = 0
         self.is_open = False
         self.socket = context.socket(zmq.DEALER)
         self.monitor: zmq.Socket[bytes] | None = None
         try:
-            set_channel_options(self.socket)
-            if order.endpoint.startswith(LOOPBACK):
-                self.socket.setsockopt(zmq.SNDBUF, LOOPBACK_SEND_BUFFER_BYTES)
+            set_channel_options(self.socket, order.endpoint, may_postcopy=may_postcopy)
             self.monitor = self.socket.get_monitor_socket(
                 LOST_EVENTS | HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED
             )

@@ -100,7 +100,7 @@ class Receiver:
             self._inbox.report(wire.Ready("stream", placer.method))
             return
         self._socket = self._context.socket(zmq.ROUTER)
-        set_channel_options(self._socket)
+        set_channel_options(self._socket, order.bind, may_postcopy=order.may_postcopy)
         try:
             if order.bind.startswith("ipc://"):  # libzmq removes whatever file is there
                 unixsocket.claim(order.bind.removeprefix("ipc://"))

@@ -217,7 +217,8 @@ class Sender:
             self._follow_channel(channel)
             return
         try:
-            self._watch(SocketChannel(self._context, order))
+            may_postcopy = self._order.may_postcopy
+            self._watch(SocketChannel(self._context, order, may_postcopy=may_postcopy))
         except zmq.ZMQError as exc:
             self._report_broken(order.incarnation, str(exc))
 

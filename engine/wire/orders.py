@@ -24,6 +24,7 @@ class PrepareSender(Message, frozen=True):
     addresses: list[int]
     detect_zero: bool
     hash_seed: int
+    may_postcopy: bool = False
 
 
 class PrepareReceiver(Message, frozen=True):
@@ -34,6 +35,7 @@ class PrepareReceiver(Message, frozen=True):
     bind: str
     incarnation: int
     blocks: list[BlockShape]
+    may_postcopy: bool = False
 
 
 RECEIVER_FDS: Final = ("placed", "progress")

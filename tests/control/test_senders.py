@@ -15,6 +15,7 @@ import pytest
 
 from engine import _native, wire
 from engine.control import senders, watch
+from engine.control.agreement import Agreement
 from engine.control.lane import HarvestTotals, Lane
 from engine.control.pool import Pool
 from engine.control.senders import SenderGroup
@@ -106,7 +107,7 @@ def ram_block(name: str = "ram", pages: int = PAGES) -> RamBlock:
 
 
 @asynccontextmanager
-async def played() -> AsyncIterator[Played]:
+async def played(*, may_postcopy: bool = False) -> AsyncIterator[Played]:
     block = ram_block()
     workers: list[PlayedWorker] = []
     heals: list[asyncio.Task[None]] = []
@@ -122,7 +123,8 @@ async def played() -> AsyncIterator[Played]:
         heals.append(asyncio.ensure_future(group.heal(index, reopen)))
 
     pool = cast(Pool[wire.SenderReport], SimpleNamespace(take=take))
-    group = SenderGroup([block], pool, b"s" * 16, ["tcp://127.0.0.1:1"], on_lost)
+    agreement = Agreement(["tcp://127.0.0.1:1"], ())
+    group = SenderGroup([block], pool, b"s" * 16, agreement, on_lost, may_postcopy=may_postcopy)
     rig = Played(group, workers, heals)
     tracking = Tracking(TrackerName.UFFD, (TrackedBlock(block.fd, PAGE_SIZE),), "a test")
     try:
@@ -224,7 +226,9 @@ def test_all_data_is_found_beside_the_loop_and_before_anything_is_closed(
     async def scenario() -> tuple[bool, bool]:
         block, worker = ram_block(), PlayedWorker()
         pool = cast(Pool[wire.SenderReport], SimpleNamespace(take=lambda _index: worker))
-        group = SenderGroup([block], pool, b"s" * 16, ["tcp://127.0.0.1:1"], lambda *_: None)
+        group = SenderGroup(
+            [block], pool, b"s" * 16, Agreement(["tcp://127.0.0.1:1"], ()), lambda *_: None
+        )
         set_data = group.dirty.set_data
 
         def look() -> None:
@@ -452,10 +456,22 @@ def test_a_group_that_cannot_be_made_keeps_no_descriptor(monkeypatch: pytest.Mon
     pool = cast(Pool[wire.SenderReport], None)
 
     with pytest.raises(OSError, match="Too many"):
-        SenderGroup([block], pool, b"s" * 16, ["a", "b", "c"], lambda _index, _reason: None)
+        SenderGroup(
+            [block], pool, b"s" * 16, Agreement(["a", "b", "c"], ()), lambda _index, _reason: None
+        )
 
     assert open_descriptors() == before
     os.close(block.fd)
+
+
+@pytest.mark.parametrize("may_postcopy", [False, True])
+def test_senders_are_told_whether_a_guest_may_wait_for_pages(may_postcopy: bool) -> None:
+    async def scenario() -> list[bool]:
+        async with played(may_postcopy=may_postcopy) as rig:
+            orders = [one for one in rig.worker.orders if isinstance(one, wire.PrepareSender)]
+            return [one.may_postcopy for one in orders]
+
+    assert asyncio.run(scenario()) == [may_postcopy]
 
 
 def test_more_blocks_than_one_order_can_carry_are_refused_in_one_line() -> None:
@@ -464,6 +480,6 @@ def test_more_blocks_than_one_order_can_carry_are_refused_in_one_line() -> None:
     pool = cast(Pool[wire.SenderReport], None)
 
     with pytest.raises(WireError, match=r"^a guest of 124 RAM blocks; 1 to 123 can be migrated$"):
-        SenderGroup(blocks, pool, b"s" * 16, ["a"], lambda _index, _reason: None)
+        SenderGroup(blocks, pool, b"s" * 16, Agreement(["a"], ()), lambda _index, _reason: None)
 
     os.close(block.fd)

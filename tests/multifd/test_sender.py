@@ -18,6 +18,7 @@ from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.channel import SocketChannel
 from engine.multifd.progress import Count
 from engine.multifd.sender import Sender
+from engine.multifd.worker import POSTCOPY_BUFFER_BYTES, SEND_BUFFER_BYTES, set_channel_options
 from engine.worker import Inbox, ParentGone
 from tests.multifd.rig import SenderRig, memory, sender
 
@@ -273,6 +274,32 @@ def test_a_channel_that_cannot_connect_keeps_no_socket() -> None:
             SocketChannel(context, wire.OpenChannel("no-such-transport://x", 1))
         assert [socket.closed for socket in made] == [True] * len(made)
         assert made
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "may_postcopy", "send_bytes", "receive_bytes"),
+    [
+        ("tcp://127.0.0.1:1", False, SEND_BUFFER_BYTES, -1),
+        ("tcp://127.0.0.1:1", True, POSTCOPY_BUFFER_BYTES, POSTCOPY_BUFFER_BYTES),
+        ("tcp://192.0.2.1:1", True, -1, -1),
+    ],
+    ids=["precopy", "postcopy", "network"],
+)
+def test_no_call_moves_much_where_a_guest_may_wait_on_the_same_cpus(
+    endpoint: str, may_postcopy: bool, send_bytes: int, receive_bytes: int
+) -> None:
+    """-1 is left to the kernel."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as bound:
+        set_channel_options(bound, endpoint, may_postcopy=may_postcopy)
+        order = wire.OpenChannel(endpoint, 1)
+        channel = SocketChannel(context, order, may_postcopy=may_postcopy)
+        found = [
+            (one.getsockopt(zmq.SNDBUF), one.getsockopt(zmq.RCVBUF))
+            for one in (channel.socket, bound)
+        ]
+        channel.close()
+
+    assert found == [(send_bytes, receive_bytes)] * 2
 
 
 def test_an_error_of_zeromq_is_reported_not_a_traceback() -> None:

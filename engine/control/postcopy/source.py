@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from engine import wire
 from engine.control import machine as machines
+from engine.control.agreement import Agreement
 from engine.control.compression import channels_of, codecs_of, compression_of
 from engine.control.conversation import Conversation
 from engine.control.dirtysync import DirtySync
@@ -25,7 +26,6 @@ from engine.control.host import Host
 from engine.control.notifiers import Side
 from engine.control.postcopy.pageservice import PageService
 from engine.control.postcopy.pieces import Announced, Collected
-from engine.control.route import Agreement
 from engine.control.senders import SenderGroup
 from engine.control.statistics import MigrationNumbers
 from engine.control.status import RunState

@@ -12,10 +12,10 @@ import msgspec
 
 from engine import wire
 from engine.compress.codecs import CODEC_IDS
+from engine.control.agreement import Agreement
 from engine.control.conversation import ANSWER_WAIT_S, hello_of
 from engine.control.framestream import ConnectionLost
 from engine.control.host import Host
-from engine.control.route import Agreement
 from engine.control.senders import SenderGroup
 from engine.control.streams import vsock
 from engine.control.streams.child import Child
