@@ -16,6 +16,7 @@ import pytest
 import engine
 from tests.support import eventually
 from tests.vmm.machines import SETTINGS, Vm, needs_qemu, pair, vm
+from tests.vmm.postcopy_rig import until
 
 pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
 
@@ -71,9 +72,7 @@ async def standing(source: Vm, destination: Vm) -> AsyncIterator[Standing]:
     there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
     async with here, there:
         migration = await here.migrate(there, max_bandwidth=0, downtime_limit=LIMIT_MS)
-        async for progress in migration.progress(0.01):
-            if progress.status is engine.Status.PRE_SWITCHOVER:
-                break
+        await until(here, engine.Status.PRE_SWITCHOVER)
         assert source.status == "paused"
         yield Standing(here, there, migration)
 

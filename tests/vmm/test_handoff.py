@@ -161,10 +161,8 @@ def test_a_source_runs_when_ramferry_is_killed_while_it_stands(
         here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
         there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
         async with here, there:
-            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=LIMIT_MS)
-            async for progress in migration.progress(0.01):
-                if progress.status is engine.Status.PRE_SWITCHOVER:
-                    break
+            await here.migrate(there, max_bandwidth=0, downtime_limit=LIMIT_MS)
+            await until(here, engine.Status.PRE_SWITCHOVER)
             assert source.stands()
             victims = {"agent": agent_of(here.pid), "control": here.pid}
             for name in victims if killed == "both" else [killed]:

@@ -19,6 +19,7 @@ from engine.errors import MigrationError
 from engine.guest.foreignguest import ForeignGuest, attach_process
 from tests.guest.support import run
 from tests.support import eventually
+from tests.vmm.postcopy_rig import until
 
 pytestmark = pytest.mark.process
 
@@ -150,10 +151,8 @@ def test_a_source_runs_when_ramferry_is_killed_while_it_stands(directory: Path) 
         here = engine.Control.start(source.spec, settings=["pause-before-switchover=on"])
         there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
         async with here, there:
-            migration = await here.migrate(there, max_bandwidth=0, downtime_limit=LIMIT_MS)
-            async for progress in migration.progress(0.01):
-                if progress.status is engine.Status.PRE_SWITCHOVER:
-                    break
+            await here.migrate(there, max_bandwidth=0, downtime_limit=LIMIT_MS)
+            await until(here, engine.Status.PRE_SWITCHOVER)
             assert source.stands()
             os.kill(here.pid, signal.SIGKILL)
             assert await asyncio.to_thread(source.goes_on)
