@@ -15,6 +15,9 @@
 /* UFFDIO_COPY says EAGAIN while the address space changes; give up after this many in a row. */
 #define AGAIN_MAX 100000
 
+/* A read fault maps so many pages, aligned (fault_around_bytes, its default). */
+#define AROUND_PAGES ((uint64_t)16)
+
 /* One chunk: pages [first, end), the words they lie in, and which were clear before. */
 struct chunk {
     uint64_t first_page;
@@ -112,6 +115,14 @@ static int populate(unsigned char *start, size_t size)
     return 0;
 }
 
+/* What another mapping has brought in is not in this one's page table: a write would fault at each
+ * page, a read maps all pages around it, writable as the mapping is (do_fault_around, 64 KiB). */
+static void map_around(const unsigned char *ram, uint64_t page, uint64_t end)
+{
+    for (; page < end; page = (page / AROUND_PAGES + 1) * AROUND_PAGES)
+        (void)*(const volatile unsigned char *)(ram + page * PAGE_BYTES);
+}
+
 /* Copy pages [*page, end) through the plain mapping, after their memory was had when `is_fresh`. */
 static int place_memcpy(const struct placement *to, const unsigned char *payload, uint64_t *page,
                         uint64_t end, bool is_fresh, struct placed_pages *counts)
@@ -122,6 +133,8 @@ static int place_memcpy(const struct placement *to, const unsigned char *payload
 
     if (rc < 0)
         return rc;
+    if (!is_fresh)
+        map_around(to->ram, *page, end);
     memcpy(start, payload, size);
     counts->copied += end - *page;
     *page = end;
@@ -180,8 +193,10 @@ static int own_page(const struct placement *to, uint64_t page)
     uint64_t bit = UINT64_C(1) << (page % 64);
     int rc;
 
-    if (atomic_fetch_or(&to->placed[page / 64], bit) & bit)
+    if (atomic_fetch_or(&to->placed[page / 64], bit) & bit) {
+        map_around(to->ram, page, page + 1);
         return 0;
+    }
     rc = populate(to->ram + page * PAGE_BYTES, PAGE_BYTES);
     if (rc < 0)
         atomic_fetch_and(&to->placed[page / 64], ~bit);
