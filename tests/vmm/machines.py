@@ -82,8 +82,12 @@ class Vm:
 
     def said(self) -> list[tuple[str, int]]:
         """What the guest has said: ("R", round) or ("W", address of a wrong page)."""
-        text = (self.directory / "serial").read_text()
+        text = self.wrote("serial")
         return [(each[1], int(each[2], 16)) for each in re.finditer(r"([RW])([0-9a-f]{8})\n", text)]
+
+    def wrote(self, name: str) -> str:
+        """Contents of a file in its directory."""
+        return (self.directory / name).read_text()
 
     def rounds(self) -> int:
         """Rounds that the guest has ended.

@@ -1,0 +1,34 @@
+#!/bin/sh
+# What the tests' guests need beside the installed QEMU, unpacked from Debian's archive into .vmm
+# and not installed: a kernel. Needs apt; root only where apt's lists are missing or too old.
+set -eu
+place=$(cd "$(dirname "$0")/../.." && pwd)/.vmm
+mkdir -p "$place/packages"
+cd "$place/packages"
+
+download() {
+    apt-get -qq -o APT::Sandbox::User=root download "$@"
+}
+
+# Folder, what is wanted of the packages, packages. Done once.
+unpack() {
+    folder=$place/$1 wanted=$2
+    shift 2
+    [ -d "$folder" ] && return
+    rm -rf "$folder.part" ./*.deb
+    mkdir "$folder.part"
+    download "$@" || { apt-get -qq update && download "$@"; }
+    for package in *.deb; do
+        dpkg-deb --fsys-tarfile "$package" | tar -x -C "$folder.part" "$wanted"
+    done
+    mv "$folder.part" "$folder"
+    rm ./*.deb
+}
+
+# The package behind the one that only names the newest.
+kernel() {
+    apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9]\)/\1/p'
+}
+
+[ -n "$(kernel)" ] || apt-get -qq update
+unpack kernel ./boot "$(kernel)"
