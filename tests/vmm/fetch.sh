@@ -1,6 +1,7 @@
 #!/bin/sh
 # What the tests' guests need beside the installed QEMU, unpacked from Debian's archive into .vmm
-# and not installed: a kernel. Needs apt; root only where apt's lists are missing or too old.
+# and not installed: a kernel, and the QEMU of Debian 12 itself, which is a 7.2. Needs apt; root only
+# where apt's lists are missing or too old.
 set -eu
 place=$(cd "$(dirname "$0")/../.." && pwd)/.vmm
 mkdir -p "$place/packages"
@@ -32,3 +33,6 @@ kernel() {
 
 [ -n "$(kernel)" ] || apt-get -qq update
 unpack kernel ./boot "$(kernel)"
+unpack qemu7 ./usr qemu-system-x86/bookworm qemu-system-common/bookworm qemu-system-data/bookworm \
+    seabios/bookworm ipxe-qemu/bookworm
+"$place/qemu7/usr/bin/qemu-system-x86_64" --version | head -1

@@ -16,8 +16,9 @@ from typing import Final
 
 import pytest
 
+from tests.vmm.machines import FETCHED
+
 HERE: Final = Path(__file__).parent
-FETCHED: Final = HERE.parents[1] / ".vmm"  #: by `fetch.sh`
 MIB: Final = 256  #: of the guest's memory; every page that it does not use is filled, too
 SWEPT_MIB: Final = 64
 #: The kernel fills memory that is free, and looks at it when it is wanted again.
