@@ -1,24 +1,20 @@
 #!/bin/sh
 # What the tests' guests need beside the installed QEMU, unpacked from Debian's archive into .vmm
 # and not installed: a kernel, and the QEMU of Debian 12 itself, which is a 7.2. Needs apt; root only
-# where apt's lists are missing or too old.
+# where apt's lists are missing or old. Done once.
 set -eu
 place=$(cd "$(dirname "$0")/../.." && pwd)/.vmm
 mkdir -p "$place/packages"
 cd "$place/packages"
 
-download() {
-    apt-get -qq -o APT::Sandbox::User=root download "$@"
-}
-
-# Folder, what is wanted of the packages, packages. Done once.
+# Folder, what is wanted of the packages, packages.
 unpack() {
     folder=$place/$1 wanted=$2
     shift 2
     [ -d "$folder" ] && return
     rm -rf "$folder.part" ./*.deb
     mkdir "$folder.part"
-    download "$@" || { apt-get -qq update && download "$@"; }
+    apt-get -qq -o APT::Sandbox::User=root download "$@"
     for package in *.deb; do
         dpkg-deb --fsys-tarfile "$package" | tar -x -C "$folder.part" "$wanted"
     done
@@ -31,7 +27,9 @@ kernel() {
     apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9]\)/\1/p'
 }
 
-[ -n "$(kernel)" ] || apt-get -qq update
+if [ ! -d "$place/qemu7" ] && [ "$(id -u)" = 0 ]; then
+    apt-get -qq update
+fi
 unpack kernel ./boot "$(kernel)"
 unpack qemu7 ./usr qemu-system-x86/bookworm qemu-system-common/bookworm qemu-system-data/bookworm \
     seabios/bookworm ipxe-qemu/bookworm

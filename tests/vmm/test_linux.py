@@ -69,7 +69,7 @@ def test_a_linux_guest_survives_twenty_migrations_back_and_forth(options: tuple[
                 there = other_place.enter_context(vm(*options, "-incoming", "defer", mib=linux.MIB))
                 result = asyncio.run(migrate(here, there, way, *codec))
                 assert bool(result.postcopy) == (way != "precopy")
-                assert there.goes_on()
+                assert there.goes_on(), (way, codec, there.status, there.wrote("kernel"))
                 serial, log = serial + here.wrote("serial"), log + here.wrote("kernel")
                 place.close()
                 place.push(other_place.pop_all())
