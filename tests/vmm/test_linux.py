@@ -34,6 +34,7 @@ CODECS: Final = (
 LIMITS: Final = ("max-bandwidth=256M", "downtime-limit=1")
 LIMIT_MS: Final = 60_000  #: however slow the machine is, the rounds end
 SOME: Final = 16  #: each one that is found takes the guest some time
+BOOT_WAIT_S: Final = 240.0  #: it takes 7 s on a machine that does nothing else
 POISON: Final = 0xAA  #: what the kernel fills free memory with
 
 
@@ -63,7 +64,7 @@ def test_a_linux_guest_survives_twenty_migrations_back_and_forth(options: tuple[
     began_s, serial, log = time.monotonic(), "", ""
     with contextlib.ExitStack() as place:
         here = place.enter_context(vm(*options, mib=linux.MIB))
-        assert eventually(lambda: here.rounds() > 2)
+        assert eventually(lambda: here.rounds() > 2, BOOT_WAIT_S), here.wrote("kernel")
         for way, codec in islice(zip(cycle(ROUNDS), cycle(CODECS), strict=False), MIGRATIONS):
             with contextlib.ExitStack() as other_place:
                 there = other_place.enter_context(vm(*options, "-incoming", "defer", mib=linux.MIB))
@@ -85,7 +86,7 @@ def test_a_linux_guest_survives_twenty_migrations_back_and_forth(options: tuple[
 def test_program_and_kernel_tell_when_memory_is_not_theirs(options: tuple[str, ...]) -> None:
     """Who finds nothing wrong in the other test has looked."""
     with vm(*options, mib=linux.MIB) as machine:
-        assert eventually(lambda: machine.rounds() > 2)
+        assert eventually(lambda: machine.rounds() > 2, BOOT_WAIT_S)
         assert linux.trouble(machine.wrote("kernel")) == []
         machine.monitor.ask("stop")
         memory = np.fromfile(machine.rams[0], np.uint8).reshape(-1, PAGE_SIZE)
