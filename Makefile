@@ -45,6 +45,6 @@ $(VENV)/installed-dev: $(SOURCES) | $(VENV)/bin/python
 	@touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .vmm build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	rm -rf engine/*.so CMakeFiles .cmake CMakeCache.txt CMakeInit.txt cmake_install.cmake \
 	    build.ninja .ninja_deps .ninja_log .skbuild-info.json libramferry_kernels.a

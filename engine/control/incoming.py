@@ -123,7 +123,7 @@ class IncomingMigration:
             self._task.cancel()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.ended.wait(), CLOSE_WAIT_S)
-        if not self.ended.is_set():
+        if not (self.ended.is_set() or self._taken.is_set()):
             await self.host.guest.quit()  # it does not say whether it took over; now it says no
         await self.ended.wait()
 

@@ -32,7 +32,7 @@ class AgentGuest:
         self._missing: Missing | None = None
         self._when_taken: Callable[[int], Awaitable[None]] | None = None
         self._telling: set[asyncio.Task[None]] = set()
-        link.on_taken = self._taken
+        link.on_event = self._hear
 
     @property
     def agent_pid(self) -> int:
@@ -125,6 +125,11 @@ class AgentGuest:
     async def arm(self, session: bytes, run: bool, taken: Callable[[int], Awaitable[None]]) -> None:
         self._when_taken = taken
         await self._do(messages.Arm(self._link.next_id(), session, run))
+
+    def _hear(self, event: messages.Event) -> None:
+        """What the agent says unasked."""
+        if isinstance(event, messages.Taken):
+            self._taken(event)
 
     def _taken(self, event: messages.Taken) -> None:
         self._is_running, self._is_stopped_by_user = event.running, not event.running

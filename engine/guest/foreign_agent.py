@@ -54,6 +54,7 @@ class ForeignAgent(Agent):
         self._foreign: ForeignMachine | None = None
         self._tracker: ForeignTracker | None = None  #: whose process's forks are heard of
         self._missing: list[int] = []  #: userfaultfds, one a block, while pages are missing
+        self._ending: asyncio.Future[None] | None = None  #: of that, begun last
         self._vcpus = 0
         self._pidfd = -1
         self._throttling: Throttle | None = None
@@ -211,6 +212,8 @@ class ForeignAgent(Agent):
             await self._threads.run(self._need_foreign().confirm)
         except MigrationError as exc:
             say(f"agent[{os.getpid()}]: the guest is here and may stand: {exc}")
+            return
+        self._say(messages.Obeyed(0))
 
     async def _pause(self, request: messages.Pause, _fds: list[int]) -> Reply:
         foreign = self._need_foreign()
@@ -344,15 +347,20 @@ class ForeignAgent(Agent):
         return Reply(messages.Done(request.id))
 
     async def _end_missing(self) -> None:
-        foreign, uffds = self._foreign, self._missing
-        if foreign is not None and uffds:
-            self._missing = []
-            try:
-                await self._threads.run(
-                    lambda: end_missing(foreign.pid, uffds, block_ranges(foreign.blocks))
-                )
-            finally:
-                messages.close_all(uffds)
+        """Who comes while it is being done waits for it, too."""
+        uffds, self._missing = self._missing, []
+        if uffds:
+            self._ending = asyncio.ensure_future(self._threads.run(lambda: self._end_in_vmm(uffds)))
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+
+    def _end_in_vmm(self, uffds: list[int]) -> None:
+        """In a thread, to its end, whoever has asked for it; takes the descriptors over."""
+        foreign = self._need_foreign()
+        try:
+            end_missing(foreign.pid, uffds, block_ranges(foreign.blocks))
+        finally:
+            messages.close_all(uffds)
 
     # -- handover --------------------------------------------------------------------------------
 

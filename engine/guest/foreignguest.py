@@ -52,7 +52,8 @@ class ForeignGuest(AgentGuest):
         self._undoing: Undoing | None = None  #: of a throttle, if its agent is killed
         self._percent = 0  #: of that throttle
         self._may_be_stopped = False  #: for a moment, by that throttle
-        self._is_held = False  #: stopped for a migration, and still its own
+        #: Stopped for a migration, and still its own; or just taken over, and told to run.
+        self._is_held = False
         self._is_given = False  #: its agent was told to give it up, and it did not stay its own
         self._rescuing: asyncio.Task[None] | None = None
         shapes = zip(started.names, started.sizes, fds, started.page_sizes, strict=True)
@@ -114,8 +115,15 @@ class ForeignGuest(AgentGuest):
         """What the agent would have done."""
         end_missing(self.pid, uffds, places)
 
+    def _hear(self, event: messages.Event) -> None:
+        if isinstance(event, messages.Obeyed):
+            self._is_held = False
+        super()._hear(event)
+
     def _taken(self, event: messages.Taken) -> None:
-        self._is_taken_in_part = self._missing is not None
+        """Until its agent says that it runs, who is told to stands still: QEMU forgets an order
+        when its client is killed."""
+        self._is_taken_in_part, self._is_held = self._missing is not None, event.running
         super()._taken(event)
 
     @property
@@ -209,6 +217,7 @@ class ForeignGuest(AgentGuest):
                 "control process can stop or migrate it",
                 self.kind, self.pid, reason,
             )  # fmt: skip
+            await self._let_run()
             await self._has_ended.wait()
         if self._rescuing is None:
             self._rescuing = asyncio.get_running_loop().create_task(self._rescue())

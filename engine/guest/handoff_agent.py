@@ -219,13 +219,11 @@ class HandoffAgent(ForeignAgent):
     def _open(self, _foreign: ForeignMachine) -> None:
         self._missing = self._vmm.open_missing()
 
-    async def _end_missing(self) -> None:
-        if self._missing:
-            missing, self._missing = self._missing, []
-            try:
-                await self._threads.run(self._vmm.end_missing)
-            finally:
-                messages.close_all(missing)
+    def _end_in_vmm(self, uffds: list[int]) -> None:
+        try:
+            self._vmm.end_missing()
+        finally:
+            messages.close_all(uffds)
 
 
 HANDOFF_HANDLERS: Final[

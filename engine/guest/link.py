@@ -54,7 +54,7 @@ class AgentLink:
 
         :raise GuestError: the process has ended already."""
         self.pid, self._child = pid, child
-        self.on_taken: Callable[[messages.Taken], None] | None = None
+        self.on_event: Callable[[messages.Event], None] | None = None
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[tuple[messages.Answer, list[int]]]] = {}
         self._decoder = messages.answer_decoder()
@@ -131,9 +131,9 @@ class AgentLink:
             messages.close_all(fds)
             self._hang_up(str(exc))
             return
-        if isinstance(answer, messages.Taken):
-            if self.on_taken is not None:
-                self.on_taken(answer)
+        if isinstance(answer, messages.Event):
+            if self.on_event is not None:
+                self.on_event(answer)
             return
         waiting = self._waiting.pop(answer.id, None)
         if waiting is None or waiting.done():

@@ -1,6 +1,6 @@
 """What a control process and its guest's agent say to each other, one message in one datagram.
 
-Requests carry an id above 0, and get exactly one answer with the same id; `Taken` comes by itself.
+Requests carry an id above 0, and get exactly one answer with the same id; `Event`s come unasked.
 Descriptors travel beside `Start`, `Attached`, `Tracked`, `Judged` and `MissingOpened`, as their
 docstrings say.
 """
@@ -432,6 +432,12 @@ class Taken(Answer, frozen=True):
     asleep: bool = False
 
 
+class Obeyed(Answer, frozen=True):
+    """Unasked, id 0: what was taken over runs, if it shall. Only of a process that others own."""
+
+
+Event = Taken | Obeyed
+
 AnyRequest = (
     Start | StartQemu | StartProcess | StartHandoff | Attach | Pause | Resume | Sleep | Throttle
     | Writes | StartTracking | StopTracking | ClearSoftDirty | StartCounting | CountWritten
@@ -441,7 +447,7 @@ AnyRequest = (
 )  # fmt: skip
 AnyAnswer = (
     Done | Failed | At | Throttled | Count | Dirtied | Times | Attached | ForeignStarted | Tracked
-    | TrackedBlocks | State | LongState | Judged | MissingOpened | Listening | HandedOver | Taken
+    | TrackedBlocks | State | LongState | Judged | MissingOpened | Listening | HandedOver | Event
 )  # fmt: skip
 
 

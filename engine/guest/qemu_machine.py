@@ -111,8 +111,8 @@ class QemuMachine:
         return at_ns
 
     def resume(self) -> None:
-        """Have it run, without waiting: the command has left when this returns, so it is obeyed
-        whatever becomes of this process. `confirm` tells whether it was."""
+        """Have it run, without waiting: the command has left when this returns. `confirm` tells
+        whether it was obeyed; a QEMU that has not begun it forgets it when this process ends."""
         self._continuing = self._qmp.order("cont")
         self.is_running = True
 

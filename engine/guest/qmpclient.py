@@ -166,7 +166,8 @@ class QmpClient:
         return message
 
     def close(self) -> None:
-        """Hang up; what was ordered is still done. Idempotent."""
+        """Hang up. QEMU forgets what it has not begun by then (10.0 sometimes, 7.2 always): who
+        needs an order done waits for its answer first. Idempotent."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

@@ -22,6 +22,7 @@ from engine.memory.blocks import PAGE_SIZE
 from tests.support import WAIT_S, eventually
 from tests.vmm.sweeper import SECTOR
 
+FETCHED: Final = Path(__file__).parents[2] / ".vmm"  #: by `fetch.sh`
 QEMU: Final = "qemu-system-x86_64"
 MIB: Final = 1024 * 1024
 SETTINGS: Final = ("capabilities", "parameters")  #: of a QEMU's own migration
@@ -82,8 +83,12 @@ class Vm:
 
     def said(self) -> list[tuple[str, int]]:
         """What the guest has said: ("R", round) or ("W", address of a wrong page)."""
-        text = (self.directory / "serial").read_text()
+        text = self.wrote("serial")
         return [(each[1], int(each[2], 16)) for each in re.finditer(r"([RW])([0-9a-f]{8})\n", text)]
+
+    def wrote(self, name: str) -> str:
+        """Contents of a file in its directory."""
+        return (self.directory / name).read_text()
 
     def rounds(self) -> int:
         """Rounds that the guest has ended.
@@ -138,6 +143,7 @@ def vm(
     blocks: int = 1,
     memory: list[str] | None = None,
     is_filled: bool = False,
+    qemu: str = QEMU,
 ) -> Iterator[Vm]:
     """A QEMU that runs the sweeper from memory in files, or as `memory` says."""
     directory = Path(tempfile.mkdtemp(prefix="rf-", dir="/dev/shm"))
@@ -145,7 +151,7 @@ def vm(
         (directory / "sweeper").write_bytes(SECTOR)
         for i in range(blocks * is_filled):
             fill(directory / f"ram{i}", mib // blocks)
-        command = [QEMU, "-accel", "tcg", "-nodefaults", "-vga", "none", "-display", "none"]
+        command = [qemu, "-accel", "tcg", "-nodefaults", "-vga", "none", "-display", "none"]
         command += memory_options(directory, mib, blocks) if memory is None else memory
         command += ["-drive", f"file={directory}/sweeper,format=raw,if=floppy,readonly=on"]
         command += ["-serial", f"file:{directory}/serial"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import engine
+from engine.control.status import Status
 from engine.control.streams.opening import Sources
 from engine.control.streams.source import StreamRoute
 from engine.control.uri import FileAddress
@@ -21,7 +22,8 @@ from engine.guest.foreignguest import attach_process
 from tests.guest.support import run
 from tests.support import eventually
 from tests.survival.test_switchover import Gate, gate, handing_over
-from tests.vmm.machines import needs_qemu, pair
+from tests.vmm.machines import Vm, needs_qemu, pair
+from tests.vmm.postcopy_rig import until
 from tests.vmm.test_end_to_end import LIMIT_MS, agents_of, failure
 from tests.vmm.test_process import Stepper, directory, steppers
 
@@ -97,6 +99,33 @@ def test_a_qemu_runs_at_the_source_when_its_agent_is_killed_before_the_token_lea
 
         assert source.goes_on()
         assert destination.status != "running"
+
+
+@pytest.mark.guest
+@needs_qemu
+@pytest.mark.parametrize("end", ["kill", "quit"])
+def test_a_qemu_that_hangs_as_it_is_taken_over_runs_without_its_agent(
+    tmp_path: Path, end: str
+) -> None:
+    """QEMU forgets an order when the client hangs up that gave it."""
+
+    async def scenario(source: Vm, destination: Vm) -> None:
+        async with armed(source.spec, destination.spec, tmp_path) as found:
+            _, agent = found.agents
+            with stopped(destination.process.pid):
+                found.between.open()
+                await until(found.there, Status.COMPLETED)
+                if end == "kill":
+                    os.kill(agent, signal.SIGKILL)
+                else:
+                    await found.there.execute("quit")
+                assert await asyncio.to_thread(eventually, lambda: agents_of(found.there.pid) == [])
+            assert await asyncio.to_thread(destination.goes_on)
+
+    with pair() as (source, destination):
+        asyncio.run(scenario(source, destination))
+
+        assert source.status == "postmigrate"
 
 
 def test_one_process_runs_when_the_sources_agent_is_killed_behind_the_token(
