@@ -36,10 +36,10 @@ def c_client(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Client:
     """One toy VMM that hands its memory over at `socket`."""
 
-    def __init__(self, command: list[str], socket: Path, how: str) -> None:
+    def __init__(self, command: list[str], socket: Path, how: str, mib: int) -> None:
         self.socket = socket
         self.process = subprocess.Popen(
-            [*command, str(socket), str(MIB), how], stderr=subprocess.PIPE
+            [*command, str(socket), str(mib), how], stderr=subprocess.PIPE
         )
 
     @property
@@ -95,9 +95,9 @@ class Client:
 
 
 @contextlib.contextmanager
-def client(command: list[str], socket: Path, how: str = "run") -> Iterator[Client]:
+def client(command: list[str], socket: Path, how: str = "run", mib: int = MIB) -> Iterator[Client]:
     """How: run or wait."""
-    found = Client(command, socket, how)
+    found = Client(command, socket, how, mib)
     try:
         yield found
     finally:
@@ -105,11 +105,11 @@ def client(command: list[str], socket: Path, how: str = "run") -> Iterator[Clien
 
 
 @contextlib.contextmanager
-def clients(command: list[str], directory: Path) -> Iterator[tuple[Client, Client]]:
+def clients(command: list[str], directory: Path, mib: int = MIB) -> Iterator[tuple[Client, Client]]:
     """One that steps, and one that waits."""
     with (
-        client(command, directory / "a") as source,
-        client(command, directory / "b", "wait") as destination,
+        client(command, directory / "a", mib=mib) as source,
+        client(command, directory / "b", "wait", mib) as destination,
     ):
         yield source, destination
 

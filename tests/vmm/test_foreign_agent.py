@@ -159,3 +159,32 @@ def test_children_are_found_though_a_thread_ends_meanwhile(
 
     assert {os.getpid(), child.pid} <= found
     assert family_of(child.pid) == frozenset()
+
+
+def test_who_gives_pages_up_that_are_being_given_up_waits_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when the first who wanted it does not wait any more: the descriptors stay open."""
+    begun, may_end = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def end_missing(_pid: int, uffds: list[int], _ranges: object) -> None:
+        begun.set()
+        assert may_end.wait(60)
+        seen.extend(os.fstat(uffd).st_ino for uffd in uffds)
+
+    async def scenario() -> None:
+        async with agent_of(Broken(), Role.OWNER) as (agent, _):
+            agent._missing = [os.memfd_create("stands for a userfaultfd")]
+            inode = os.fstat(agent._missing[0]).st_ino
+            first = asyncio.ensure_future(agent._close_missing(messages.CloseMissing(1), []))
+            await asyncio.to_thread(begun.wait, 60)
+            first.cancel()
+            second = asyncio.ensure_future(agent._close_missing(messages.CloseMissing(2), []))
+            assert not (await asyncio.wait({second}, timeout=0.2))[0]
+            may_end.set()
+            await second
+            assert seen == [inode]
+
+    monkeypatch.setattr(foreign_agent, "end_missing", end_missing)
+    run(scenario())

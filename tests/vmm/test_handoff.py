@@ -249,7 +249,7 @@ def test_every_page_comes_when_an_agent_is_killed(
 def test_a_guest_waits_for_ever_when_all_of_ramferry_is_killed(
     directory: Path, c_command: list[str]
 ) -> None:
-    """It would end if it saw a zero that is not its own."""
+    """It would end if it saw a zero that is not its own. So much takes it seconds to ask for."""
 
     async def scenario(source: Client, destination: Client) -> None:
         async with in_postcopy(source.spec, destination.spec, runs=True) as both:
@@ -257,7 +257,7 @@ def test_a_guest_waits_for_ever_when_all_of_ramferry_is_killed(
             both.there.kill()
             await both.there.wait()
 
-    with clients(c_command, directory) as (source, destination):
+    with clients(c_command, directory, 256) as (source, destination):
         asyncio.run(scenario(source, destination))
 
         assert destination.stands()
