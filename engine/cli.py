@@ -194,7 +194,7 @@ def _run(command: Callable[[], Any]) -> int:
     except BrokenPipeError:
         return EXIT_FAILED
     except OSError as exc:
-        _say(exc)
+        _say(str(exc) or "no answer in time")  # a deadline of asyncio's has no text
         return EXIT_FAILED
 
 

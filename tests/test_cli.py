@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import cli
 from tests.support import eventually
 
 pytestmark = pytest.mark.process
@@ -129,3 +130,11 @@ def test_a_signal_ends_serve_and_removes_its_socket(tmp_path: Path, number: int)
 def test_the_version_and_help_are_printed() -> None:
     assert ramferry("--version").stdout.startswith("ramferry, version 0.")
     assert "serve" in ramferry("--help").stdout
+
+
+def test_a_deadline_without_a_text_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise TimeoutError
+
+    assert cli._run(command) == cli.EXIT_FAILED
+    assert capsys.readouterr().err == "ramferry: no answer in time\n"
