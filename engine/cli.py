@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import click
 
-from engine.errors import MigrationError, UsageError
+from engine.errors import MigrationError, UsageError, text_of
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -189,12 +189,12 @@ def _run(command: Callable[[], Any]) -> int:
         _say(exc)
         return EXIT_USAGE
     except MigrationError as exc:
-        _say(f"{exc}: {exc.__cause__}" if exc.__cause__ else exc)
+        _say(text_of(exc))
         return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
     except OSError as exc:
-        _say(str(exc) or "no answer in time")  # a deadline of asyncio's has no text
+        _say(str(exc) or text_of(exc))  # a deadline of asyncio's has no text
         return EXIT_FAILED
 
 

@@ -95,6 +95,13 @@ class OutcomeUnknown(MigrationError):
     Look at the destination before you resume either."""
 
 
+def text_of(exc: BaseException) -> str:
+    """A failure in one line."""
+    if isinstance(exc, TimeoutError):
+        return "no answer in time"
+    return f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)
+
+
 def shown(given: object) -> str:
     """What somebody gave us, as a message may repeat it: one line, printable, not long."""
     text = str(given)

@@ -19,7 +19,7 @@ from engine.control.fitting import next_fitting
 from engine.control.host import Host
 from engine.control.mainchannel import ConnectionLost, DestinationEnd
 from engine.control.notifiers import Change, Moment, Side
-from engine.control.postcopy.completion import Completion, text_of
+from engine.control.postcopy.completion import Completion
 from engine.control.postcopy.destination import PostcopyDestination
 from engine.control.receivers import Channels, ReceiverGroup
 from engine.control.status import RunState, Status, check_incoming
@@ -27,7 +27,7 @@ from engine.control.streams.destination import StreamDestination
 from engine.control.streams.opening import Sources
 from engine.control.token import has_taken_over
 from engine.control.uri import FAULT_CHANNEL, Address, Target, VsockAddress, cannot_listen
-from engine.errors import GuestError, MigrationError, PeerRefused, UsageError, WireError
+from engine.errors import GuestError, MigrationError, PeerRefused, UsageError, WireError, text_of
 
 log = logging.getLogger("ramferry.destination")
 

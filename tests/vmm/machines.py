@@ -175,12 +175,21 @@ def vm(
 
 @contextlib.contextmanager
 def pair(
-    *options: str, mib: int = 64, blocks: int = 1, is_filled: bool = False
+    *options: str,
+    mib: int = 64,
+    blocks: int = 1,
+    memory: list[str] | None = None,
+    is_filled: bool = False,
+    qemus: tuple[str, str] = (QEMU, QEMU),
 ) -> Iterator[tuple[Vm, Vm]]:
     """One whose guest has begun its rounds, and its twin that waits for a migration."""
+    here, there = qemus
+    waits = (*options, "-incoming", "defer")
     with (
-        vm(*options, mib=mib, blocks=blocks, is_filled=is_filled) as source,
-        vm(*options, "-incoming", "defer", mib=mib, blocks=blocks) as destination,
+        vm(
+            *options, mib=mib, blocks=blocks, memory=memory, is_filled=is_filled, qemu=here
+        ) as source,
+        vm(*waits, mib=mib, blocks=blocks, memory=memory, qemu=there) as destination,
     ):
         assert eventually(lambda: source.rounds() > 2, WAIT_S)
         yield source, destination

@@ -112,7 +112,7 @@ def test_a_qemu_that_hangs_as_it_is_taken_over_runs_without_its_agent(
     async def scenario(source: Vm, destination: Vm) -> None:
         async with armed(source.spec, destination.spec, tmp_path) as found:
             _, agent = found.agents
-            with stopped(destination.process.pid):
+            with stopped(destination.pid):
                 found.between.open()
                 await until(found.there, Status.COMPLETED)
                 if end == "kill":

@@ -13,9 +13,8 @@ from typing import Final
 
 import pytest
 
-from tests.support import eventually
-from tests.vmm import test_end_to_end, test_postcopy
-from tests.vmm.machines import FETCHED, QEMU, SETTINGS, Vm, needs_qemu, vm
+from tests.vmm import machines, test_end_to_end, test_postcopy
+from tests.vmm.machines import FETCHED, QEMU, SETTINGS, Vm, needs_qemu
 from tests.vmm.postcopy_rig import lacks_pages, needs_kernel_faults
 from tests.vmm.test_end_to_end import is_let_go, stand_as
 from tests.vmm.test_injection import left_open
@@ -37,13 +36,10 @@ pytestmark = [
 def pair(
     *options: str, newer: str = QEMU7, memory: list[str] | None = None, is_filled: bool = False
 ) -> Iterator[tuple[Vm, Vm]]:
-    """A QEMU 7.2 whose guest has begun its rounds, and one, or a newer one, that waits."""
-    with (
-        vm(*options, qemu=QEMU7, memory=memory, is_filled=is_filled) as source,
-        vm(*options, "-incoming", "defer", qemu=newer, memory=memory) as destination,
-    ):
+    """A QEMU 7.2, and another one or a newer one that waits."""
+    how = machines.pair(*options, memory=memory, is_filled=is_filled, qemus=(QEMU7, newer))
+    with how as (source, destination):
         assert source.monitor.ask("query-version")["qemu"]["major"] == 7
-        assert eventually(lambda: source.rounds() > 2)
         yield source, destination
 
 
@@ -53,6 +49,13 @@ def migrate(source: Vm, destination: Vm, way: str, *, runs: bool = True) -> None
     else:
         rounds = 2 if way == "hybrid" else 0
         asyncio.run(test_postcopy.migrate(source, destination, rounds=rounds, runs=runs))
+
+
+def check_goes_on(source: Vm, destination: Vm, way: str) -> None:
+    """Migrate a guest that runs on its arrival."""
+    migrate(source, destination, way)
+    assert stand_as(source, destination, "running")
+    assert destination.goes_on()
 
 
 @pytest.mark.parametrize("way", ["precopy", "postcopy", "hybrid"])
@@ -80,17 +83,11 @@ def test_a_guest_arrives_byte_by_byte_and_nothing_is_left_behind(way: str) -> No
 @pytest.mark.parametrize("way", ["precopy", "hybrid"])
 def test_a_guest_in_a_memfd_goes_on(way: str) -> None:
     with pair("-machine", "memory-backend=ram0", memory=MEMFD) as (source, destination):
-        migrate(source, destination, way)
-
-        assert stand_as(source, destination, "running")
-        assert destination.goes_on()
+        check_goes_on(source, destination, way)
 
 
 @needs_qemu
 @pytest.mark.parametrize("way", ["precopy", "postcopy"])
 def test_a_guest_goes_to_a_newer_qemu(way: str) -> None:
     with pair("-machine", "pc-i440fx-7.2", newer=QEMU) as (source, destination):
-        migrate(source, destination, way)
-
-        assert stand_as(source, destination, "running")
-        assert destination.goes_on()
+        check_goes_on(source, destination, way)

@@ -17,19 +17,12 @@ from engine.control.postcopy.destination import PostcopyDestination
 from engine.control.receivers import ReceiverGroup
 from engine.control.status import Status
 from engine.control.uri import FAULT_CHANNEL, Address, VsockAddress
-from engine.errors import GuestError, MigrationError, PeerRefused, WireError
+from engine.errors import GuestError, MigrationError, PeerRefused, WireError, text_of
 
 log = logging.getLogger("ramferry.destination")
 
 GOODBYE_WAIT_S: Final = 1.0
 BEGIN_AGAIN_S: Final = 1.0  #: between two tries to start a fault service
-
-
-def text_of(exc: BaseException) -> str:
-    """A failure in one line."""
-    if isinstance(exc, TimeoutError):
-        return "no answer in time"
-    return f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)
 
 
 class Migration(Protocol):
