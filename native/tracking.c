@@ -10,6 +10,8 @@
 /* 48 KiB of regions: a scan of alternating pages returns to us every 16 MiB. */
 #define REGIONS_MAX ((size_t)2048)
 #define ENTRIES_MAX ((size_t)2048)
+/* A look ahead goes through everybody's stripes: so many workers may do that and still gain. */
+#define AHEAD_WORKERS_MAX UINT64_C(8)
 
 struct scan {
     int pagemap_fd;
@@ -18,6 +20,22 @@ struct scan {
     struct pagemap_region *regions; /* REGIONS_MAX of them, all zero between two calls */
     uint64_t found;
 };
+
+/* What we always ask for; the kernel has a fast path for exactly these masks. */
+static struct pagemap_scan_request written_pages(uint64_t start, uint64_t end,
+                                                 struct pagemap_region *regions, size_t region_count)
+{
+    return (struct pagemap_scan_request){
+        .size = sizeof(struct pagemap_scan_request),
+        .flags = PAGEMAP_SCAN_CHECK_WPASYNC,
+        .start = start,
+        .end = end,
+        .regions = (uint64_t)(uintptr_t)regions,
+        .region_count = region_count,
+        .category_mask = PAGEMAP_PAGE_IS_WRITTEN,
+        .return_mask = PAGEMAP_PAGE_IS_WRITTEN,
+    };
+}
 
 int pagemap_scan_supported(int pagemap_fd)
 {
@@ -49,21 +67,17 @@ static int scan_range(struct scan *scan, struct page_range range)
 {
     uint64_t start = scan->address + range.first_page * PAGE_BYTES;
     const uint64_t end = start + range.page_count * PAGE_BYTES;
+    /* No more than there can be: the kernel makes room for them, and zeroes it. */
+    const size_t region_count =
+        range.page_count / 2 < REGIONS_MAX ? (size_t)(range.page_count / 2) + 1 : REGIONS_MAX;
 
     while (start < end) {
-        /* The kernel has a fast path for exactly these masks. */
-        struct pagemap_scan_request request = {
-            .size = sizeof request,
-            .flags = PAGEMAP_SCAN_WP_MATCHING | PAGEMAP_SCAN_CHECK_WPASYNC,
-            .start = start,
-            .end = end,
-            .regions = (uint64_t)(uintptr_t)scan->regions,
-            .region_count = REGIONS_MAX,
-            .category_mask = PAGEMAP_PAGE_IS_WRITTEN,
-            .return_mask = PAGEMAP_PAGE_IS_WRITTEN,
-        };
-        int error = ioctl(scan->pagemap_fd, PAGEMAP_SCAN_REQUEST, &request) < 0 ? errno : 0;
+        struct pagemap_scan_request request =
+            written_pages(start, end, scan->regions, region_count);
+        int error;
 
+        request.flags |= PAGEMAP_SCAN_WP_MATCHING;
+        error = ioctl(scan->pagemap_fd, PAGEMAP_SCAN_REQUEST, &request) < 0 ? errno : 0;
         note_regions(scan, start, end);
         if (error == EINTR)
             continue; /* where it stopped is not told reliably; what is armed is found clean */
@@ -74,6 +88,48 @@ static int scan_range(struct scan *scan, struct page_range range)
         start = request.walk_end;
     }
     return 0;
+}
+
+/* The first page at or after `page` that may be written, whoever's it is; `page_count`: none. Nothing
+ * is re-armed, and an error is left to be met, and told, by the scan itself. */
+static uint64_t look_ahead(const struct scan *scan, uint64_t page, uint64_t page_count)
+{
+    struct pagemap_region first = {0, 0, 0};
+    struct pagemap_scan_request request =
+        written_pages(scan->address + page * PAGE_BYTES, scan->address + page_count * PAGE_BYTES,
+                      &first, 1);
+    int rc;
+
+    request.pages_max = 1;
+    rc = ioctl(scan->pagemap_fd, PAGEMAP_SCAN_REQUEST, &request);
+    if (rc == 0 && request.walk_end == request.end)
+        return page_count;
+    if (rc <= 0 || first.start < request.start || first.start >= request.end)
+        return page;
+    return (first.start - scan->address) / PAGE_BYTES;
+}
+
+/* Each call costs the kernel as much as 512 clean pages, and a stripe may have 256: so behind one in
+ * which nothing was found, skip as far as nobody wrote. */
+static int scan_slice(struct scan *scan, const struct page_slice *slice, uint64_t first_page)
+{
+    const bool looks_ahead = slice->worker_count > 1 && slice->worker_count <= AHEAD_WORKERS_MAX;
+    bool is_clean = true; /* the last range */
+    struct page_range range;
+    int rc = 0;
+
+    for (uint64_t from = first_page; rc == 0 && slice_next(slice, from, &range);) {
+        const uint64_t end = range.first_page + range.page_count, found = scan->found;
+
+        from = looks_ahead && is_clean ? look_ahead(scan, range.first_page, slice->page_count)
+                                       : range.first_page;
+        if (from >= end)
+            continue;
+        rc = scan_range(scan, range);
+        is_clean = scan->found == found;
+        from = end;
+    }
+    return rc;
 }
 
 /* An exited process has no mappings left, so every scan of it would find "nothing written". */
@@ -91,16 +147,12 @@ int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
                      const struct page_slice *slice, uint64_t first_page)
 {
     struct scan scan = {.pagemap_fd = pagemap_fd, .address = address, .bitmap = bitmap};
-    struct page_range range;
-    int rc = 0;
+    int rc;
 
     scan.regions = calloc(REGIONS_MAX, sizeof *scan.regions);
     if (!scan.regions)
         return -ENOMEM;
-    for (uint64_t from = first_page; rc == 0 && slice_next(slice, from, &range);) {
-        rc = scan_range(&scan, range);
-        from = range.first_page + range.page_count;
-    }
+    rc = scan_slice(&scan, slice, first_page);
     free(scan.regions);
     if (rc == 0)
         rc = process_is_alive(pagemap_fd, address);

@@ -93,6 +93,28 @@ def test_slices_find_their_own_pages_and_leave_the_others_armed() -> None:
 
 @needs_scan
 @process
+@pytest.mark.parametrize("workers", [2, 3, 9])
+@pytest.mark.parametrize("dense", [0, 40])
+def test_what_is_skipped_was_not_written(workers: int, dense: int) -> None:
+    """Stripes without a written page are skipped, many at once, by each worker for itself."""
+    choose = random.Random(workers + dense)
+    with tracked_guest(40_000) as guest:
+        guest.scan()
+        for _ in range(12):
+            written = {choose.choice([0, 511, 512, 39_999]), choose.randrange(40_000)}
+            for page in written:
+                guest.write(page)
+            for _ in range(dense):
+                first = choose.randrange(39_000)
+                guest.write(first, 300, 3)
+                written |= set(range(first, first + 900, 3))
+            for index in choose.sample(range(workers), workers):
+                own = slice_pages((40_000, 512, index, workers))
+                assert guest.scan(index, workers) == written & own
+
+
+@needs_scan
+@process
 def test_more_regions_than_one_call_returns_are_all_found() -> None:
     with tracked_guest(20_000) as guest:
         guest.scan()
