@@ -121,6 +121,7 @@ class Receiver:
         inserter = Inserter(self._blocks, uffds, order.addresses, received)
         self._placer.close()
         self._placer = inserter
+        self._inbox.report(wire.Inserting())
         give_way()
 
     # -- packets ---------------------------------------------------------------------------------

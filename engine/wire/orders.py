@@ -117,6 +117,10 @@ class Ready(Message, frozen=True):
     placement: str = ""
 
 
+class Inserting(Message, frozen=True):
+    """Receiver -> control: the answer to `InsertPages`, once it has let go of its own mappings."""
+
+
 class Opened(Message, frozen=True):
     """Worker -> control: this incarnation is open; nothing older is used any more."""
 
@@ -172,4 +176,6 @@ SenderOrder = (
 )
 ReceiverOrder = UseStream | PrepareReceiver | InsertPages
 SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | WorkerFailed
-ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed
+ReceiverReport = (
+    Ready | Inserting | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed
+)

@@ -53,11 +53,12 @@ class PostcopyDestination:
         )  # fmt: skip
         try:
             await service.start(bind)
+            receivers.insert(missing, service.received)
+            await receivers.inserting()
         except BaseException:
             await service.end()
             await host.guest.close_missing()
             raise
-        receivers.insert(missing, service.received)
         return cls(host, missing, service)
 
     @classmethod
