@@ -95,7 +95,8 @@ class Vm:
 
         :raise AssertionError: it found a page wrong."""
         said = self.said()
-        assert not [hex(where) for what, where in said if what == "W"]
+        wrong = [hex(where) for what, where in said if what == "W"]
+        assert not wrong, self.wrote("serial")[-200:]
         return said[-1][1] if said else 0
 
     def goes_on(self) -> bool:

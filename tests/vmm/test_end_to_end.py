@@ -24,11 +24,11 @@ LIMIT_MS = 60_000  #: however slow the machine is, the rounds end
 
 
 async def migrate(
-    source: Vm, destination: Vm, *, stands: bool = False, **parameters: object
+    source: Vm, destination: Vm, *capabilities: str, stands: bool = False, **parameters: object
 ) -> engine.Statistics:
     """One whole migration, over two channels. `stands`: the destination's user does not want it to
     run on its arrival."""
-    here = engine.Control.start(source.spec)
+    here = engine.Control.start(source.spec, settings=capabilities)
     there = engine.Control.start(destination.spec, "tcp:127.0.0.1:0")
     async with here, there:
         if stands:
