@@ -16,7 +16,7 @@ from typing import Any, Final
 from engine.api import Control, Migration, Statistics, verify
 from engine.control.status import Status
 from engine.errors import MigrationError
-from engine.guest.backing import check_available
+from engine.guest.backing import HUGE_2M, check_available
 from engine.memory.blocks import PAGE_SIZE
 from engine.sizes import parse_size
 
@@ -51,6 +51,11 @@ class Case:
     is_huge: bool = False
     bandwidth: int = HELD
     postcopy_bandwidth: int = 0
+
+    @property
+    def units(self) -> int:
+        """Pages as they are faulted in."""
+        return parse_size(self.size) // (HUGE_2M if self.is_huge else PAGE_SIZE)
 
     @property
     def memory(self) -> str:
@@ -154,7 +159,8 @@ async def _check(source: Control, destination: Control) -> None:
 
 async def faults_once(case: Case, faults: int) -> tuple[dict[str, float], Waits]:
     """A guest that touches its RAM at random until all of it is there; where the background is
-    held, until so many faults."""
+    held, until so many faults, or half of all pages."""
+    faults = min(faults, case.units // 2)
     waits, is_held = Waits(), case.postcopy_bandwidth == HELD
     async with _couple(case) as (source, destination):
         migration = await _switch(source, destination)
