@@ -154,13 +154,11 @@ class SenderGroup:
             lambda report: self._take(lane, worker, report),
             lambda lost: self._lose(lane, str(lost)),
         )
-        blocks = self._tracking.blocks
         fds = [self.dirty.fd, self.in_flight.fd, self.delivered.fd]
         hashes_fd = self._hashes_fd if self._hashes_fd >= 0 else self.dirty.fd
         fds += [hashes_fd, lane.progress.fd, self.budget.fd]
         fds += [block.fd for block in self._blocks]
-        fds += [block.pagemap_fd for block in blocks if block.pagemap_fd >= 0]
-        fds += [block.bitmap_fd for block in blocks if block.bitmap_fd >= 0]
+        fds += self._tracking.fds
         shapes = [wire.BlockShape.of(block) for block in self._blocks]
         if self._stream_fd >= 0:
             self._order(lane, wire.UseStream(), [self._stream_fd])
@@ -174,7 +172,7 @@ class SenderGroup:
                 lane.incarnation,
                 shapes,
                 self._tracking.name.value,
-                [block.address for block in blocks],
+                list(self._tracking.pieces),
                 self._detect_zero,
                 self._hash_seed,
                 self._may_postcopy,

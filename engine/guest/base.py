@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from engine.memory.blocks import RamBlock
-from engine.memory.tracking import TrackedBlock, TrackerName, Tracking
+from engine.memory.tracking import TrackerName, Tracking
 
 __all__ = [
     "DirtyMeter",
@@ -22,7 +22,6 @@ __all__ = [
     "Missing",
     "Role",
     "Standing",
-    "TrackedBlock",
     "TrackerName",
     "Tracking",
     "VcpuDirtied",

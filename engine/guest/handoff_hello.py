@@ -20,13 +20,9 @@ import msgspec
 
 from engine import _native
 from engine.errors import GuestError, MemoryRefused, WireError, shown
-from engine.guest.foreign import (
-    ForeignBlock,
-    Mapping,
-    check_still_alone,
-    check_whole,
-    open_block,
-)
+from engine.guest.foreign import ForeignBlock, check_whole, open_block
+from engine.guest.mappings import Mapping
+from engine.guest.sharers import check_still_alone
 from engine.guest.tracker import FEATURES as TRACKING_FEATURES
 from engine.memory.blocks import PAGE_SIZE
 from engine.memory.missing import FEATURES as MISSING_FEATURES

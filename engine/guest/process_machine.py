@@ -14,17 +14,10 @@ from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, shown
 from engine.guest.cgroups import threads_of
-from engine.guest.foreign import (
-    ForeignBlock,
-    ForeignTracker,
-    check_alone,
-    check_nobody_waits,
-    check_tracker,
-    check_whole,
-    open_block,
-    read_mappings,
-    track_foreign,
-)
+from engine.guest.foreign import ForeignBlock, check_nobody_waits, check_whole, open_block
+from engine.guest.foreign_tracking import ForeignTracker, check_tracker, track_foreign
+from engine.guest.mappings import read_mappings
+from engine.guest.sharers import check_alone, check_still_alone
 from engine.memory.tracking import TrackerName
 
 BLOCK_NAME: Final = "memory"
@@ -162,11 +155,14 @@ class ProcessMachine:
 
     # -- tracking --------------------------------------------------------------------------------
 
-    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+    def start_tracking(self, wanted: TrackerName | None) -> list[ForeignTracker]:
         check_tracker(wanted)
         self.stop_tracking()
         self._tracker = track_foreign(self.pid, self.blocks)
-        return self._tracker
+        return [self._tracker]
+
+    def check_sharers(self, besides: frozenset[int]) -> None:
+        check_still_alone(self.blocks, self.pid, besides)
 
     def stop_tracking(self) -> None:
         if self._tracker is not None:

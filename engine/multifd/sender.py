@@ -155,9 +155,9 @@ class Sender:
         where = (self._blocks, order.index, order.count)
         match TrackerName(order.tracker):
             case TrackerName.UFFD:
-                return WriteProtected(*where, tracker_fds, order.addresses)
+                return WriteProtected(*where, tracker_fds, order.pieces)
             case TrackerName.SOFT_DIRTY:
-                return SoftDirty(*where, tracker_fds, order.addresses)
+                return SoftDirty(*where, tracker_fds, order.pieces)
             case TrackerName.BITMAP:
                 return GuestBitmap(*where, tracker_fds)
             case TrackerName.NONE:
