@@ -16,6 +16,7 @@ from engine.control import policy
 from engine.control.host import Host
 from engine.control.senders import SenderGroup
 from engine.control.statistics import MigrationNumbers
+from engine.errors import MemoryRefused
 from engine.guest.base import TrackerName
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count
@@ -61,6 +62,10 @@ class DirtySync:
                 found_bytes, self._found_pages = self._found_pages * PAGE_SIZE, 0
                 await self._converge(found_bytes)
             return dirty_pages * PAGE_SIZE
+
+    async def watch(self) -> None:
+        """:raise MemoryRefused: what is written is not seen any more; until cancelled."""
+        raise MemoryRefused(await self._host.guest.untracked())
 
     @property
     def is_cheap(self) -> bool:

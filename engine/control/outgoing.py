@@ -129,8 +129,9 @@ class OutgoingMigration(Driver):
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
         self._sync = DirtySync(self.host, senders, self.numbers, tracking.name)
         sync, is_sending = self._sync, lambda: self.machine.phase is Phase.SENDING
+        self._spawn(sync.watch)
         self._spawn(lambda: sync.now_and_then(is_sending))
-        self._spawn(lambda: self._ahead.run(sync, is_sending, self.refresh, self._end_round))
+        self._spawn(lambda: self._ahead.run(sync, is_sending, self.refresh, senders.end_round))
         self.numbers.expected_downtime_ns = settings.downtime_limit * 1_000_000
         self.numbers.total_bytes = sum(block.size for block in guest.blocks)
         self.begin_pass()
@@ -395,8 +396,7 @@ class OutgoingMigration(Driver):
         await self.senders.heal(index, self._route.reopen)
 
     def _end_round(self) -> None:
-        if self._senders is not None:
-            self._senders.end_round()
+        self.senders.end_round()
 
     async def _sample(self) -> None:
         while True:

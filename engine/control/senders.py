@@ -25,7 +25,7 @@ from engine.control.lane import HarvestTotals, Lane, RoundTotals
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
 from engine.control.statistics import ChannelSample, MigrationNumbers
 from engine.control.watch import WATCH_S, Watch
-from engine.errors import MigrationError, WorkerLost
+from engine.errors import MemoryRefused, MigrationError, WorkerLost
 from engine.guest.base import TrackerName, Tracking
 from engine.memory.bitmaps import PageBitmaps, shared_memory
 from engine.memory.blocks import PAGE_SIZE, RamBlock
@@ -67,6 +67,7 @@ class SenderGroup:
         self._waiters: set[asyncio.Future[None]] = set()
         self._hash_seed = int.from_bytes(os.urandom(8), "little")
         self._tracking: Tracking | None = None
+        self._is_tracker_lost = False
         self._detect_zero = True
         self._compress = wire.Compress("none")
         self._finding: asyncio.Future[int] | None = None  #: a thread that marks all data as dirty
@@ -236,6 +237,8 @@ class SenderGroup:
                 lane.has_ended = True
             case wire.ChannelBroken(_, incarnation, reason):
                 self._break(lane, incarnation, reason)
+            case wire.TrackerLost():
+                self._is_tracker_lost = True
             case wire.WorkerFailed(reason):
                 worker.give_up(reason)
             case _:
@@ -294,7 +297,8 @@ class SenderGroup:
         lane's cursor waits for the next round, what is found before it still goes with this one.
         One at a time.
 
-        :raise WorkerLost: a lane neither answers nor gets on."""
+        :raise WorkerLost: a lane neither answers nor gets on.
+        :raise MemoryRefused: what was written is not known."""
         if self._tracking is not None and self._tracking.name is TrackerName.HASH:
             self.delivered.set_data()  # what has data now is looked at, whether sent before or not
         for lane in self.lanes:
@@ -410,6 +414,11 @@ class SenderGroup:
         watch = Watch()
         while not all(is_done(lane) for lane in self.lanes):
             await self._news()
+            if self._is_tracker_lost:
+                raise MemoryRefused(
+                    "memory that was tracked has been mapped anew, and what was written there "
+                    "since is not known; migrate it once more"
+                )
             if not watch.is_due():
                 continue
             made_anew = sum(lane.incarnation for lane in self.lanes)

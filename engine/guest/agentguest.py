@@ -25,6 +25,7 @@ class AgentGuest:
         self.is_asleep = False
         self._is_open = True
         self._tracking_fds: list[int] = []
+        self._untracked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
         self.is_missing_open = False  #: its pages are missing until `close_missing`
         self.is_gone = False  #: it runs at the destination, and keeps its RAM until `release_ram`
@@ -128,6 +129,8 @@ class AgentGuest:
         """What the agent says unasked."""
         if isinstance(event, messages.Taken):
             self._taken(event)
+        if isinstance(event, messages.Untracked) and not self._untracked.done():
+            self._untracked.set_result(event.reason)
 
     def _taken(self, event: messages.Taken) -> None:
         self._is_running, self._is_stopped_by_user = event.running, not event.running
@@ -180,6 +183,9 @@ class AgentGuest:
         await self._do(messages.CloseHandover(self._link.next_id()))
 
     # -- the end ---------------------------------------------------------------------------------
+
+    async def untracked(self) -> str:
+        return await asyncio.shield(self._untracked)
 
     async def died(self) -> str:
         return await self._link.died()

@@ -289,6 +289,10 @@ class Guest(Protocol):
         """Either side: forget the connection or listener. Idempotent."""
         ...
 
+    async def untracked(self) -> str:
+        """Wait until it is known that what is written is not seen any more; return why."""
+        ...
+
     async def died(self) -> str:
         """Wait until the guest has died; return why."""
         ...

@@ -179,6 +179,7 @@ class ForeignGuest(AgentGuest):
 
     async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
         self._close_tracking_fds()
+        self._untracked = asyncio.get_running_loop().create_future()
         request = messages.StartTracking(self._link.next_id(), wanted.value if wanted else "")
         tracked, fds = await self._link.ask(request, messages.TrackedBlocks, wait_s=LONG_WAIT_S)
         self._tracking_fds = fds

@@ -233,6 +233,11 @@ class RamGuest:
 
     # -- the end ---------------------------------------------------------------------------------
 
+    async def untracked(self) -> str:
+        """For ever: nobody tells."""
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
+
     async def died(self) -> str:
         await self._death.wait()
         return "it was told to end"

@@ -106,7 +106,7 @@ class HandoffSpec:
 
 GuestSpec = RamSpec | WorkloadSpec | QemuSpec | ProcessSpec | HandoffSpec
 SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec, QemuSpec, ProcessSpec)
-REPEATED: Final = "vhost-user"  #: may be given several times
+BACK_END: Final = "vhost-user"  #: may be given several times
 #: What kinds that have no size need, and how it looks.
 NEEDED: Final = {
     "qemu": ({"qmp"}, "qmp=, like qemu:qmp=/run/guest.qmp"),
@@ -253,7 +253,8 @@ def _parse(spec_type: type[SpecT], kind: str, text: str) -> SpecT:
             raise UsageError(
                 f"guest '{kind}' has no option '{shown(option)}'; allowed: {', '.join(allowed)}"
             )
-        if name in values and name != REPEATED:
+        is_repeated = name == BACK_END
+        if name in values and not is_repeated:
             raise UsageError(f"guest '{kind}': option '{name}' is given twice")
         try:
             parsed: Any = PARSERS[name](value)
@@ -261,15 +262,15 @@ def _parse(spec_type: type[SpecT], kind: str, text: str) -> SpecT:
             raise UsageError(
                 f"guest '{kind}': {name}={shown(value)} is not allowed; {exc} is"
             ) from exc
-        values[name] = (*values.get(name, ()), parsed) if name == REPEATED else parsed
+        values[name] = (*values.get(name, ()), parsed) if is_repeated else parsed
     _check_together(kind, values)
-    return spec_type(**{name.replace("-", "_"): value for name, value in values.items()})
+    return spec_type(**{key.replace("-", "_"): value for key, value in values.items()})
 
 
 def _check_together(kind: str, values: dict[str, Any]) -> None:
-    if len(values.get(REPEATED, ())) > messages.BACK_ENDS_MAX:
+    if len(values.get(BACK_END, ())) > messages.BACK_ENDS_MAX:
         raise UsageError(
-            f"guest '{kind}': at most {messages.BACK_ENDS_MAX} {REPEATED}= may be given"
+            f"guest '{kind}': at most {messages.BACK_ENDS_MAX} {BACK_END}= may be given"
         )
     if "socket" in values:
         if set(values) - {"socket", "tracker"}:

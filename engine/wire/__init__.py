@@ -85,6 +85,7 @@ from engine.wire.orders import (
     SenderOrder,
     SenderReport,
     SendRound,
+    TrackerLost,
     UseStream,
     WorkerFailed,
 )
@@ -244,6 +245,7 @@ __all__ = [
     "ToDestination",
     "ToSource",
     "TookOver",
+    "TrackerLost",
     "UseStream",
     "Welcome",
     "WorkerFailed",

@@ -155,6 +155,11 @@ class ChannelEnded(Message, frozen=True):
     incarnation: int
 
 
+class TrackerLost(Message, frozen=True):
+    """Sender -> control: what was written since the last harvest is not known, and no other sender
+    would find it. WorkerFailed follows."""
+
+
 class WorkerFailed(Message, frozen=True):
     """Worker -> control: an expected failure ends the worker."""
 
@@ -173,5 +178,8 @@ SenderOrder = (
     | EndChannel
 )
 ReceiverOrder = UseStream | PrepareReceiver | InsertPages
-SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | WorkerFailed
+SenderReport = (
+    Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | TrackerLost
+    | WorkerFailed
+)  # fmt: skip
 ReceiverReport = Ready | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed
