@@ -247,6 +247,7 @@ def _parse_handoff(text: str) -> HandoffSpec:
 def _parse(spec_type: type[SpecT], kind: str, text: str) -> SpecT:
     allowed = [field.name.replace("_", "-") for field in fields(spec_type)]
     values: dict[str, Any] = {}
+    name: str
     for option in text.split(",") if text else []:
         name, equals, value = option.partition("=")
         if name not in allowed or not equals:
