@@ -27,6 +27,11 @@ MIB: Final = 1024 * 1024
 CHEAP: Final = frozenset({TrackerName.UFFD, TrackerName.BITMAP})
 
 
+def wanted_tracker(name: str) -> TrackerName | None:
+    """What `x-tracker` asks for."""
+    return None if name == "auto" else TrackerName(name)
+
+
 class DirtySync:
     """One migration's collecting; one at a time, whoever asks."""
 

@@ -19,7 +19,7 @@ from engine.control.agreement import Agreement
 from engine.control.compression import compression_now
 from engine.control.convergence import Convergence
 from engine.control.conversation import Conversation
-from engine.control.dirtysync import DirtySync
+from engine.control.dirtysync import DirtySync, wanted_tracker
 from engine.control.driver import Driver, Work
 from engine.control.host import Host
 from engine.control.lookahead import LookAhead
@@ -122,8 +122,8 @@ class OutgoingMigration(Driver):
         self._spawn(self._watch_guest)
         agreement = await self._route.connect(self.host, self.session)
         self.numbers.placement = agreement.placement
-        wanted = settings.x_tracker
-        tracking = await guest.start_tracking(None if wanted == "auto" else TrackerName(wanted))
+        tracking = await guest.start_tracking(wanted_tracker(settings.x_tracker))
+        self._convergence.is_pause_final = tracking.ends_with_pause
         self.numbers.tracker, self.numbers.tracker_reason = tracking.name.value, tracking.reason
         senders = self.use(agreement)
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")

@@ -343,6 +343,7 @@ class ForeignAgent(Agent):
             if self.role is not Role.INCOMING:
                 raise GuestError("only a guest that waits for a migration can miss pages")
             async with self._one_at_a_time:
+                await self._threads.run(foreign.check_all_wait)
                 self._vcpus = await self._threads.run(foreign.count_vcpus)
                 await self._threads.run(lambda: self._open(foreign))
         addresses = [each.address for each in foreign.blocks]

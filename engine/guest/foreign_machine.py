@@ -52,6 +52,12 @@ class ForeignMachine(Protocol):
         """Take a device state over: the guest is whole then, and stands."""
         ...
 
+    def check_all_wait(self) -> None:
+        """Look whether whoever touches a missing page would wait for it.
+
+        :raise MemoryRefused: other processes would not."""
+        ...
+
     def count_vcpus(self) -> int:
         """Threads that must wait for "all wait"; 0: nobody can say."""
         ...

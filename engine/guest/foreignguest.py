@@ -185,7 +185,11 @@ class ForeignGuest(AgentGuest):
         self._tracking_fds = fds
         check_pieces(tracked.pieces, self._blocks, len(fds))
         return Tracking(
-            TrackerName(tracked.name), tracked.reason, tuple(fds), tuple(tracked.pieces)
+            TrackerName(tracked.name),
+            tracked.reason,
+            tuple(fds),
+            tuple(tracked.pieces),
+            ends_with_pause=len(fds) > 1,  # back ends map the memory anew when QEMU goes on
         )
 
     async def save_state(self) -> bytes:

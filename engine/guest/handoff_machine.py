@@ -168,6 +168,9 @@ class HandoffMachine:
         except OSError as exc:
             raise GuestError(f"{self.what} has ended") from exc
 
+    def check_all_wait(self) -> None:
+        """It knows who maps what it hands over."""
+
     def count_vcpus(self) -> int:
         return len(self._vcpus)
 

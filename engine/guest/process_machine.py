@@ -149,6 +149,9 @@ class ProcessMachine:
         if self.looks_running():
             raise GuestError(f"somebody continued process {self.pid} before its memory was whole")
 
+    def check_all_wait(self) -> None:
+        """It is alone."""
+
     def count_vcpus(self) -> int:
         """Nobody knows which of its threads work."""
         return 0

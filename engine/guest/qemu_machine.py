@@ -18,7 +18,12 @@ from engine.errors import GuestError, MemoryRefused
 from engine.guest.back_ends import check_bypasses, open_back_end, track_all
 from engine.guest.foreign import ForeignBlock, check_nobody_waits
 from engine.guest.foreign_tracking import ForeignTracker, check_tracker
-from engine.guest.qemu_memory import check_drives, check_idle, find_blocks
+from engine.guest.qemu_memory import (
+    check_drives,
+    check_idle,
+    check_no_back_ends,
+    find_blocks,
+)
 from engine.guest.qmpclient import QmpClient, QmpRefused
 from engine.guest.sharers import check_still_alone
 from engine.memory.tracking import TrackerName
@@ -240,6 +245,9 @@ class QemuMachine:
                 self._pause_until(deadline, "take its device state")
             except BrokenPipeError as exc:
                 raise GuestError("QEMU refused the device state; see its log") from exc
+
+    def check_all_wait(self) -> None:
+        check_no_back_ends(self._qmp)
 
     def count_vcpus(self) -> int:
         return len(self._qmp.execute("query-cpus-fast"))

@@ -164,6 +164,26 @@ def check_drives(qmp: QmpClient) -> None:
             )
 
 
+def check_no_back_ends(qmp: QmpClient) -> None:
+    """A vhost-user back end would not wait for missing pages: what it touches would be zero.
+
+    :raise MemoryRefused: this QEMU has a device of one."""
+    for path in ("/machine/peripheral", "/machine/peripheral-anon", "/objects"):
+        for each in qmp.execute("qom-list", {"path": path}):
+            if "vhost-user" in each["type"]:
+                raise _has_back_end(each["type"].removeprefix("child<").removesuffix(">"))
+    network = qmp.execute("human-monitor-command", {"command-line": "info network"})
+    if "type=vhost-user" in str(network):
+        raise _has_back_end("-netdev vhost-user")
+
+
+def _has_back_end(what: str) -> MemoryRefused:
+    return MemoryRefused(
+        f"this QEMU has a vhost-user back end ('{shown(what)}'), which does not wait for missing "
+        "pages: there is no postcopy; switch postcopy-ram off"
+    )
+
+
 def check_idle(qmp: QmpClient) -> None:
     """:raise GuestError: QEMU migrates already."""
     status = qmp.execute("query-migrate").get("status", "none")

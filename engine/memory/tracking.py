@@ -42,12 +42,14 @@ class Tracking:
     :ivar fds: /proc/PID/pagemap of each tracked process (UFFD, SOFT_DIRTY), or the written-bitmap
         of each block, one bit a page (BITMAP); they belong to the guest object until
         `stop_tracking`.
-    :ivar pieces: where blocks are in these processes (UFFD, SOFT_DIRTY)."""
+    :ivar pieces: where blocks are in these processes (UFFD, SOFT_DIRTY).
+    :ivar ends_with_pause: a guest that is continued after a pause is not tracked any more."""
 
     name: TrackerName
     reason: str
     fds: tuple[int, ...] = ()
     pieces: tuple[TrackedPiece, ...] = ()
+    ends_with_pause: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,11 @@ class Disk:
         for region in self._regions:
             region.map_anew()
 
+    def map_more(self, *_: object) -> None:
+        """One region once more."""
+        first = self._regions[0]
+        self._regions.append(Region(first.guest_address, first.size, first.fd, first.offset))
+
     def fork(self, *_: object) -> None:
         """A child that has ended when this returns."""
         if not (child := os.fork()):
@@ -167,7 +172,7 @@ class Disk:
 
 
 def main(path: str) -> None:
-    """SIGUSR1: have a child. SIGUSR2: map everything anew."""
+    """SIGUSR1: have a child. SIGUSR2: map everything anew. SIGHUP: map one region once more."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
@@ -175,6 +180,7 @@ def main(path: str) -> None:
     disk = Disk(connection)
     signal.signal(signal.SIGUSR1, disk.fork)
     signal.signal(signal.SIGUSR2, disk.map_anew)
+    signal.signal(signal.SIGHUP, disk.map_more)
     disk.serve()
 
 
