@@ -39,7 +39,9 @@ class BackEndTracker(ForeignTracker):
 
     @property
     def has_ended(self) -> bool:
-        return bool(select.select([self.pidfd], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def check(self) -> None:
         self.check_forks()

@@ -415,8 +415,9 @@ class ForeignAgent(Agent):
 
     async def _check_tracked(self) -> None:
         """:raise MemoryRefused: not all was seen that was written."""
-        for tracker in self._trackers:
-            await self._threads.run(tracker.check)
+        async with self._one_at_a_time:  # nor is tracking ended meanwhile
+            for tracker in self._trackers:
+                tracker.check()  # at most the mappings of one process are read
 
     async def _refuse(self, request: messages.Request, _fds: list[int]) -> Reply:
         raise GuestError(f"{type(request).__name__} is not for {self._need_foreign().what}")
