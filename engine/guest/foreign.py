@@ -43,8 +43,8 @@ def open_block(name: str, fd: int, size: int) -> RamBlock:
 
 def check_whole(name: str, mapping: Mapping, size: int, mappings: Sequence[Mapping]) -> None:
     """:raise MemoryRefused: the file is not mapped once, and from its beginning to its end."""
-    file = (mapping.device, mapping.inode)
-    whole = [each for each in mappings if (each.device, each.inode) == file]
+    file = mapping.file
+    whole = [each for each in mappings if each.file == file]
     covered = sum(each.end - each.start for each in whole)
     end = max(each.end for each in whole)
     if covered != size or mapping.offset != 0 or end != mapping.start + size:

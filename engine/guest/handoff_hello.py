@@ -214,13 +214,9 @@ def check_mapped(block: ForeignBlock, pid: int, mappings: Sequence[Mapping]) -> 
     as two blocks either."""
     name, found = block.block.name, os.fstat(block.block.fd)
     file = (found.st_dev, found.st_ino)
-    ours = [each for each in mappings if (each.device, each.inode) == file]
+    ours = [each for each in mappings if each.file == file]
     first = min(ours, key=lambda each: each.start, default=None)
-    if (
-        first is None
-        or first.start != block.address
-        or any(each.rights[1] + each.rights[3] != "ws" for each in ours)
-    ):
+    if first is None or first.start != block.address or not all(each.is_written for each in ours):
         raise MemoryRefused(
             f"process {pid} does not map the memfd of region '{shown(name)}' shared and "
             f"writable at {block.address:#x}"

@@ -67,8 +67,8 @@ class ProcessMachine:
             mappings = read_mappings(self.pid)
             found = os.fstat(fd)
             file = (found.st_dev, found.st_ino)
-            ours = [each for each in mappings if (each.device, each.inode) == file]
-            if not ours or any(each.rights[1] + each.rights[3] != "ws" for each in ours):
+            ours = [each for each in mappings if each.file == file]
+            if not ours or not all(each.is_written for each in ours):
                 raise MemoryRefused(
                     f"process {self.pid} does not map '{shown(path)}' shared and writable"
                 )

@@ -118,9 +118,7 @@ def _find(
         candidates = [each for each in candidates if each.start == addresses[name]]
     elif path and os.path.isfile(path):
         found = os.stat(path)
-        candidates = [
-            each for each in candidates if (each.device, each.inode) == (found.st_dev, found.st_ino)
-        ]
+        candidates = [each for each in candidates if each.file == (found.st_dev, found.st_ino)]
     else:
         candidates = [each for each in candidates if each.end - each.start == size]
     if len(candidates) != 1:
@@ -142,7 +140,7 @@ def _open(pid: int, mapping: Mapping) -> int:
         for name in os.listdir(directory):
             with contextlib.suppress(FileNotFoundError):
                 found = os.stat(f"{directory}/{name}")
-                if (found.st_dev, found.st_ino) == (mapping.device, mapping.inode):
+                if (found.st_dev, found.st_ino) == mapping.file:
                     return os.open(f"{directory}/{name}", os.O_RDWR | os.O_CLOEXEC)
         place = f"{mapping.start:x}-{mapping.end:x}"
         return os.open(f"/proc/{pid}/map_files/{place}", os.O_RDWR | os.O_CLOEXEC)

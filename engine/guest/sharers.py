@@ -24,7 +24,7 @@ def others_mapping(inodes: set[File], pid: int) -> list[int]:
         with contextlib.suppress(OSError, ValueError):
             if not _maps_have(int(name), texts):
                 continue
-            if any((each.device, each.inode) in inodes for each in read_mappings(int(name))):
+            if any(each.file in inodes for each in read_mappings(int(name))):
                 found.append(int(name))
     return found
 

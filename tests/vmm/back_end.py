@@ -25,8 +25,8 @@ from typing import Final
 from tests.support import WAIT_S, eventually
 
 MIB: Final = 1024 * 1024
-BELOW_MIB: Final = 64  #: of the memory is so much below 4 GiB
-MEMORY_MIB: Final = 128
+BELOW_MIB: Final = 32  #: of the memory is so much below 4 GiB
+MEMORY_MIB: Final = 64
 STEPS_AT: Final = 4 * 1024 * MIB  #: in the guest's memory
 STEPS_OFFSET: Final = BELOW_MIB * MIB  #: in the file
 PAGES: Final = 1024  #: after that one

@@ -97,18 +97,20 @@ async def sending(pair: Pair, more: str = "") -> AsyncIterator[Standing]:
         assert await asyncio.to_thread(pair.source.goes_on)
 
 
-def test_what_a_back_end_writes_all_the_time_arrives_byte_by_byte(pair: Pair) -> None:
-    async def scenario() -> engine.Statistics:
-        here = engine.Control.start(pair.named)
-        there = engine.Control.start(pair.named_there, "tcp:127.0.0.1:0")
-        async with here, there:
-            await there.execute("stop")
-            settings = {"multifd_channels": 2, "max_bandwidth": 0, "downtime_limit": LIMIT_MS}
-            migration = await here.migrate(there, **settings)
-            return await migration.result()
+async def migrate(source: str, destination: str) -> engine.Statistics:
+    """The guest stands on its arrival."""
+    here = engine.Control.start(source)
+    there = engine.Control.start(destination, "tcp:127.0.0.1:0")
+    async with here, there:
+        await there.execute("stop")
+        settings = {"multifd_channels": 2, "max_bandwidth": 0, "downtime_limit": LIMIT_MS}
+        migration = await here.migrate(there, **settings)
+        return await migration.result()
 
+
+def test_what_a_back_end_writes_all_the_time_arrives_byte_by_byte(pair: Pair) -> None:
     before = steps(pair.ram)
-    result = asyncio.run(scenario())
+    result = asyncio.run(migrate(pair.named, pair.named_there))
 
     assert pair.source.memory() == pair.destination.memory()
     assert steps(pair.ram) > before + 100
