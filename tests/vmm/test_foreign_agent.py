@@ -46,7 +46,7 @@ class Broken:
     def confirm(self) -> None:
         """Nothing was ordered."""
 
-    end = close = confirm
+    end = close = check_all_wait = confirm
 
 
 @contextlib.asynccontextmanager
