@@ -25,6 +25,10 @@ EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 PR_SET_PDEATHSIG: Final = 1
 LINE_CHARACTERS_MAX: Final = 1200  #: the longest line of our own names all parameters
+GUEST_HELP: Final = (
+    "ram:size=2G | workload:size=2G,... | qemu:qmp=PATH[,vhost-user=PID...] | "
+    "process:pid=PID,path=PATH | handoff:PATH"
+)
 LONG_WORD: Final = re.compile(r"(\S{130})\S+")  #: our own messages repeat 100 characters of a word
 
 
@@ -42,7 +46,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--guest", required=True, metavar="SPEC", help="ram:size=2G | workload:size=2G,...")
+@click.option("--guest", required=True, metavar="SPEC", help=GUEST_HELP)
 @click.option("--qmp", multiple=True, metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT")
 @click.option("--hmp", multiple=True, metavar="ADDRESS", help="the same, for people (HMP)")
 @click.option(

@@ -26,6 +26,7 @@ class Convergence:
         self._sent_bytes = 0  #: of RAM, by the last round
         self.looks_ahead = False  #: the last round left about as much dirty as it sent
         self.is_forced = False  #: the switchover comes now, however long it takes
+        self.is_pause_final = False  #: the guest cannot go on and be tracked: a pause is not undone
 
     def learn(self, done: policy.Round) -> None:
         """A round was acknowledged."""
@@ -52,11 +53,15 @@ class Convergence:
         """The guest stands for `stood_ns`: what is left still ends inside the limit."""
         settings = self._host.parameters
         left_ns = self._model.send_ns(dirty_bytes, settings.avail_switchover_bandwidth)
-        fits = self.is_forced or policy.may_finish(
-            stood_ns,
-            left_ns + policy.HANDOVER_NS_DEFAULT,
-            settings.downtime_limit * 1_000_000,
-            is_running=is_running,
+        fits = (
+            self.is_forced
+            or self.is_pause_final
+            or policy.may_finish(
+                stood_ns,
+                left_ns + policy.HANDOVER_NS_DEFAULT,
+                settings.downtime_limit * 1_000_000,
+                is_running=is_running,
+            )
         )
         self.looks_ahead = self.looks_ahead and fits  #: what was seen there did not last
         return fits

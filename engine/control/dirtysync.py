@@ -16,6 +16,7 @@ from engine.control import policy
 from engine.control.host import Host
 from engine.control.senders import SenderGroup
 from engine.control.statistics import MigrationNumbers
+from engine.errors import MemoryRefused
 from engine.guest.base import TrackerName
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.progress import Count
@@ -24,6 +25,11 @@ PERIOD_S: Final = 1.0
 MIB: Final = 1024 * 1024
 #: Content hashes read all of RAM, soft-dirty bits stop the guest: only between rounds.
 CHEAP: Final = frozenset({TrackerName.UFFD, TrackerName.BITMAP})
+
+
+def wanted_tracker(name: str) -> TrackerName | None:
+    """What `x-tracker` asks for."""
+    return None if name == "auto" else TrackerName(name)
 
 
 class DirtySync:
@@ -61,6 +67,10 @@ class DirtySync:
                 found_bytes, self._found_pages = self._found_pages * PAGE_SIZE, 0
                 await self._converge(found_bytes)
             return dirty_pages * PAGE_SIZE
+
+    async def watch(self) -> None:
+        """:raise MemoryRefused: what is written is not seen any more; until cancelled."""
+        raise MemoryRefused(await self._host.guest.untracked())
 
     @property
     def is_cheap(self) -> bool:

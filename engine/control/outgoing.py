@@ -19,7 +19,7 @@ from engine.control.agreement import Agreement
 from engine.control.compression import compression_now
 from engine.control.convergence import Convergence
 from engine.control.conversation import Conversation
-from engine.control.dirtysync import DirtySync
+from engine.control.dirtysync import DirtySync, wanted_tracker
 from engine.control.driver import Driver, Work
 from engine.control.host import Host
 from engine.control.lookahead import LookAhead
@@ -122,15 +122,16 @@ class OutgoingMigration(Driver):
         self._spawn(self._watch_guest)
         agreement = await self._route.connect(self.host, self.session)
         self.numbers.placement = agreement.placement
-        wanted = settings.x_tracker
-        tracking = await guest.start_tracking(None if wanted == "auto" else TrackerName(wanted))
+        tracking = await guest.start_tracking(wanted_tracker(settings.x_tracker))
+        self._convergence.is_pause_final = tracking.ends_with_pause
         self.numbers.tracker, self.numbers.tracker_reason = tracking.name.value, tracking.reason
         senders = self.use(agreement)
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
         self._sync = DirtySync(self.host, senders, self.numbers, tracking.name)
         sync, is_sending = self._sync, lambda: self.machine.phase is Phase.SENDING
+        self._spawn(sync.watch)
         self._spawn(lambda: sync.now_and_then(is_sending))
-        self._spawn(lambda: self._ahead.run(sync, is_sending, self.refresh, self._end_round))
+        self._spawn(lambda: self._ahead.run(sync, is_sending, self.refresh, senders.end_round))
         self.numbers.expected_downtime_ns = settings.downtime_limit * 1_000_000
         self.numbers.total_bytes = sum(block.size for block in guest.blocks)
         self.begin_pass()
@@ -395,8 +396,7 @@ class OutgoingMigration(Driver):
         await self.senders.heal(index, self._route.reopen)
 
     def _end_round(self) -> None:
-        if self._senders is not None:
-            self._senders.end_round()
+        self.senders.end_round()
 
     async def _sample(self) -> None:
         while True:

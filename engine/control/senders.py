@@ -25,7 +25,7 @@ from engine.control.lane import HarvestTotals, Lane, RoundTotals
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
 from engine.control.statistics import ChannelSample, MigrationNumbers
 from engine.control.watch import WATCH_S, Watch
-from engine.errors import MigrationError, WorkerLost
+from engine.errors import MemoryRefused, MigrationError, WorkerLost
 from engine.guest.base import TrackerName, Tracking
 from engine.memory.bitmaps import PageBitmaps, shared_memory
 from engine.memory.blocks import PAGE_SIZE, RamBlock
@@ -67,6 +67,7 @@ class SenderGroup:
         self._waiters: set[asyncio.Future[None]] = set()
         self._hash_seed = int.from_bytes(os.urandom(8), "little")
         self._tracking: Tracking | None = None
+        self._is_tracker_lost = False
         self._detect_zero = True
         self._compress = wire.Compress("none")
         self._finding: asyncio.Future[int] | None = None  #: a thread that marks all data as dirty
@@ -154,13 +155,11 @@ class SenderGroup:
             lambda report: self._take(lane, worker, report),
             lambda lost: self._lose(lane, str(lost)),
         )
-        blocks = self._tracking.blocks
         fds = [self.dirty.fd, self.in_flight.fd, self.delivered.fd]
         hashes_fd = self._hashes_fd if self._hashes_fd >= 0 else self.dirty.fd
         fds += [hashes_fd, lane.progress.fd, self.budget.fd]
         fds += [block.fd for block in self._blocks]
-        fds += [block.pagemap_fd for block in blocks if block.pagemap_fd >= 0]
-        fds += [block.bitmap_fd for block in blocks if block.bitmap_fd >= 0]
+        fds += self._tracking.fds
         shapes = [wire.BlockShape.of(block) for block in self._blocks]
         if self._stream_fd >= 0:
             self._order(lane, wire.UseStream(), [self._stream_fd])
@@ -174,7 +173,7 @@ class SenderGroup:
                 lane.incarnation,
                 shapes,
                 self._tracking.name.value,
-                [block.address for block in blocks],
+                list(self._tracking.pieces),
                 self._detect_zero,
                 self._hash_seed,
                 self._may_postcopy,
@@ -238,6 +237,8 @@ class SenderGroup:
                 lane.has_ended = True
             case wire.ChannelBroken(_, incarnation, reason):
                 self._break(lane, incarnation, reason)
+            case wire.TrackerLost():
+                self._is_tracker_lost = True
             case wire.WorkerFailed(reason):
                 worker.give_up(reason)
             case _:
@@ -296,7 +297,8 @@ class SenderGroup:
         lane's cursor waits for the next round, what is found before it still goes with this one.
         One at a time.
 
-        :raise WorkerLost: a lane neither answers nor gets on."""
+        :raise WorkerLost: a lane neither answers nor gets on.
+        :raise MemoryRefused: what was written is not known."""
         if self._tracking is not None and self._tracking.name is TrackerName.HASH:
             self.delivered.set_data()  # what has data now is looked at, whether sent before or not
         for lane in self.lanes:
@@ -412,6 +414,11 @@ class SenderGroup:
         watch = Watch()
         while not all(is_done(lane) for lane in self.lanes):
             await self._news()
+            if self._is_tracker_lost:
+                raise MemoryRefused(
+                    "memory that was tracked has been mapped anew, and what was written there "
+                    "since is not known; migrate it once more"
+                )
             if not watch.is_due():
                 continue
             made_anew = sum(lane.incarnation for lane in self.lanes)

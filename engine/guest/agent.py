@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from engine.errors import ChannelError, GuestError, MigrationError, NotHandedOver, WireError
-from engine.guest import dirtying, messages
+from engine.guest import datagrams, dirtying, messages
 from engine.guest.adoption import Adoption, listen_alone, state_of
 from engine.guest.agentmain import run_agent
 from engine.guest.base import Handover, Role, Standing
@@ -115,7 +115,7 @@ class Agent:
     def _read(self) -> None:
         assert self._control is not None
         try:
-            data, fds = messages.receive(self._control)
+            data, fds = datagrams.receive(self._control)
         except BlockingIOError:
             return
         except (OSError, WireError):
@@ -126,7 +126,7 @@ class Agent:
                 raise WireError("control is gone or floods")
             request = self._decoder.decode(data)
         except WireError:
-            messages.close_all(fds)
+            datagrams.close_all(fds)
             self._lose_control()
             return
         task = asyncio.get_running_loop().create_task(self._answer(request, fds))
@@ -153,10 +153,10 @@ class Agent:
         except Ended:
             return
         finally:
-            messages.close_all(fds)
+            datagrams.close_all(fds)
         if control is self._control:
             self._say(reply.answer, [*reply.lent, *reply.spent])
-        messages.close_all(reply.spent)
+        datagrams.close_all(reply.spent)
 
     def _do(self, request: messages.AnyRequest, fds: list[int]) -> Awaitable[Reply]:
         """What an agent of another kind of guest does otherwise."""
@@ -166,7 +166,7 @@ class Agent:
         if self._control is None:
             return
         try:
-            messages.send(self._control, answer, fds)
+            datagrams.send(self._control, answer, fds)
         except OSError:
             self._lose_control()
 

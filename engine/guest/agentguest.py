@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 
 from engine.errors import GuestError
-from engine.guest import messages
+from engine.guest import datagrams, messages
 from engine.guest.base import Handover, Missing
 from engine.guest.link import ANSWER_WAIT_S, AgentLink
 
@@ -25,7 +24,8 @@ class AgentGuest:
         self._is_stopped_by_user = stopped
         self.is_asleep = False
         self._is_open = True
-        self._tracking_fd = -1
+        self._tracking_fds: list[int] = []
+        self._untracked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.is_outcome_unknown = False  #: it was adopted, and does not know who has the token
         self.is_missing_open = False  #: its pages are missing until `close_missing`
         self.is_gone = False  #: it runs at the destination, and keeps its RAM until `release_ram`
@@ -76,13 +76,12 @@ class AgentGuest:
     # -- tracking --------------------------------------------------------------------------------
 
     async def stop_tracking(self) -> None:
-        self._close_tracking_fd()
+        self._close_tracking_fds()
         await self._do(messages.StopTracking(self._link.next_id()))
 
-    def _close_tracking_fd(self) -> None:
-        if self._tracking_fd >= 0:
-            os.close(self._tracking_fd)
-            self._tracking_fd = -1
+    def _close_tracking_fds(self) -> None:
+        fds, self._tracking_fds = self._tracking_fds, []
+        datagrams.close_all(fds)
 
     async def clear_soft_dirty(self) -> None:
         """Call every page clean from now on; only when SOFT_DIRTY tracks.
@@ -99,7 +98,7 @@ class AgentGuest:
                 request, messages.MissingOpened, wait_s=self._missing_wait_s
             )
             if not fds or len(fds) != len(opened.addresses):
-                messages.close_all(fds)
+                datagrams.close_all(fds)
                 raise GuestError("the guest waits for missing pages without a userfaultfd")
             self._missing = Missing(tuple(fds), tuple(opened.addresses), opened.vcpus)
             self.is_missing_open = True
@@ -112,7 +111,7 @@ class AgentGuest:
 
     def _close_lent(self) -> None:
         if self._missing is not None:
-            messages.close_all(self._missing.uffds)
+            datagrams.close_all(self._missing.uffds)
             self._missing = None
 
     # -- handover --------------------------------------------------------------------------------
@@ -130,6 +129,8 @@ class AgentGuest:
         """What the agent says unasked."""
         if isinstance(event, messages.Taken):
             self._taken(event)
+        if isinstance(event, messages.Untracked) and not self._untracked.done():
+            self._untracked.set_result(event.reason)
 
     def _taken(self, event: messages.Taken) -> None:
         self._is_running, self._is_stopped_by_user = event.running, not event.running
@@ -182,6 +183,9 @@ class AgentGuest:
         await self._do(messages.CloseHandover(self._link.next_id()))
 
     # -- the end ---------------------------------------------------------------------------------
+
+    async def untracked(self) -> str:
+        return await asyncio.shield(self._untracked)
 
     async def died(self) -> str:
         return await self._link.died()

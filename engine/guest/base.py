@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from engine.memory.blocks import RamBlock
-from engine.memory.tracking import TrackedBlock, TrackerName, Tracking
+from engine.memory.tracking import TrackerName, Tracking
 
 __all__ = [
     "DirtyMeter",
@@ -22,7 +22,6 @@ __all__ = [
     "Missing",
     "Role",
     "Standing",
-    "TrackedBlock",
     "TrackerName",
     "Tracking",
     "VcpuDirtied",
@@ -288,6 +287,10 @@ class Guest(Protocol):
 
     async def close_handover(self) -> None:
         """Either side: forget the connection or listener. Idempotent."""
+        ...
+
+    async def untracked(self) -> str:
+        """Wait until it is known that what is written is not seen any more; return why."""
         ...
 
     async def died(self) -> str:

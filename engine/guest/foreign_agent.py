@@ -22,22 +22,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused, MigrationError, NotHandedOver
-from engine.guest import messages
+from engine.guest import datagrams, messages
 from engine.guest.adoption import listen_alone, say, state_of
 from engine.guest.agent import Agent
 from engine.guest.agentmain import run_agent
+from engine.guest.back_ends import BackEndTracker
 from engine.guest.base import Role, Standing
-from engine.guest.foreign import (
-    REASON,
-    ForeignMachine,
-    ForeignTracker,
-    check_still_alone,
-    family_of,
-)
+from engine.guest.foreign_machine import ForeignMachine
 from engine.guest.foreign_missing import block_ranges, end_missing, open_foreign_missing
+from engine.guest.foreign_tracking import ForeignTracker, reason_of
 from engine.guest.messages import Reply
 from engine.guest.process_machine import ProcessMachine
 from engine.guest.qemu_machine import QemuMachine
+from engine.guest.sharers import family_of
 from engine.guest.throttling import Throttle
 from engine.memory.tracking import TrackerName
 
@@ -52,7 +49,8 @@ class ForeignAgent(Agent):
     def __init__(self, control: socket.socket) -> None:
         super().__init__(control)
         self._foreign: ForeignMachine | None = None
-        self._tracker: ForeignTracker | None = None  #: whose process's forks are heard of
+        self._trackers: list[ForeignTracker] = []
+        self._watched: list[int] = []  #: descriptors of theirs
         self._missing: list[int] = []  #: userfaultfds, one a block, while pages are missing
         self._ending: asyncio.Future[None] | None = None  #: of that, begun last
         self._vcpus = 0
@@ -71,8 +69,10 @@ class ForeignAgent(Agent):
     # -- life ------------------------------------------------------------------------------------
 
     async def _start_qemu(self, request: messages.StartQemu, _fds: list[int]) -> Reply:
-        path, incoming = request.qmp, request.incoming
-        return await self._attach_to(request, lambda: QemuMachine(path, incoming=incoming))
+        path, back_ends, incoming = request.qmp, request.back_ends, request.incoming
+        return await self._attach_to(
+            request, lambda: QemuMachine(path, back_ends, incoming=incoming)
+        )
 
     async def _start_process(self, request: messages.StartProcess, _fds: list[int]) -> Reply:
         pid, path, incoming = request.pid, request.path, request.incoming
@@ -130,13 +130,13 @@ class ForeignAgent(Agent):
         await super()._give_back()
         if is_void:
             await self._end_missing()  # that were opened meanwhile
-        messages.close_all(self._missing)  # of an owner: it has its own, and waits
+        datagrams.close_all(self._missing)  # of an owner: it has its own, and waits
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
         if self._foreign is None:
             return
-        self._hear_forks(None)
+        self._watch_tracked([])
         self._free()
         with contextlib.suppress(MigrationError):
             self._foreign.confirm()
@@ -284,29 +284,42 @@ class ForeignAgent(Agent):
         except ValueError as exc:
             raise MemoryRefused(f"dirty tracker '{request.wanted}' is not known") from exc
         async with self._one_at_a_time:
-            self._hear_forks(None)
+            self._watch_tracked([])
             await self._threads.run(foreign.stop_tracking)  # forks wait where nobody hears them
-            tracker = await self._threads.run(lambda: foreign.start_tracking(wanted))
-            self._hear_forks(tracker)
-        addresses = [each.address for each in foreign.blocks]
-        reason = f"{REASON} {foreign.pid}; a thread of it stood for {tracker.stopped_ns // 1000} us"
-        tracked = messages.TrackedBlocks(request.id, TrackerName.UFFD.value, addresses, reason)
-        return Reply(tracked, [tracker.pagemap_fd])
+            trackers = await self._threads.run(lambda: foreign.start_tracking(wanted))
+            self._watch_tracked(trackers)
+        pieces = [
+            piece._replace(process=i) for i, each in enumerate(trackers) for piece in each.pieces
+        ]
+        tracked = messages.TrackedBlocks(
+            request.id, TrackerName.UFFD.value, pieces, reason_of(trackers)
+        )
+        return Reply(tracked, [each.pagemap_fd for each in trackers])
 
     async def _stop_tracking(self, request: messages.StopTracking, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
-            self._hear_forks(None)
+            self._watch_tracked([])
             await self._threads.run(self._need_foreign().stop_tracking)
         return Reply(messages.Done(request.id))
 
-    def _hear_forks(self, tracker: ForeignTracker | None) -> None:
-        """Of the process that this one tracks, for forks wait for it; and of no other any more."""
+    def _watch_tracked(self, trackers: list[ForeignTracker]) -> None:
+        """Hear of the forks of these processes, which wait for that, and of the ends of back ends;
+        and of no others any more."""
         loop = asyncio.get_running_loop()
-        if self._tracker is not None:
-            loop.remove_reader(self._tracker.uffd)
-        self._tracker = tracker
-        if tracker is not None:
-            loop.add_reader(tracker.uffd, tracker.note_forks)
+        for fd in self._watched:
+            loop.remove_reader(fd)
+        self._trackers, self._watched = trackers, []
+        for tracker in trackers:
+            if tracker.uffd >= 0:
+                loop.add_reader(tracker.uffd, tracker.note_forks)
+                self._watched.append(tracker.uffd)
+            if isinstance(tracker, BackEndTracker):
+                loop.add_reader(tracker.pidfd, self._note_end, tracker)
+                self._watched.append(tracker.pidfd)
+
+    def _note_end(self, tracker: BackEndTracker) -> None:
+        asyncio.get_running_loop().remove_reader(tracker.pidfd)
+        self._say(messages.Untracked(0, tracker.ended))
 
     async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:
@@ -330,6 +343,7 @@ class ForeignAgent(Agent):
             if self.role is not Role.INCOMING:
                 raise GuestError("only a guest that waits for a migration can miss pages")
             async with self._one_at_a_time:
+                await self._threads.run(foreign.check_all_wait)
                 self._vcpus = await self._threads.run(foreign.count_vcpus)
                 await self._threads.run(lambda: self._open(foreign))
         addresses = [each.address for each in foreign.blocks]
@@ -360,7 +374,7 @@ class ForeignAgent(Agent):
         try:
             end_missing(foreign.pid, uffds, block_ranges(foreign.blocks))
         finally:
-            messages.close_all(uffds)
+            datagrams.close_all(uffds)
 
     # -- handover --------------------------------------------------------------------------------
 
@@ -372,11 +386,11 @@ class ForeignAgent(Agent):
     async def _check_handover(self, request: messages.CheckHandover, fds: list[int]) -> Reply:
         """Also what is too slow to be looked at while the guest stands."""
         foreign, control = self._need_foreign(), self._control
-        self._check_forks()
+        await self._check_tracked()
         if control is not None:  # its senders map the memory, and only read it
             peer = control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
             ours = family_of(CREDENTIALS.unpack(peer)[0])
-            await self._threads.run(lambda: check_still_alone(foreign.blocks, foreign.pid, ours))
+            await self._threads.run(lambda: foreign.check_sharers(ours))
         return await super()._check_handover(request, fds)
 
     async def _hand_over(self, request: messages.HandOver, fds: list[int]) -> Reply:
@@ -391,7 +405,7 @@ class ForeignAgent(Agent):
         """:raise NotHandedOver: it may have written what nobody saw; no token has left."""
         try:
             runs = await self._threads.run(self._need_foreign().looks_running)
-            self._check_forks()  # those of a process that stands were all noted
+            await self._check_tracked()  # forks of a process that stands were all noted
         except GuestError as exc:
             raise NotHandedOver(f"nobody can say whether the guest stands: {exc}") from exc
         except MemoryRefused as exc:
@@ -399,9 +413,11 @@ class ForeignAgent(Agent):
         if runs:
             raise NotHandedOver("somebody else continued the guest behind the last round")
 
-    def _check_forks(self) -> None:
-        if self._tracker is not None:
-            self._tracker.check_forks()
+    async def _check_tracked(self) -> None:
+        """:raise MemoryRefused: not all was seen that was written."""
+        async with self._one_at_a_time:  # nor is tracking ended meanwhile
+            for tracker in self._trackers:
+                tracker.check()  # at most the mappings of one process are read
 
     async def _refuse(self, request: messages.Request, _fds: list[int]) -> Reply:
         raise GuestError(f"{type(request).__name__} is not for {self._need_foreign().what}")

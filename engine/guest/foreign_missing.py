@@ -15,14 +15,8 @@ from collections.abc import Sequence
 
 from engine import _native
 from engine.errors import MemoryRefused
-from engine.guest.foreign import (
-    INJECT_WAIT_NS,
-    NEVER_FORKED,
-    CannotInject,
-    ForeignBlock,
-    is_in_children,
-    open_foreign_uffd,
-)
+from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children
+from engine.guest.injecting import INJECT_WAIT_NS, CannotInject, open_foreign_uffd
 from engine.memory.blocks import RamBlock
 from engine.memory.missing import FEATURES
 

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from engine.errors import GuestError, MigrationError, NotHandedOver
-from engine.guest import messages
+from engine.guest import datagrams, messages
 from engine.guest.agentguest import AgentGuest
-from engine.guest.base import Handover, TrackedBlock, TrackerName, Tracking
+from engine.guest.base import Handover, TrackerName, Tracking
 from engine.guest.foreign_missing import Range, end_missing
 from engine.guest.link import ADOPT_WAIT_S, DEATH_WAIT_S, AgentLink, adopt_agent, start_agent
 from engine.guest.qmpclient import QmpClient
 from engine.guest.rundir import default_rundir
 from engine.guest.throttling import Undoing, Way
 from engine.memory.blocks import RamBlock
+from engine.memory.pieces import check_pieces
 from engine.wire import STATE_BYTES_MAX
 
 log = logging.getLogger("ramferry.guest")
@@ -177,15 +178,19 @@ class ForeignGuest(AgentGuest):
         return at.at_ns
 
     async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
-        self._close_tracking_fd()
+        self._close_tracking_fds()
+        self._untracked = asyncio.get_running_loop().create_future()
         request = messages.StartTracking(self._link.next_id(), wanted.value if wanted else "")
         tracked, fds = await self._link.ask(request, messages.TrackedBlocks, wait_s=LONG_WAIT_S)
-        if len(fds) != 1 or len(tracked.addresses) != len(self._blocks):
-            messages.close_all(fds)
-            raise GuestError("the agent tracks without telling what")
-        self._tracking_fd = fds[0]
-        blocks = (TrackedBlock(self._tracking_fd, address) for address in tracked.addresses)
-        return Tracking(TrackerName(tracked.name), tuple(blocks), tracked.reason)
+        self._tracking_fds = fds
+        check_pieces(tracked.pieces, self._blocks, len(fds))
+        return Tracking(
+            TrackerName(tracked.name),
+            tracked.reason,
+            tuple(fds),
+            tuple(tracked.pieces),
+            ends_with_pause=len(fds) > 1,  # back ends map the memory anew when QEMU goes on
+        )
 
     async def save_state(self) -> bytes:
         request = messages.SaveState(self._link.next_id())
@@ -195,7 +200,7 @@ class ForeignGuest(AgentGuest):
                 raise GuestError("the agent saved a state without giving it")
             content = os.pread(fds[0], STATE_BYTES_MAX, 0)
         finally:
-            messages.close_all(fds)
+            datagrams.close_all(fds)
         if len(content) != state.size:
             raise GuestError(f"the agent saved {state.size} bytes and gave {len(content)}")
         return content
@@ -290,18 +295,19 @@ class ForeignGuest(AgentGuest):
             self._undoing.close()
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._close_tracking_fd()
+        self._close_tracking_fds()
         self._close_lent()
         for block in self._blocks:
             os.close(block.fd)
 
 
-async def attach_qemu(path: str, *, incoming: bool) -> ForeignGuest:
+async def attach_qemu(path: str, back_ends: Sequence[int] = (), *, incoming: bool) -> ForeignGuest:
     """Attach to the QEMU whose QMP server listens at `path`; it runs or stands as before.
 
+    :param back_ends: pids of its vhost-user back ends.
     :raise MigrationError: one line that says what is missing; the QEMU is as before."""
     link, where = start_agent(AGENT), os.path.abspath(path)
-    request = messages.StartQemu(link.next_id(), where, incoming, default_rundir())
+    request = messages.StartQemu(link.next_id(), where, incoming, default_rundir(), list(back_ends))
     return await attach_foreign(link, request)
 
 
@@ -353,9 +359,9 @@ async def _started(
             raise GuestError("the agent did not hand RAM over")
         pidfd = os.pidfd_open(started.pid)
     except OSError as exc:
-        messages.close_all(fds)
+        datagrams.close_all(fds)
         raise GuestError(f"process {started.pid} has ended") from exc
     except GuestError:
-        messages.close_all(fds)
+        datagrams.close_all(fds)
         raise
     return kind(link, started, fds, pidfd)

@@ -18,12 +18,12 @@ from typing import Any, Final, Protocol, cast
 import msgspec
 
 from engine.errors import GuestError, MigrationError, NotHandedOver
-from engine.guest import messages
+from engine.guest import datagrams, messages
 from engine.guest.adoption import say
 from engine.guest.agentmain import run_agent
 from engine.guest.base import Role
-from engine.guest.foreign import ForeignMachine, ForeignTracker
 from engine.guest.foreign_agent import ForeignAgent
+from engine.guest.foreign_machine import ForeignMachine
 from engine.guest.handoff_door import Door, Visitor
 from engine.guest.handoff_machine import HandoffMachine
 from engine.guest.handoff_plain import PlainMachine
@@ -213,9 +213,6 @@ class HandoffAgent(ForeignAgent):
         reason = f"{REASON} {self._vmm.pid}"
         return Reply(msgspec.structs.replace(reply.answer, reason=reason), reply.lent)
 
-    def _hear_forks(self, tracker: ForeignTracker | None) -> None:
-        """No child has the memory."""
-
     def _open(self, _foreign: ForeignMachine) -> None:
         self._missing = self._vmm.open_missing()
 
@@ -223,7 +220,7 @@ class HandoffAgent(ForeignAgent):
         try:
             self._vmm.end_missing()
         finally:
-            messages.close_all(uffds)
+            datagrams.close_all(uffds)
 
 
 HANDOFF_HANDLERS: Final[

@@ -15,9 +15,9 @@ from typing import Final
 from engine import unixsocket
 from engine.errors import GuestError, MigrationError, UsageError, WireError, shown
 from engine.guest.adoption import say
+from engine.guest.datagrams import close_all
 from engine.guest.handoff_hello import FDS_A_REGION, HELLO_BYTES_MAX
 from engine.guest.handoff_link import encode_line
-from engine.guest.messages import close_all
 from engine.guest.rundir import remove_file
 from engine.wire import BLOCKS_MAX, cut
 

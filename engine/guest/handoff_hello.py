@@ -20,13 +20,9 @@ import msgspec
 
 from engine import _native
 from engine.errors import GuestError, MemoryRefused, WireError, shown
-from engine.guest.foreign import (
-    ForeignBlock,
-    Mapping,
-    check_still_alone,
-    check_whole,
-    open_block,
-)
+from engine.guest.foreign import ForeignBlock, check_whole, open_block
+from engine.guest.mappings import Mapping
+from engine.guest.sharers import check_still_alone
 from engine.guest.tracker import FEATURES as TRACKING_FEATURES
 from engine.memory.blocks import PAGE_SIZE
 from engine.memory.missing import FEATURES as MISSING_FEATURES
@@ -218,13 +214,9 @@ def check_mapped(block: ForeignBlock, pid: int, mappings: Sequence[Mapping]) -> 
     as two blocks either."""
     name, found = block.block.name, os.fstat(block.block.fd)
     file = (found.st_dev, found.st_ino)
-    ours = [each for each in mappings if (each.device, each.inode) == file]
+    ours = [each for each in mappings if each.file == file]
     first = min(ours, key=lambda each: each.start, default=None)
-    if (
-        first is None
-        or first.start != block.address
-        or any(each.rights[1] + each.rights[3] != "ws" for each in ours)
-    ):
+    if first is None or first.start != block.address or not all(each.is_written for each in ours):
         raise MemoryRefused(
             f"process {pid} does not map the memfd of region '{shown(name)}' shared and "
             f"writable at {block.address:#x}"

@@ -16,20 +16,15 @@ from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, WireError
 from engine.guest.cgroups import threads_of
-from engine.guest.foreign import (
-    NEVER_FORKED,
-    ForeignBlock,
+from engine.guest.foreign import NEVER_FORKED, ForeignBlock, check_nobody_waits, ranges_of
+from engine.guest.foreign_missing import block_ranges, register_missing, unregister
+from engine.guest.foreign_tracking import (
     ForeignTracker,
-    check_nobody_waits,
-    check_still_alone,
     check_tracker,
-    flags_of,
     open_pagemap,
-    ranges_of,
-    read_mappings,
+    whole_pieces,
     write_protect,
 )
-from engine.guest.foreign_missing import block_ranges, register_missing, unregister
 from engine.guest.handoff_door import Visitor
 from engine.guest.handoff_hello import (
     VERSION,
@@ -39,6 +34,8 @@ from engine.guest.handoff_hello import (
     parse_hello,
 )
 from engine.guest.handoff_link import VmmLink, encode_line
+from engine.guest.mappings import flags_of, read_mappings
+from engine.guest.sharers import check_still_alone
 from engine.memory.tracking import TrackerName
 from engine.wire import STATE_BYTES_MAX
 
@@ -171,6 +168,9 @@ class HandoffMachine:
         except OSError as exc:
             raise GuestError(f"{self.what} has ended") from exc
 
+    def check_all_wait(self) -> None:
+        """It knows who maps what it hands over."""
+
     def count_vcpus(self) -> int:
         return len(self._vcpus)
 
@@ -229,7 +229,7 @@ class HandoffMachine:
                 check_mapped(each, self.pid, mappings)
             _check_not_in_children(self.blocks, self.pid)
 
-    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+    def start_tracking(self, wanted: TrackerName | None) -> list[ForeignTracker]:
         check_tracker(wanted)
         self.stop_tracking()
         self.check_memory()
@@ -241,8 +241,12 @@ class HandoffMachine:
             for uffd, (block, address) in zip(self._uffds, block_ranges(self.blocks), strict=True):
                 write_protect(self.pid, uffd, pagemap_fd, address, block.size)
             undo.pop_all()
-        self._tracker = HandedTracker(self.pid, -1, pagemap_fd, 0, end=self._unregister)
-        return self._tracker
+        pieces = whole_pieces(self.blocks)
+        self._tracker = HandedTracker(self.pid, -1, pagemap_fd, 0, pieces, end=self._unregister)
+        return [self._tracker]
+
+    def check_sharers(self, besides: frozenset[int]) -> None:
+        check_still_alone(self.blocks, self.pid, besides)
 
     def stop_tracking(self) -> None:
         if self._tracker is not None:

@@ -20,10 +20,12 @@ import msgspec
 from engine.errors import GuestError, MemoryRefused, WireError
 from engine.guest.backing import make_ram
 from engine.guest.cgroups import threads_of
-from engine.guest.foreign import ForeignBlock, ForeignTracker, read_places
+from engine.guest.foreign import ForeignBlock
+from engine.guest.foreign_tracking import ForeignTracker
 from engine.guest.handoff_door import Visitor
 from engine.guest.handoff_hello import Region, check_apart, check_regions, check_uffd
 from engine.guest.handoff_serving import READY, SERVE, YOURS
+from engine.guest.mappings import read_places
 from engine.guest.ram import STATE
 from engine.memory.blocks import BLOCK_SIZE_MAX
 from engine.memory.tracking import TrackerName
@@ -169,6 +171,9 @@ class PlainMachine:
         except OSError as exc:
             raise GuestError(f"{self.what} has ended") from exc
 
+    def check_all_wait(self) -> None:
+        """Its memory is private."""
+
     def count_vcpus(self) -> int:
         return 0
 
@@ -193,12 +198,15 @@ class PlainMachine:
 
     # -- tracking and missing pages ----------------------------------------------------------------
 
-    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+    def start_tracking(self, wanted: TrackerName | None) -> list[ForeignTracker]:
         raise MemoryRefused(
             "the memory of a VMM of Firecracker's handshake is private: it cannot be migrated on"
         )
 
     def check_memory(self) -> None:
+        """Never tracked."""
+
+    def check_sharers(self, besides: frozenset[int]) -> None:
         """Never tracked."""
 
     def stop_tracking(self) -> None:

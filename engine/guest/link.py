@@ -25,7 +25,7 @@ from engine.errors import (
     UsageError,
     WireError,
 )
-from engine.guest import messages
+from engine.guest import datagrams, messages
 
 log = logging.getLogger("ramferry.guest")
 
@@ -93,7 +93,7 @@ class AgentLink:
         future = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = future
         try:
-            messages.send(self._socket, request, fds)
+            datagrams.send(self._socket, request, fds)
             async with asyncio.timeout(wait_s):
                 await asyncio.wait([future])
         except TimeoutError as exc:
@@ -108,7 +108,7 @@ class AgentLink:
         answer, answer_fds = future.result()
         if isinstance(answer, wanted):
             return answer, answer_fds
-        messages.close_all(answer_fds)
+        datagrams.close_all(answer_fds)
         if isinstance(answer, messages.Failed):
             raise ERRORS.get(answer.error, GuestError)(answer.reason)
         raise GuestError(f"the guest answered with {type(answer).__name__}")
@@ -116,7 +116,7 @@ class AgentLink:
     def _read(self) -> None:
         assert self._socket is not None
         try:
-            data, fds = messages.receive(self._socket)
+            data, fds = datagrams.receive(self._socket)
         except BlockingIOError:
             return
         except (OSError, WireError) as exc:
@@ -128,7 +128,7 @@ class AgentLink:
         try:
             answer = self._decoder.decode(data)
         except WireError as exc:
-            messages.close_all(fds)
+            datagrams.close_all(fds)
             self._hang_up(str(exc))
             return
         if isinstance(answer, messages.Event):
@@ -137,7 +137,7 @@ class AgentLink:
             return
         waiting = self._waiting.pop(answer.id, None)
         if waiting is None or waiting.done():
-            messages.close_all(fds)
+            datagrams.close_all(fds)
         else:
             waiting.set_result((answer, fds))
 
@@ -194,7 +194,7 @@ class AgentLink:
         was_alive, self._is_ending = self.is_alive, True
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                messages.send(self._socket, messages.Quit(self.next_id()))
+                datagrams.send(self._socket, messages.Quit(self.next_id()))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._dead.wait(), END_WAIT_S)
         was_killed = self.is_alive

@@ -7,26 +7,23 @@ docstrings say.
 
 from __future__ import annotations
 
-import array
-import contextlib
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
 
-from engine.errors import WireError
-from engine.wire import Decoder, Message, encode
+from engine.guest.datagrams import DATAGRAM_BYTES_MAX
+from engine.memory.pieces import TrackedPiece
+from engine.wire import Decoder, Message
 
-DATAGRAM_BYTES_MAX: Final = 64 * 1024
 STATE_BYTES_MAX: Final = 32 * 1024  #: 64 vCPUs need 1.6 KiB
-FDS_MAX: Final = 253  #: Linux: SCM_MAX_FD
 VCPUS_MAX: Final = 64
 WORDS_MAX: Final = 508
+BACK_ENDS_MAX: Final = 16
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
+ProcessId = Annotated[int, msgspec.Meta(ge=1)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
@@ -74,12 +71,14 @@ class StartQemu(Request, frozen=True):
     """First request to a new agent, for a QEMU. Answer: ForeignStarted.
 
     :ivar qmp: path of its socket, for us alone.
+    :ivar back_ends: processes that map its RAM, too.
     :ivar incoming: it was started with `-incoming defer`, and shall take a guest over.
     :ivar rundir: where an agent listens that must outlive its control process."""
 
     qmp: Text
     incoming: bool
     rundir: Text
+    back_ends: Annotated[list[ProcessId], msgspec.Meta(max_length=BACK_ENDS_MAX)]
 
 
 class StartProcess(Request, frozen=True):
@@ -89,7 +88,7 @@ class StartProcess(Request, frozen=True):
     :ivar incoming: it shall take a memory over, and stands until then.
     :ivar rundir: as of a QEMU."""
 
-    pid: Annotated[int, msgspec.Meta(ge=1)]
+    pid: ProcessId
     path: Text
     incoming: bool
     rundir: Text
@@ -368,10 +367,10 @@ class ForeignStarted(Answer, frozen=True):
 
 
 class TrackedBlocks(Answer, frozen=True):
-    """As `Tracked`, for several blocks of one process."""
+    """As `Tracked`, for several blocks; beside it the pagemap of each process that is tracked."""
 
     name: str
-    addresses: list[int]
+    pieces: list[TrackedPiece]
     reason: str
 
 
@@ -436,7 +435,13 @@ class Obeyed(Answer, frozen=True):
     """Unasked, id 0: what was taken over runs, if it shall. Only of a process that others own."""
 
 
-Event = Taken | Obeyed
+class Untracked(Answer, frozen=True):
+    """Unasked, id 0: what is written is not seen any more, and why."""
+
+    reason: str
+
+
+Event = Taken | Obeyed | Untracked
 
 AnyRequest = (
     Start | StartQemu | StartProcess | StartHandoff | Attach | Pause | Resume | Sleep | Throttle
@@ -468,35 +473,3 @@ def request_decoder() -> Decoder[AnyRequest]:
 def answer_decoder() -> Decoder[AnyAnswer]:
     """For the control process's end."""
     return Decoder(AnyAnswer, DATAGRAM_BYTES_MAX, "guest agent's control")
-
-
-def send(connection: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
-    """Send one datagram; the descriptors stay the caller's.
-
-    :raise OSError: the peer is gone, or does not read (the buffer holds hundreds)."""
-    socket.send_fds(connection, [encode(message)], list(fds))
-
-
-def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive one datagram; the descriptors are the caller's. No bytes: the peer is gone.
-
-    :raise WireError: it was cut; its descriptors are closed.
-    :raise BlockingIOError: there is none."""
-    fds = array.array("i")
-    data, ancillary, flags, _ = connection.recvmsg(
-        DATAGRAM_BYTES_MAX, socket.CMSG_SPACE(FDS_MAX * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-    )
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        close_all(fds)
-        raise WireError("guest agent: a message was cut, or came with too many descriptors")
-    return data, list(fds)
-
-
-def close_all(fds: Sequence[int]) -> None:
-    """Close descriptors that nobody wanted."""
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)

@@ -14,17 +14,10 @@ from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, shown
 from engine.guest.cgroups import threads_of
-from engine.guest.foreign import (
-    ForeignBlock,
-    ForeignTracker,
-    check_alone,
-    check_nobody_waits,
-    check_tracker,
-    check_whole,
-    open_block,
-    read_mappings,
-    track_foreign,
-)
+from engine.guest.foreign import ForeignBlock, check_nobody_waits, check_whole, open_block
+from engine.guest.foreign_tracking import ForeignTracker, check_tracker, track_foreign
+from engine.guest.mappings import read_mappings
+from engine.guest.sharers import check_alone, check_still_alone
 from engine.memory.tracking import TrackerName
 
 BLOCK_NAME: Final = "memory"
@@ -74,8 +67,8 @@ class ProcessMachine:
             mappings = read_mappings(self.pid)
             found = os.fstat(fd)
             file = (found.st_dev, found.st_ino)
-            ours = [each for each in mappings if (each.device, each.inode) == file]
-            if not ours or any(each.rights[1] + each.rights[3] != "ws" for each in ours):
+            ours = [each for each in mappings if each.file == file]
+            if not ours or not all(each.is_written for each in ours):
                 raise MemoryRefused(
                     f"process {self.pid} does not map '{shown(path)}' shared and writable"
                 )
@@ -156,17 +149,23 @@ class ProcessMachine:
         if self.looks_running():
             raise GuestError(f"somebody continued process {self.pid} before its memory was whole")
 
+    def check_all_wait(self) -> None:
+        """It is alone."""
+
     def count_vcpus(self) -> int:
         """Nobody knows which of its threads work."""
         return 0
 
     # -- tracking --------------------------------------------------------------------------------
 
-    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+    def start_tracking(self, wanted: TrackerName | None) -> list[ForeignTracker]:
         check_tracker(wanted)
         self.stop_tracking()
         self._tracker = track_foreign(self.pid, self.blocks)
-        return self._tracker
+        return [self._tracker]
+
+    def check_sharers(self, besides: frozenset[int]) -> None:
+        check_still_alone(self.blocks, self.pid, besides)
 
     def stop_tracking(self) -> None:
         if self._tracker is not None:

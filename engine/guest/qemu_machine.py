@@ -10,19 +10,22 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused
-from engine.guest.foreign import (
-    ForeignBlock,
-    ForeignTracker,
-    check_nobody_waits,
-    check_tracker,
-    track_foreign,
+from engine.guest.back_ends import check_bypasses, open_back_end, track_all
+from engine.guest.foreign import ForeignBlock, check_nobody_waits
+from engine.guest.foreign_tracking import ForeignTracker, check_tracker
+from engine.guest.qemu_memory import (
+    check_drives,
+    check_idle,
+    check_no_back_ends,
+    find_blocks,
 )
-from engine.guest.qemu_memory import check_drives, check_idle, find_blocks
 from engine.guest.qmpclient import QmpClient, QmpRefused
+from engine.guest.sharers import check_still_alone
 from engine.memory.tracking import TrackerName
 from engine.wire import STATE_BYTES_MAX
 
@@ -51,13 +54,15 @@ class QemuMachine:
 
     kind = "qemu"
 
-    def __init__(self, path: str, *, incoming: bool) -> None:
+    def __init__(self, path: str, back_ends: Sequence[int] = (), *, incoming: bool) -> None:
         """Attach.
 
+        :param back_ends: pids of processes that may map its RAM, too.
         :raise MigrationError: one line that says what is missing; nothing was changed."""
         self.qmp_path = path
         self._settings = Settings()
-        self._tracker: ForeignTracker | None = None
+        self._back_ends = tuple(dict.fromkeys(back_ends))
+        self._trackers: list[ForeignTracker] = []
         self._continuing: int | None = None  #: a `cont` whose answer nobody has read yet
         self._ended = threading.Event()
         self._qmp = QmpClient(path)
@@ -67,7 +72,8 @@ class QemuMachine:
             self._check_status(incoming)
             check_idle(self._qmp)
             check_drives(self._qmp)
-            self.blocks = find_blocks(self._qmp, self.pid)
+            self._check_back_ends()
+            self.blocks = find_blocks(self._qmp, self.pid, frozenset(self._back_ends))
             if incoming:
                 check_nobody_waits(self.blocks, self.pid)
                 self._prepare(DESTINATION_WANTS)
@@ -87,6 +93,12 @@ class QemuMachine:
             )
         if is_waiting and not incoming:
             raise GuestError("QEMU waits for a migration (-incoming); it has no guest yet")
+
+    def _check_back_ends(self) -> None:
+        for pid in self._back_ends:
+            if pid in (self.pid, os.getpid()):
+                raise GuestError(f"process {pid} is no vhost-user back end, but QEMU or ramferry")
+            os.close(open_back_end(pid))
 
     @property
     def what(self) -> str:
@@ -234,6 +246,9 @@ class QemuMachine:
             except BrokenPipeError as exc:
                 raise GuestError("QEMU refused the device state; see its log") from exc
 
+    def check_all_wait(self) -> None:
+        check_no_back_ends(self._qmp)
+
     def count_vcpus(self) -> int:
         return len(self._qmp.execute("query-cpus-fast"))
 
@@ -270,7 +285,7 @@ class QemuMachine:
 
     # -- tracking --------------------------------------------------------------------------------
 
-    def start_tracking(self, wanted: TrackerName | None) -> ForeignTracker:
+    def start_tracking(self, wanted: TrackerName | None) -> list[ForeignTracker]:
         """:raise MemoryRefused: not possible, and why."""
         check_tracker(wanted)
         self.stop_tracking()
@@ -278,18 +293,24 @@ class QemuMachine:
         check_drives(self._qmp)
         self._prepare(SOURCE_WANTS)
         try:
-            self._tracker = track_foreign(self.pid, self.blocks)
+            self._trackers = track_all(self.pid, self.blocks, self._back_ends)
         except BaseException:
             with contextlib.suppress(GuestError):
                 self._put_back()
             raise
-        return self._tracker
+        return self._trackers
+
+    def check_sharers(self, besides: frozenset[int]) -> None:
+        check_still_alone(self.blocks, self.pid, besides | set(self._back_ends))
+        for pid in self._back_ends:
+            check_bypasses(pid)
 
     def stop_tracking(self) -> None:
         """Track no more, and put the operator's settings back. Idempotent."""
-        if self._tracker is not None:
-            self._tracker.close()
-            self._tracker = None
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            tracker.close()
+        if trackers:
             with contextlib.suppress(GuestError):  # a QEMU that hangs or is gone has no use of it
                 self._put_back()
 

@@ -9,15 +9,10 @@ from collections.abc import Mapping as Dictionary
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused, shown
-from engine.guest.foreign import (
-    ForeignBlock,
-    Mapping,
-    check_alone,
-    check_whole,
-    open_block,
-    read_mappings,
-)
+from engine.guest.foreign import ForeignBlock, check_whole, open_block
+from engine.guest.mappings import Mapping, read_mappings
 from engine.guest.qmpclient import QmpClient, QmpRefused
+from engine.guest.sharers import check_still_alone
 from engine.wire import BLOCKS_MAX
 
 FILE_TYPES: Final = ("memory-backend-file", "memory-backend-memfd", "memory-backend-shm")
@@ -30,9 +25,12 @@ SHARED: Final = (
 RAMBLOCK: Final = re.compile(r"^\s*(\S+)\s+\d+ [KMGT]iB(?:\s+0x[0-9a-f]+){3}\s+0x([0-9a-f]+)")
 
 
-def find_blocks(qmp: QmpClient, pid: int) -> list[ForeignBlock]:
+def find_blocks(
+    qmp: QmpClient, pid: int, back_ends: frozenset[int] = frozenset()
+) -> list[ForeignBlock]:
     """All of the QEMU's RAM backends, sorted by name; the caller closes their descriptors.
 
+    :param back_ends: processes that may map them, too.
     :raise GuestError: QEMU does not answer.
     :raise MemoryRefused: one line that says what is missing."""
     backends = qmp.execute("query-memdev")
@@ -55,7 +53,7 @@ def find_blocks(qmp: QmpClient, pid: int) -> list[ForeignBlock]:
             fd = _open(pid, found)
             undo.callback(os.close, fd)
             blocks.append(ForeignBlock(open_block(name, fd, size), found.start))
-        check_alone({(each.device, each.inode) for each in _mappings_of(blocks, mappings)}, pid)
+        check_still_alone(blocks, pid, back_ends)
         undo.pop_all()
     return blocks
 
@@ -120,9 +118,7 @@ def _find(
         candidates = [each for each in candidates if each.start == addresses[name]]
     elif path and os.path.isfile(path):
         found = os.stat(path)
-        candidates = [
-            each for each in candidates if (each.device, each.inode) == (found.st_dev, found.st_ino)
-        ]
+        candidates = [each for each in candidates if each.file == (found.st_dev, found.st_ino)]
     else:
         candidates = [each for each in candidates if each.end - each.start == size]
     if len(candidates) != 1:
@@ -144,17 +140,12 @@ def _open(pid: int, mapping: Mapping) -> int:
         for name in os.listdir(directory):
             with contextlib.suppress(FileNotFoundError):
                 found = os.stat(f"{directory}/{name}")
-                if (found.st_dev, found.st_ino) == (mapping.device, mapping.inode):
+                if (found.st_dev, found.st_ino) == mapping.file:
                     return os.open(f"{directory}/{name}", os.O_RDWR | os.O_CLOEXEC)
         place = f"{mapping.start:x}-{mapping.end:x}"
         return os.open(f"/proc/{pid}/map_files/{place}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as exc:
         raise _not_ours(pid, exc) from exc
-
-
-def _mappings_of(blocks: list[ForeignBlock], mappings: list[Mapping]) -> list[Mapping]:
-    starts = {each.address for each in blocks}
-    return [each for each in mappings if each.start in starts]
 
 
 def check_drives(qmp: QmpClient) -> None:
@@ -169,6 +160,26 @@ def check_drives(qmp: QmpClient) -> None:
                 f"block node '{name}' bypasses the page cache (cache.direct=on), so what it reads "
                 "into RAM cannot be tracked from outside; start QEMU with cache.direct=off"
             )
+
+
+def check_no_back_ends(qmp: QmpClient) -> None:
+    """A vhost-user back end would not wait for missing pages: what it touches would be zero.
+
+    :raise MemoryRefused: this QEMU has a device of one."""
+    for path in ("/machine/peripheral", "/machine/peripheral-anon", "/objects"):
+        for each in qmp.execute("qom-list", {"path": path}):
+            if "vhost-user" in each["type"]:
+                raise _has_back_end(each["type"].removeprefix("child<").removesuffix(">"))
+    network = qmp.execute("human-monitor-command", {"command-line": "info network"})
+    if "type=vhost-user" in str(network):
+        raise _has_back_end("-netdev vhost-user")
+
+
+def _has_back_end(what: str) -> MemoryRefused:
+    return MemoryRefused(
+        f"this QEMU has a vhost-user back end ('{shown(what)}'), which does not wait for missing "
+        "pages: there is no postcopy; switch postcopy-ram off"
+    )
 
 
 def check_idle(qmp: QmpClient) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, NotHandedOver
 from engine.guest.backing import OwnedRam
-from engine.guest.base import Handover, Missing, Standing, TrackedBlock, TrackerName, Tracking
+from engine.guest.base import Handover, Missing, Standing, TrackerName, Tracking
 from engine.guest.handover import ARRIVED_JUST_NOW, DestinationEnd, SourceEnd
 from engine.memory.blocks import RamBlock
 
@@ -120,7 +120,7 @@ class RamGuest:
         reason = "the guest stands: nothing can become dirty"
         if (wanted or best) is TrackerName.HASH:
             reason = "nobody tells who writes to a ram guest: contents are compared"
-        self._tracking = Tracking(wanted or best, (TrackedBlock(),), reason)
+        self._tracking = Tracking(wanted or best, reason)
         return self._tracking
 
     async def stop_tracking(self) -> None:
@@ -232,6 +232,11 @@ class RamGuest:
         await self._destination.close()
 
     # -- the end ---------------------------------------------------------------------------------
+
+    async def untracked(self) -> str:
+        """For ever: nobody tells."""
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
 
     async def died(self) -> str:
         await self._death.wait()

@@ -78,9 +78,12 @@ class WorkloadSpec:
 @dataclass(frozen=True, slots=True)
 class QemuSpec:
     """`qemu:`: one that runs already, whose QMP server listens at the path; with `socket` the agent
-    that was left with it in postcopy is adopted instead."""
+    that was left with it in postcopy is adopted instead.
+
+    :ivar vhost_user: pids of its back ends, which map its RAM, too."""
 
     qmp: str = ""
+    vhost_user: tuple[int, ...] = ()
     socket: str | None = None
 
 
@@ -103,6 +106,7 @@ class HandoffSpec:
 
 GuestSpec = RamSpec | WorkloadSpec | QemuSpec | ProcessSpec | HandoffSpec
 SpecT = TypeVar("SpecT", RamSpec, WorkloadSpec, QemuSpec, ProcessSpec)
+BACK_END: Final = "vhost-user"  #: may be given several times
 #: What kinds that have no size need, and how it looks.
 NEEDED: Final = {
     "qemu": ({"qmp"}, "qmp=, like qemu:qmp=/run/guest.qmp"),
@@ -192,6 +196,7 @@ PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "socket": _path,
     "qmp": _path,
     "pid": _number(1, 2**22),
+    "vhost-user": _number(1, 2**22),
     "rundir": _path,
     "tracker": _tracker,
 }
@@ -240,27 +245,34 @@ def _parse_handoff(text: str) -> HandoffSpec:
 
 
 def _parse(spec_type: type[SpecT], kind: str, text: str) -> SpecT:
-    allowed = [field.name for field in fields(spec_type)]
+    allowed = [field.name.replace("_", "-") for field in fields(spec_type)]
     values: dict[str, Any] = {}
+    name: str
     for option in text.split(",") if text else []:
         name, equals, value = option.partition("=")
         if name not in allowed or not equals:
             raise UsageError(
                 f"guest '{kind}' has no option '{shown(option)}'; allowed: {', '.join(allowed)}"
             )
-        if name in values:
+        is_repeated = name == BACK_END
+        if name in values and not is_repeated:
             raise UsageError(f"guest '{kind}': option '{name}' is given twice")
         try:
-            values[name] = PARSERS[name](value)
+            parsed: Any = PARSERS[name](value)
         except ValueError as exc:
             raise UsageError(
                 f"guest '{kind}': {name}={shown(value)} is not allowed; {exc} is"
             ) from exc
+        values[name] = (*values.get(name, ()), parsed) if is_repeated else parsed
     _check_together(kind, values)
-    return spec_type(**values)
+    return spec_type(**{key.replace("-", "_"): value for key, value in values.items()})
 
 
 def _check_together(kind: str, values: dict[str, Any]) -> None:
+    if len(values.get(BACK_END, ())) > messages.BACK_ENDS_MAX:
+        raise UsageError(
+            f"guest '{kind}': at most {messages.BACK_ENDS_MAX} {BACK_END}= may be given"
+        )
     if "socket" in values:
         if set(values) - {"socket", "tracker"}:
             raise UsageError(
@@ -309,7 +321,7 @@ async def _open_foreign(spec: QemuSpec | ProcessSpec | HandoffSpec, *, incoming:
     if isinstance(spec, HandoffSpec):
         return await attach_handoff(spec.path, incoming=incoming)
     if isinstance(spec, QemuSpec):
-        return await attach_qemu(spec.qmp, incoming=incoming)
+        return await attach_qemu(spec.qmp, spec.vhost_user, incoming=incoming)
     return await attach_process(spec.pid, spec.path, incoming=incoming)
 
 

@@ -8,13 +8,14 @@ import os
 from typing import Final
 
 from engine.errors import GuestError, MigrationError
-from engine.guest import messages
+from engine.guest import datagrams, messages
 from engine.guest.agentguest import AgentGuest
 from engine.guest.backing import BLOCK_NAME, OwnedRam
-from engine.guest.base import TrackedBlock, TrackerName, Tracking, VcpuDirtied
+from engine.guest.base import TrackerName, Tracking, VcpuDirtied
 from engine.guest.judgement import Judgement
 from engine.guest.link import ADOPT_WAIT_S, ANSWER_WAIT_S, AgentLink, adopt_agent, start_agent
 from engine.memory.blocks import RamBlock
+from engine.memory.pieces import whole_piece
 
 log = logging.getLogger("ramferry.guest")
 
@@ -64,17 +65,15 @@ class WorkloadGuest(AgentGuest):
     # -- tracking --------------------------------------------------------------------------------
 
     async def start_tracking(self, wanted: TrackerName | None) -> Tracking:
-        self._close_tracking_fd()
+        self._close_tracking_fds()
         chosen = wanted or self._tracker
         request = messages.StartTracking(self._link.next_id(), chosen.value if chosen else "")
         tracked, fds = await self._link.ask(request, messages.Tracked)
         name = TrackerName(tracked.name)
-        self._tracking_fd = fds[0] if fds else -1
-        if name is TrackerName.BITMAP:
-            block = TrackedBlock(bitmap_fd=self._tracking_fd)
-        else:
-            block = TrackedBlock(pagemap_fd=self._tracking_fd, address=tracked.address)
-        return Tracking(name, (block,), tracked.reason)
+        self._tracking_fds = fds
+        is_in_pieces = name in (TrackerName.UFFD, TrackerName.SOFT_DIRTY)
+        pieces = (whole_piece(0, tracked.address, self.blocks[0].size),) if is_in_pieces else ()
+        return Tracking(name, tracked.reason, tuple(fds), pieces)
 
     # -- what the vCPUs dirty, beside a migration ------------------------------------------------
 
@@ -120,7 +119,7 @@ class WorkloadGuest(AgentGuest):
             messages.Judge(self._link.next_id()), messages.Judged, wait_s=self._pass_wait_s()
         )
         if len(fds) != 1:
-            messages.close_all(fds)
+            datagrams.close_all(fds)
             raise GuestError("the guest judged its memory without telling the counters")
         return Judgement(
             judged.wrong_pages, judged.first_wrong, judged.page_writes, judged.vcpu_writes, fds[0]
@@ -139,7 +138,7 @@ class WorkloadGuest(AgentGuest):
         self._is_running = False
         await self._link.end()
         await self._stop_telling()
-        self._close_tracking_fd()
+        self._close_tracking_fds()
         self._close_lent()
         self._ram.close()
 
@@ -151,7 +150,7 @@ class WorkloadGuest(AgentGuest):
         self._is_open = False
         await self._stop_telling()
         self._link.leave()
-        self._close_tracking_fd()
+        self._close_tracking_fds()
         self._close_lent()
         os.close(self._ram.block.fd)
 
@@ -236,7 +235,7 @@ async def adopt_workload(path: str, tracker: TrackerName | None) -> WorkloadGues
 
 def _adopted_ram(attached: messages.Attached, fds: list[int]) -> OwnedRam:
     if len(fds) != 1 or os.fstat(fds[0]).st_size != attached.size:
-        messages.close_all(fds)
+        datagrams.close_all(fds)
         raise GuestError("the guest did not hand its RAM over")
     block = RamBlock(BLOCK_NAME, attached.size, fds[0], attached.backing_page_size)
     return OwnedRam(block, attached.created_path)

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 from engine import _native
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
+from engine.memory.pieces import TrackedPiece, check_pieces
 
 HASH_BYTES: Final = 16
 #: A harvest says how far it is after so many pages of its own: 1 GiB, 80 ms of content-hash at
@@ -34,26 +35,21 @@ class TrackerName(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class TrackedBlock:
-    """Where one RAM block is tracked; descriptors belong to the guest object until `stop_tracking`.
-
-    :ivar pagemap_fd: /proc/PID/pagemap of the tracked process, or -1 (BITMAP, HASH, NONE).
-    :ivar address: where the block begins in the tracked process, or 0.
-    :ivar bitmap_fd: the shared written-bitmap (BITMAP), one bit a page, or -1.
-    """
-
-    pagemap_fd: int = -1
-    address: int = 0
-    bitmap_fd: int = -1
-
-
-@dataclass(frozen=True, slots=True)
 class Tracking:
-    """The tracker in use, and why it was chosen (one line for people)."""
+    """The tracker in use.
+
+    :ivar reason: why it was chosen, one line for people.
+    :ivar fds: /proc/PID/pagemap of each tracked process (UFFD, SOFT_DIRTY), or the written-bitmap
+        of each block, one bit a page (BITMAP); they belong to the guest object until
+        `stop_tracking`.
+    :ivar pieces: where blocks are in these processes (UFFD, SOFT_DIRTY).
+    :ivar ends_with_pause: a guest that is continued after a pause is not tracked any more."""
 
     name: TrackerName
-    blocks: tuple[TrackedBlock, ...]
     reason: str
+    fds: tuple[int, ...] = ()
+    pieces: tuple[TrackedPiece, ...] = ()
+    ends_with_pause: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +116,9 @@ class StoppedGuest(_Slices):
 
 
 class WriteProtected(_Slices):
-    """userfaultfd write-protect async: PAGEMAP_SCAN reads and re-arms in one call."""
+    """userfaultfd write-protect async: PAGEMAP_SCAN reads and re-arms in one call.
+
+    A page that is written in two pieces is found twice."""
 
     def __init__(
         self,
@@ -128,22 +126,39 @@ class WriteProtected(_Slices):
         index: int,
         count: int,
         pagemap_fds: Sequence[int],
-        addresses: Sequence[int],
+        pieces: Sequence[TrackedPiece],
     ) -> None:
+        """:raise MemoryRefused: the pieces are not of these blocks and processes."""
         super().__init__(blocks, index, count)
-        self._targets = list(zip(pagemap_fds, addresses, strict=True))
+        check_pieces(pieces, blocks, len(pagemap_fds))
+        self._pagemap_fds = pagemap_fds
+        self._pieces: list[list[TrackedPiece]] = [[] for _ in blocks]
+        for each in pieces:
+            self._pieces[each.block].append(each)
 
     def _scan(self, i: int, dirty: memoryview, piece: tuple[int, int, int, int], first: int) -> int:
-        pagemap_fd, address = self._targets[i]
-        return _native.pagemap_scan(pagemap_fd, address, dirty, piece, first)
+        (end, stripe, index, count), found = piece, 0
+        for each in self._pieces[i]:
+            begin, stop = max(first, each.first_page), min(end, each.end_page)
+            if begin < stop:
+                found += self._look(each, dirty, (stop, stripe, index, count), begin)
+        return found
+
+    def _look(
+        self, where: TrackedPiece, dirty: memoryview, part: tuple[int, int, int, int], first: int
+    ) -> int:
+        pagemap_fd = self._pagemap_fds[where.process]
+        return _native.pagemap_scan(pagemap_fd, where.block_address, dirty, part, first)
 
 
 class SoftDirty(WriteProtected):
     """Soft-dirty bits: control stops the guest, orders the harvest, has the bits cleared."""
 
-    def _scan(self, i: int, dirty: memoryview, piece: tuple[int, int, int, int], first: int) -> int:
-        pagemap_fd, address = self._targets[i]
-        return _native.soft_dirty_scan(pagemap_fd, address, dirty, piece, first)
+    def _look(
+        self, where: TrackedPiece, dirty: memoryview, part: tuple[int, int, int, int], first: int
+    ) -> int:
+        pagemap_fd = self._pagemap_fds[where.process]
+        return _native.soft_dirty_scan(pagemap_fd, where.block_address, dirty, part, first)
 
 
 class GuestBitmap(_Slices):

@@ -155,9 +155,9 @@ class Sender:
         where = (self._blocks, order.index, order.count)
         match TrackerName(order.tracker):
             case TrackerName.UFFD:
-                return WriteProtected(*where, tracker_fds, order.addresses)
+                return WriteProtected(*where, tracker_fds, order.pieces)
             case TrackerName.SOFT_DIRTY:
-                return SoftDirty(*where, tracker_fds, order.addresses)
+                return SoftDirty(*where, tracker_fds, order.pieces)
             case TrackerName.BITMAP:
                 return GuestBitmap(*where, tracker_fds)
             case TrackerName.NONE:
@@ -195,10 +195,14 @@ class Sender:
 
         :raise ParentGone: control is gone."""
         began_ns, found = time.monotonic_ns(), 0
-        for piece in self._harvester.harvest(self._dirty):
-            found += piece.found
-            self._progress.add(Count.HARVEST_PAGES, piece.pages)
-            self._inbox.check()
+        try:
+            for piece in self._harvester.harvest(self._dirty):
+                found += piece.found
+                self._progress.add(Count.HARVEST_PAGES, piece.pages)
+                self._inbox.check()
+        except PermissionError:  # memory was mapped anew, and is not registered
+            self._inbox.report(wire.TrackerLost())
+            raise
         self._progress.put(Count.HARVEST_NS, time.monotonic_ns() - began_ns)
         dirty_pages = self._dirty.count(self._order.index, self._order.count)
         self._inbox.report(wire.Harvested(order.number, dirty_pages, found))

@@ -86,6 +86,7 @@ from engine.wire.orders import (
     SenderOrder,
     SenderReport,
     SendRound,
+    TrackerLost,
     UseStream,
     WorkerFailed,
 )
@@ -246,6 +247,7 @@ __all__ = [
     "ToDestination",
     "ToSource",
     "TookOver",
+    "TrackerLost",
     "UseStream",
     "Welcome",
     "WorkerFailed",

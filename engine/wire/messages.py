@@ -25,7 +25,8 @@ CHANNELS_MAX: Final = 255
 DESCRIPTORS_MAX: Final = 253
 #: Beside the RAM blocks' descriptors in `PrepareSender`.
 SENDER_FDS: Final = ("dirty", "in_flight", "candidates", "hashes", "progress", "budget")
-#: RAM, and pagemap or bitmap, of every block go beside one order: 6 + 2 x 123 = 252.
+#: RAM, and a bitmap of it, of every block go beside one order: 6 + 2 x 123 = 252. Pagemaps are
+#: fewer: one for each tracked process.
 BLOCKS_MAX: Final = (DESCRIPTORS_MAX - len(SENDER_FDS)) // 2
 #: A block is at most 17 (map, tag) + 263 (name) + 14 (size) + 27 (backing_page_size) = 321 bytes;
 #: the rest (tag, version, session, page size, channels, kind, runs, list) fits in 1 KiB.

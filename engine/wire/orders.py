@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from engine.memory.pieces import TrackedPiece
 from engine.wire.main import ChannelBroken, RoundReceived
 from engine.wire.messages import BlockShape, Message
 
 
 class PrepareSender(Message, frozen=True):
     """Control -> sender. Beside it: the descriptors that `SENDER_FDS` names, then the RAM blocks'
-    and, where the tracker has them, the pagemap or bitmap descriptor of each block."""
+    and, where the tracker has them, the pagemap of each tracked process or the bitmap of each
+    block."""
 
     index: int
     count: int
@@ -21,7 +23,7 @@ class PrepareSender(Message, frozen=True):
     incarnation: int
     blocks: list[BlockShape]
     tracker: str
-    addresses: list[int]
+    pieces: list[TrackedPiece]
     detect_zero: bool
     hash_seed: int
     may_postcopy: bool = False
@@ -157,6 +159,11 @@ class ChannelEnded(Message, frozen=True):
     incarnation: int
 
 
+class TrackerLost(Message, frozen=True):
+    """Sender -> control: what was written since the last harvest is not known, and no other sender
+    would find it. WorkerFailed follows."""
+
+
 class WorkerFailed(Message, frozen=True):
     """Worker -> control: an expected failure ends the worker."""
 
@@ -175,7 +182,10 @@ SenderOrder = (
     | EndChannel
 )
 ReceiverOrder = UseStream | PrepareReceiver | InsertPages
-SenderReport = Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | WorkerFailed
+SenderReport = (
+    Ready | Opened | Harvested | RoundSent | ChannelBroken | ChannelEnded | TrackerLost
+    | WorkerFailed
+)  # fmt: skip
 ReceiverReport = (
     Ready | Inserting | Opened | RoundReceived | ChannelBroken | ChannelEnded | WorkerFailed
 )

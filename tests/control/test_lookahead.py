@@ -124,3 +124,11 @@ def test_nobody_looks_again_in_a_round_after_a_pause_that_did_not_fit() -> None:
     assert convergence.looks_ahead
     assert not convergence.may_finish(10_000_000_000, 0, is_running=True)
     assert not convergence.looks_ahead
+
+
+def test_a_pause_after_which_nothing_is_tracked_is_not_undone() -> None:
+    settings = SimpleNamespace(downtime_limit=1, avail_switchover_bandwidth=0)
+    convergence = Convergence(cast(Host, SimpleNamespace(parameters=settings)), MigrationNumbers())
+    convergence.is_pause_final = True
+
+    assert convergence.may_finish(10_000_000_000, 0, is_running=True)

@@ -21,7 +21,8 @@ from engine.control.pool import Pool
 from engine.control.senders import SenderGroup
 from engine.errors import MigrationError, WireError, WorkerLost
 from engine.memory.blocks import PAGE_SIZE, RamBlock
-from engine.memory.tracking import TrackedBlock, TrackerName, Tracking
+from engine.memory.pieces import whole_piece
+from engine.memory.tracking import TrackerName, Tracking
 from engine.multifd.progress import Count, Progress
 from tests.support import open_descriptors
 
@@ -126,7 +127,8 @@ async def played(*, may_postcopy: bool = False) -> AsyncIterator[Played]:
     agreement = Agreement(["tcp://127.0.0.1:1"], ())
     group = SenderGroup([block], pool, b"s" * 16, agreement, on_lost, may_postcopy=may_postcopy)
     rig = Played(group, workers, heals)
-    tracking = Tracking(TrackerName.UFFD, (TrackedBlock(block.fd, PAGE_SIZE),), "a test")
+    piece = whole_piece(0, PAGE_SIZE, block.size)
+    tracking = Tracking(TrackerName.UFFD, "a test", (block.fd,), (piece,))
     try:
         start = await rig.run(group.start(tracking, detect_zero=True))
         rig.worker.on_report(wire.Opened(1))
@@ -236,7 +238,8 @@ def test_all_data_is_found_beside_the_loop_and_before_anything_is_closed(
             found.append(set_data())
 
         monkeypatch.setattr(group.dirty, "set_data", look)
-        tracking = Tracking(TrackerName.UFFD, (TrackedBlock(block.fd, PAGE_SIZE),), "a test")
+        piece = whole_piece(0, PAGE_SIZE, block.size)
+        tracking = Tracking(TrackerName.UFFD, "a test", (block.fd,), (piece,))
         start = asyncio.ensure_future(group.start(tracking, detect_zero=True))
         await settle()
         worker.on_report(wire.Opened(1))

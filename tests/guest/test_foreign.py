@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.guest.foreign import others_mapping
+from engine.guest.sharers import others_mapping
 
 MAPS = """
 import mmap, sys

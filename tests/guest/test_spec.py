@@ -14,7 +14,7 @@ from engine.errors import MemoryRefused, UsageError
 from engine.guest import backing
 from engine.guest.base import TrackerName
 from engine.guest.ram import RamGuest
-from engine.guest.spec import RamSpec, WorkloadSpec, open_guest, parse_guest_spec
+from engine.guest.spec import QemuSpec, RamSpec, WorkloadSpec, open_guest, parse_guest_spec
 from tests.guest.support import run
 
 GIB = 1024**3
@@ -44,6 +44,8 @@ def test_every_option_parses() -> None:
         TrackerName.BITMAP,
     )
     assert parse_guest_spec("workload:socket=/tmp/s") == WorkloadSpec(socket="/tmp/s")
+    back_ends = parse_guest_spec("qemu:qmp=/tmp/q,vhost-user=7,vhost-user=9")
+    assert back_ends == QemuSpec("/tmp/q", (7, 9))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,12 @@ def test_every_option_parses() -> None:
         ("qemu:", "needs qmp=, like qemu:qmp="),
         ("qemu:qmp=", "a path is$"),
         ("qemu:size=1G", "allowed: qmp"),
+        ("qemu:vhost-user=1", "needs qmp="),
+        ("qemu:qmp=/x,vhost-user=0", "1 to 4194304"),
+        ("qemu:qmp=/x,qmp=/y", "given twice"),
+        ("qemu:qmp=/x" + ",vhost-user=1" * 17, "at most 16 vhost-user="),
+        ("qemu:socket=/x,vhost-user=1", "adopts a guest as it is"),
+        ("process:pid=1,path=/x,vhost-user=2", "allowed: pid, path, socket"),
         ("process:pid=1", "needs pid= and path=, like process:pid="),
         ("process:pid=0,path=/x", "1 to 4194304"),
         ("handoff:", "needs a path, like handoff:/run/vmm.sock"),

@@ -110,13 +110,13 @@ def test_judging_a_running_guest_lets_it_run_on() -> None:
 
 def harvest(guest: WorkloadGuest, tracking: Tracking) -> list[bool]:
     """One harvest of the whole block: which pages were written since the last one."""
-    block, part = tracking.blocks[0], guest.blocks[0].slice_of(0, 1)
+    fd, part = tracking.fds[0], guest.blocks[0].slice_of(0, 1)
     dirty = bytearray(-(-pages_of(guest) // 64) * 8)
     if tracking.name is TrackerName.BITMAP:
-        with mmap.mmap(block.bitmap_fd, 0) as bitmap:
+        with mmap.mmap(fd, 0) as bitmap:
             _native.bitmap_move_slice(bitmap, dirty, part)
     else:
-        _native.pagemap_scan(block.pagemap_fd, block.address, dirty, part)
+        _native.pagemap_scan(fd, tracking.pieces[0].address, dirty, part)
     return [bool(dirty[i // 8] >> i % 8 & 1) for i in range(pages_of(guest))]
 
 

@@ -12,6 +12,7 @@ from engine import _native
 from engine.memory import tracking
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
+from engine.memory.pieces import whole_piece
 from engine.memory.tracking import ContentHash, GuestBitmap, SoftDirty, StoppedGuest
 
 PAGES = 5000
@@ -60,7 +61,7 @@ def test_soft_dirty_and_content_hash_harvest_in_pieces_too() -> None:
     entries = [(1 << 55) if page in WRITTEN else 0 for page in range(PAGES)]
     os.write(pagemap, struct.pack(f"{PAGES}Q", *entries))
 
-    pieces = list(SoftDirty([ram], 0, 1, [pagemap], [0]).harvest(dirty))
+    pieces = list(SoftDirty([ram], 0, 1, [pagemap], [whole_piece(0, 0, ram.size)]).harvest(dirty))
 
     assert [piece.found for piece in pieces] == [4, 2, 1, 1, 1]
     assert dirty.count() == len(WRITTEN)

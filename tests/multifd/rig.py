@@ -245,7 +245,7 @@ async def sender(
         heard.listen(worker)
         worker.order(
             wire.PrepareSender(
-                0, 1, SESSION, f"tcp://127.0.0.1:{port}", 1, shapes(block), tracker, [0], True, 7
+                0, 1, SESSION, f"tcp://127.0.0.1:{port}", 1, shapes(block), tracker, [], True, 7
             ),
             [*shared, block.fd, *tracker_fds],
         )

@@ -9,6 +9,7 @@ import pytest
 
 from engine import wire
 from engine.errors import WireError
+from engine.memory.pieces import PIECES_MAX, TrackedPiece
 from engine.worker import Inbox
 
 
@@ -20,9 +21,10 @@ def test_the_largest_order_to_a_sender_fits_one_datagram() -> None:
     """Every block has its RAM and a tracker's descriptor; every field is as long as it can be."""
     shapes = [longest_shape(number) for number in range(wire.BLOCKS_MAX)]
     wire.check_blocks(shapes)
+    longest_piece = TrackedPiece(wire.BLOCKS_MAX, 16, 2**47, 2**44, 2**44)
     order = wire.PrepareSender(
         254, 255, b"s" * 16, "e" * 255, 2**32, shapes, "content-hash",
-        [2**47] * wire.BLOCKS_MAX, True, 2**64 - 1,
+        [longest_piece] * PIECES_MAX, True, 2**64 - 1,
     )  # fmt: skip
     count = len(wire.SENDER_FDS) + 2 * wire.BLOCKS_MAX
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

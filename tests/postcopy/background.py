@@ -52,7 +52,7 @@ class Background:
         progress = self.progress[-1]
         lent = (self.dirty, self.in_flight, self.placed, self.placed, progress, self.budget)
         sender.order(
-            wire.PrepareSender(index, count, SESSION, endpoint, 1, shapes, "none", [0], True, 0),
+            wire.PrepareSender(index, count, SESSION, endpoint, 1, shapes, "none", [], True, 0),
             [*(shared.fd for shared in lent), rig.source.fd],
         )
         sender.order(self.compress)

@@ -218,10 +218,10 @@ def harvest(guest: ForeignGuest, tracking: Tracking) -> list[bytearray]:
     from engine import _native
 
     bitmaps = []
-    for block, tracked in zip(guest.blocks, tracking.blocks, strict=True):
+    for block, tracked in zip(guest.blocks, tracking.pieces, strict=True):
         found = bytearray(-(-block.page_count // 64) * 8)
         whole = (block.page_count, STRIPE_SIZE // PAGE_SIZE, 0, 1)
-        _native.pagemap_scan(tracked.pagemap_fd, tracked.address, found, whole)
+        _native.pagemap_scan(tracking.fds[0], tracked.address, found, whole)
         bitmaps.append(found)
     return bitmaps
 

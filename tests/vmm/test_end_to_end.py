@@ -15,6 +15,7 @@ import pytest
 
 import engine
 from tests.support import eventually
+from tests.vmm.back_end import BackEnd
 from tests.vmm.machines import SETTINGS, Vm, needs_qemu, pair, vm
 from tests.vmm.postcopy_rig import until
 
@@ -47,7 +48,7 @@ class Standing:
     migration: engine.Migration
 
 
-def is_tracked(machine: Vm) -> bool:
+def is_tracked(machine: Vm | BackEnd) -> bool:
     """Whether any of its memory is registered with a userfaultfd, or the process is traced."""
     flags = re.findall(r"^VmFlags:(.*)$", Path(f"/proc/{machine.pid}/smaps").read_text(), re.M)
     assert flags
@@ -55,7 +56,7 @@ def is_tracked(machine: Vm) -> bool:
     return any("uw" in each.split() for each in flags) or "TracerPid:\t0" not in status
 
 
-def is_let_go(machine: Vm) -> bool:
+def is_let_go(machine: Vm | BackEnd) -> bool:
     """Nothing tracks it any more, soon."""
     return eventually(lambda: not is_tracked(machine))
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from engine.errors import GuestError, MemoryRefused, NotHandedOver
-from engine.guest import foreign_agent, messages
+from engine.guest import datagrams, foreign_agent, messages
 from engine.guest.base import Role
-from engine.guest.foreign import family_of
 from engine.guest.foreign_agent import ForeignAgent
+from engine.guest.sharers import family_of
 from engine.memory.tracking import TrackerName
 from tests.guest.support import run
 
@@ -46,7 +46,7 @@ class Broken:
     def confirm(self) -> None:
         """Nothing was ordered."""
 
-    end = close = confirm
+    end = close = check_all_wait = confirm
 
 
 @contextlib.asynccontextmanager
@@ -85,7 +85,7 @@ def test_a_token_that_has_come_is_told_though_the_process_does_not_go_on(
             agent._run_when_taken = True
             agent._taken()
             assert agent.role is Role.OWNER
-            return messages.answer_decoder().decode(messages.receive(control)[0])
+            return messages.answer_decoder().decode(datagrams.receive(control)[0])
 
     assert isinstance(run(scenario()), messages.Taken)
     assert "the guest is here and stands: it hangs" in capfd.readouterr().err
@@ -108,7 +108,7 @@ def test_what_was_opened_for_a_control_process_that_has_gone_is_ended(
 
     async def scenario() -> None:
         async with agent_of(Broken(), Role.INCOMING) as (agent, control):
-            messages.send(control, messages.OpenMissing(1))
+            datagrams.send(control, messages.OpenMissing(1))
             await asyncio.to_thread(begun.wait, 10)
             control.close()
             await agent._end.wait()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from engine.errors import GuestError
-from engine.guest import handoff_agent, messages
+from engine.guest import datagrams, handoff_agent, messages
 from engine.guest.base import Role
 from engine.guest.foreignguest import ForeignGuest
 from engine.guest.handoff_agent import HandoffAgent
@@ -205,7 +205,7 @@ def test_a_guest_that_arrives_and_stands_is_told_though_its_vmm_has_gone(
         async with agent_of(Stub(), Role.INCOMING, HandoffAgent) as (agent, control):
             agent._run_when_taken = False
             agent._taken()
-            return messages.answer_decoder().decode(messages.receive(control)[0])
+            return messages.answer_decoder().decode(datagrams.receive(control)[0])
 
     assert isinstance(run(scenario()), messages.Taken)
     assert "the guest is here, and was not told so: it hangs" in capfd.readouterr().err
@@ -243,7 +243,7 @@ def test_what_was_opened_for_a_control_process_that_has_gone_is_ended() -> None:
 
     async def scenario() -> None:
         async with agent_of(Slow(), Role.INCOMING, HandoffAgent) as (agent, control):
-            messages.send(control, messages.OpenMissing(1))
+            datagrams.send(control, messages.OpenMissing(1))
             await asyncio.to_thread(begun.wait, WAIT_S)
             control.close()
             await agent._end.wait()

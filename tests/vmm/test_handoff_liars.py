@@ -22,10 +22,10 @@ import pytest
 
 from engine import _native
 from engine.errors import GuestError, MemoryRefused, NotHandedOver, UsageError
-from engine.guest.foreign import flags_of
 from engine.guest.foreignguest import ForeignGuest
 from engine.guest.handoff_door import BUSY
 from engine.guest.handoffguest import attach_handoff
+from engine.guest.mappings import flags_of
 from tests.guest.support import run
 from tests.hugepages import huge_pages
 from tests.support import WAIT_S

@@ -20,10 +20,10 @@ import pytest
 
 from engine import _native
 from engine.errors import MemoryRefused
-from engine.guest.foreign import flags_of
+from engine.guest.datagrams import close_all
 from engine.guest.handoff_door import Visitor
 from engine.guest.handoff_machine import STATE, HandoffMachine
-from engine.guest.messages import close_all
+from engine.guest.mappings import flags_of
 from tests.support import WAIT_S
 from tests.vmm.test_handoff_liars import SEALABLE, SIZE, Vmm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from tests.hugepages import huge_pages
 from tests.support import eventually
-from tests.vmm import test_postcopy
+from tests.vmm import test_back_ends, test_postcopy
+from tests.vmm.back_end import back_end, writes
 from tests.vmm.machines import needs_qemu, vm
 from tests.vmm.postcopy_rig import lacks_pages
 from tests.vmm.test_end_to_end import is_let_go, migrate
@@ -58,6 +60,30 @@ def test_a_guest_on_huge_pages_arrives(hugetlbfs: Path, is_named: bool) -> None:
     for path in paths:
         if is_named:
             path.unlink()
+
+
+def test_what_a_back_end_writes_on_huge_pages_arrives(hugetlbfs: Path) -> None:
+    """Its mappings are of huge pages, too."""
+    paths = [hugetlbfs / name for name in ("source", "destination")]
+    sockets = [Path(tempfile.gettempdir()) / name for name in ("source", "destination")]
+    with (
+        back_end(sockets[0]) as found,
+        back_end(sockets[1]) as other,
+        vm(*found.options, memory=memory(paths[0])) as source,
+        vm(*other.options, "-incoming", "defer", memory=memory(paths[1])) as destination,
+    ):
+        assert eventually(lambda: source.rounds() > 2)
+        assert writes(paths[0])
+
+        named = f"{source.spec},vhost-user={found.pid}"
+        asyncio.run(test_back_ends.migrate(named, destination.spec))
+
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        destination.monitor.ask("cont")
+        assert destination.goes_on()
+        assert writes(paths[1])
+    for path in paths:
+        path.unlink()
 
 
 @pytest.mark.parametrize("rounds", [0, 1], ids=["postcopy", "hybrid"])

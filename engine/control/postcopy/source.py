@@ -31,7 +31,7 @@ from engine.control.statistics import MigrationNumbers
 from engine.control.status import RunState
 from engine.control.watch import WATCH_S, Watch
 from engine.errors import MigrationError, PeerRefused
-from engine.guest.base import TrackedBlock, TrackerName, Tracking
+from engine.guest.base import TrackerName, Tracking
 from engine.memory.blocks import PAGE_SIZE
 from engine.memory.insertion import widen
 from engine.postcopy.statistics import PageCount, PageStatistics
@@ -295,7 +295,7 @@ class PostcopySource:
             return
         agreement, faults = found
         senders = migration.use(agreement)
-        stands = Tracking(TrackerName.NONE, tuple(TrackedBlock() for _ in blocks), "postcopy")
+        stands = Tracking(TrackerName.NONE, "postcopy")
         await senders.start(stands, detect_zero=host.parameters.zero_page_detection != "none")
         received.take_away_from(senders.dirty)
         widen(blocks, senders.dirty)
