@@ -187,6 +187,10 @@ class MigrationMachine(RuleBasedStateMachine):
         is_idle = phase is Phase.IDLE
         if what == "late" and late is not None and self.doing in GIVING_UP:
             self.late = None
+            if late is machine.DestinationComplete:
+                if not self.destination_runs:
+                    return  # nobody is there to say so
+                self.is_missing = False
             self.feed(late())
         elif what == "channel" and not is_idle:
             self.feed(machine.ChannelLost(0, "cut"))
