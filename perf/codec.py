@@ -27,6 +27,11 @@ class Codec:
     def __str__(self) -> str:
         return self.name if self.level is None else f"{self.name}:{self.level}"
 
+    @property
+    def is_qemus(self) -> bool:
+        """QEMU has it, too."""
+        return self.name not in ("lz4", "auto")
+
     def parameters(self) -> dict[str, str | int]:
         """For migrate-set-parameters."""
         chosen: dict[str, str | int] = {"multifd-compression": self.name}

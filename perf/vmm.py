@@ -18,6 +18,7 @@ from typing import Any, Final
 import psutil
 
 from engine.errors import MigrationError, UsageError
+from perf.codec import NONE, Codec
 from perf.image import SHARED_MEMORY
 from perf.pair import RUN_WAIT_S, START_WAIT_S, Side, Way, prepare, side
 from perf.vmmguest import SPEED_S, Shape, Watcher, qemu_command, serve_command, watched
@@ -31,13 +32,13 @@ COMPARED: Final = ("total_time_ms", "wall_time_ms", "downtime_seen_ms", "downtim
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """:ivar codec: `multifd-compression` of both.
+    """:ivar codec: of both; one that QEMU lacks is ramferry's alone.
     :ivar xbzrle: of ramferry; QEMU's multifd cannot have it."""
 
     shape: Shape
     limit_ms: int
     channels: int = 2
-    codec: str = "none"
+    codec: Codec = NONE
     auto_converge: bool = False
     xbzrle: bool = False
 
@@ -45,7 +46,7 @@ class Plan:
         """Parameters and capabilities."""
         parameters: dict[str, object] = {
             "downtime-limit": self.limit_ms,
-            "multifd-compression": self.codec,
+            **(self.codec if engine == "ramferry" or self.codec.is_qemus else NONE).parameters(),
         }
         capabilities = ["events", *(["auto-converge"] if self.auto_converge else [])]
         if engine == "ramferry" and self.xbzrle:

@@ -11,7 +11,7 @@ import pytest
 
 from engine import _native
 from perf.pair import QEMU
-from perf.postcopy import FAULT_NS_MIN, Waits
+from perf.postcopy import FAULT_NS_MIN, Case, Waits
 from perf.postcopyqemu import FLOPPY_BYTES, MASK_AT, write_boot_disk
 from perf.postcopyreport import histogram
 from tests.kernel import has_userfaultfd
@@ -30,6 +30,11 @@ def test_quantiles_of_waits_leave_out_writes_that_found_their_page() -> None:
     assert 1048 < waits.quantile_us(0.99) <= 1180
     assert waits.share_from_us(512) == 0.1
     assert Waits().quantile_us(0.5) == 0.0
+
+
+def test_as_many_faults_are_wanted_as_there_can_be() -> None:
+    assert Case(size="1G").units == 262_144
+    assert Case(size="1G", is_huge=True).units == 512
 
 
 def test_a_timed_workload_counts_each_write_once() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import MigrationError, UsageError
-from perf.vmm import Run, figures_of, shape_of
+from perf.codec import parse_codec
+from perf.vmm import Plan, Run, figures_of, shape_of
 from perf.vmmguest import CODE, ENDS_AT, MIB, Shape, watched
 from tests.support import eventually
 from tests.vmm.machines import needs_qemu
@@ -99,3 +100,13 @@ def test_both_engines_move_a_guest_that_is_seen_all_the_time(more: list[str]) ->
         assert found[f"{engine}_downtime_seen_ms"]["median"] > 0
         assert 0 < found[f"{engine}_total_time_ms"]["median"] < 60_000
         assert found[f"{engine}_sent_mib"]["median"] > 15
+
+
+@pytest.mark.parametrize(
+    ("codec", "of_qemu"), [("none", "none"), ("zstd:3", "zstd"), ("lz4", "none"), ("auto", "none")]
+)
+def test_a_codec_that_qemu_lacks_is_ramferrys_alone(codec: str, of_qemu: str) -> None:
+    plan = Plan(SHAPE, 300, codec=parse_codec(codec))
+
+    assert plan.settings("qemu")[0]["multifd-compression"] == of_qemu
+    assert plan.settings("ramferry")[0]["multifd-compression"] == codec.partition(":")[0]
