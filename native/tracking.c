@@ -91,8 +91,9 @@ static int scan_range(struct scan *scan, struct page_range range)
 }
 
 /* The first page at or after `page` that may be written, whoever's it is; `page_count`: none. Nothing
- * is re-armed, and an error is left to be met, and told, by the scan itself. */
-static uint64_t look_ahead(const struct scan *scan, uint64_t page, uint64_t page_count)
+ * is re-armed. -EPERM also where only another worker's memory is not registered: its scan cannot go on
+ * either. */
+static int64_t look_ahead(const struct scan *scan, uint64_t page, uint64_t page_count)
 {
     struct pagemap_region first = {0, 0, 0};
     struct pagemap_scan_request request =
@@ -102,11 +103,13 @@ static uint64_t look_ahead(const struct scan *scan, uint64_t page, uint64_t page
 
     request.pages_max = 1;
     rc = ioctl(scan->pagemap_fd, PAGEMAP_SCAN_REQUEST, &request);
+    if (rc < 0)
+        return errno == EINTR ? (int64_t)page : -errno;
     if (rc == 0 && request.walk_end == request.end)
-        return page_count;
-    if (rc <= 0 || first.start < request.start || first.start >= request.end)
-        return page;
-    return (first.start - scan->address) / PAGE_BYTES;
+        return (int64_t)page_count;
+    if (rc == 0 || first.start < request.start || first.start >= request.end)
+        return (int64_t)page;
+    return (int64_t)((first.start - scan->address) / PAGE_BYTES);
 }
 
 /* Each call costs the kernel as much as 512 clean pages, and a stripe may have 256: so behind one in
@@ -121,8 +124,13 @@ static int scan_slice(struct scan *scan, const struct page_slice *slice, uint64_
     for (uint64_t from = first_page; rc == 0 && slice_next(slice, from, &range);) {
         const uint64_t end = range.first_page + range.page_count, found = scan->found;
 
-        from = looks_ahead && is_clean ? look_ahead(scan, range.first_page, slice->page_count)
-                                       : range.first_page;
+        const int64_t next = looks_ahead && is_clean
+                                 ? look_ahead(scan, range.first_page, slice->page_count)
+                                 : (int64_t)range.first_page;
+
+        if (next < 0)
+            return (int)next;
+        from = (uint64_t)next;
         if (from >= end)
             continue;
         rc = scan_range(scan, range);

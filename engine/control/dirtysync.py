@@ -68,9 +68,14 @@ class DirtySync:
                 await self._converge(found_bytes)
             return dirty_pages * PAGE_SIZE
 
-    async def watch(self) -> None:
-        """:raise MemoryRefused: what is written is not seen any more; until cancelled."""
-        raise MemoryRefused(await self._host.guest.untracked())
+    async def watch(self, is_gone: Callable[[], bool]) -> None:
+        """Until it is known that what is written is not seen any more.
+
+        :param is_gone: nobody writes here any more.
+        :raise MemoryRefused: somebody does."""
+        reason = await self._host.guest.untracked()
+        if not is_gone():
+            raise MemoryRefused(reason)
 
     @property
     def is_cheap(self) -> bool:

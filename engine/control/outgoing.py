@@ -129,7 +129,7 @@ class OutgoingMigration(Driver):
         await senders.start(tracking, detect_zero=settings.zero_page_detection != "none")
         self._sync = DirtySync(self.host, senders, self.numbers, tracking.name)
         sync, is_sending = self._sync, lambda: self.machine.phase is Phase.SENDING
-        self._spawn(sync.watch)
+        self._spawn(lambda: sync.watch(lambda: self.machine.phase in machine.GONE))
         self._spawn(lambda: sync.now_and_then(is_sending))
         self._spawn(lambda: self._ahead.run(sync, is_sending, self.refresh, senders.end_round))
         self.numbers.expected_downtime_ns = settings.downtime_limit * 1_000_000

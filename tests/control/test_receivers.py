@@ -11,6 +11,8 @@ from engine import wire
 from engine.control.pool import Pool, Worker
 from engine.control.receivers import Channels, ReceiverGroup
 from engine.errors import WorkerLost
+from engine.guest.base import Missing
+from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 
 
@@ -53,3 +55,44 @@ def test_a_second_wish_for_a_lane_waits_until_its_new_receiver_listens() -> None
     assert said[0] == wire.Reopened(0, 3, "tcp://127.0.0.1:7")
     assert isinstance(said[1], wire.ChannelBroken)
     assert said[1].incarnation == 3
+
+
+def test_the_group_inserts_when_all_who_live_have_said_so() -> None:
+    async def scenario() -> None:
+        ram = os.memfd_create("ram")
+        os.ftruncate(ram, PAGE_SIZE)
+        blocks = [RamBlock("ram", PAGE_SIZE, ram, PAGE_SIZE)]
+        group = ReceiverGroup(
+            blocks, cast(Pool[wire.ReceiverReport], None),
+            Channels(bytes(16), 3, lambda index: f"tcp://127.0.0.1:{index}"),
+            heal_limit=8, tell=lambda _: None, fail=lambda _: None,
+        )  # fmt: skip
+        orders: list[wire.Message] = []
+
+        def take(order: wire.Message, _: list[int]) -> None:
+            orders.append(order)
+
+        async def end() -> None:
+            """Nothing to kill."""
+
+        workers = [SimpleNamespace(is_alive=True, order=take, end=end) for _ in range(3)]
+        for lane, worker in zip(group.lanes, workers, strict=True):
+            lane.worker = cast(Worker[Any], worker)
+        group._is_announced = True
+        received = PageBitmaps.create("received", blocks)
+        group.insert(cast(Missing, SimpleNamespace(addresses=[4096], uffds=[])), received)
+        waiting = asyncio.ensure_future(group.inserting())
+        group._take(group.lanes[0], cast(Worker[Any], workers[0]), wire.Inserting())
+        group._take(group.lanes[1], cast(Worker[Any], workers[1]), wire.Inserting())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        workers[2].is_alive = False
+        group._lose(group.lanes[2], WorkerLost("receiver", 2, "the process died"))
+        await asyncio.wait_for(waiting, 5)
+        assert orders == [wire.InsertPages([4096])] * 3
+        await group.end()
+        received.close()
+        os.close(ram)
+
+    asyncio.run(scenario())

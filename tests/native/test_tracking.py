@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import _native
+from engine.guest.tracker import FEATURES
 from tests.kernel import has_pagemap_scan
 from tests.native.support import (
     PAGE,
@@ -111,6 +112,29 @@ def test_what_is_skipped_was_not_written(workers: int, dense: int) -> None:
             for index in choose.sample(range(workers), workers):
                 own = slice_pages((40_000, 512, index, workers))
                 assert guest.scan(index, workers) == written & own
+
+
+@needs_scan
+def test_memory_that_lost_its_tracker_is_not_skipped() -> None:
+    """Whichever worker looks, though nothing was written before it: all of its tracking is over."""
+    page_count = 8192
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    uffd = _native.uffd_open(_native.UFFD_USER_MODE_ONLY, FEATURES)
+    try:
+        with shared_memory(page_count * PAGE) as (_, ram):
+            address = _native.mapping_address(ram)
+            for first, count in ((0, 7 * 512), (8 * 512, page_count - 8 * 512)):
+                place = address + first * PAGE
+                _native.uffd_register(uffd, place, count * PAGE, _native.UFFD_REGISTER_WP)
+                armed = (first + count, 512, 0, 1)
+                _native.pagemap_scan(pagemap, address, bitmap_of((), page_count), armed, first)
+            for index in range(2):
+                mine = (page_count, 512, index, 2)
+                with pytest.raises(PermissionError):
+                    _native.pagemap_scan(pagemap, address, bitmap_of((), page_count), mine)
+    finally:
+        os.close(uffd)
+        os.close(pagemap)
 
 
 @needs_scan
