@@ -21,6 +21,7 @@ from engine.guest.foreign_tracking import ForeignTracker, check_tracker
 from engine.guest.qemu_memory import (
     check_drives,
     check_idle,
+    check_named,
     check_no_back_ends,
     find_blocks,
 )
@@ -74,9 +75,11 @@ class QemuMachine:
             check_drives(self._qmp)
             self._check_back_ends()
             self.blocks = find_blocks(self._qmp, self.pid, frozenset(self._back_ends))
-            if incoming:
+            if incoming:  # what its back ends write is its own affair
                 check_nobody_waits(self.blocks, self.pid)
                 self._prepare(DESTINATION_WANTS)
+            else:
+                check_named(self._qmp, self._back_ends)
         except BaseException:
             self.close()
             raise
@@ -291,6 +294,7 @@ class QemuMachine:
         self.stop_tracking()
         check_idle(self._qmp)
         check_drives(self._qmp)
+        check_named(self._qmp, self._back_ends)
         self._prepare(SOURCE_WANTS)
         try:
             self._trackers = track_all(self.pid, self.blocks, self._back_ends)

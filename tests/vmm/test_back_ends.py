@@ -132,6 +132,39 @@ def test_a_back_end_that_nobody_has_named_is_refused(pair: Pair) -> None:
     assert writes(pair.ram)
 
 
+def test_a_back_end_that_nobody_sees_mapping_anything_is_refused_unless_it_is_named(
+    tmp_path: Path,
+) -> None:
+    """One of another user looks as this one does, that maps nothing before the guest starts."""
+
+    async def scenario(qemu: Vm, back_end: BackEnd) -> None:
+        path = f"{qemu.directory}/ramferry.qmp"
+        with pytest.raises(MigrationError, match=r"\('vhost-user-blk-pci'\).*: vhost-user=PID"):
+            await attach_qemu(path, incoming=False)
+        guest = await attach_qemu(path, [back_end.pid], incoming=False)
+        await guest.quit()
+
+    with machine(tmp_path, "-S") as (qemu, found):
+        run(scenario(qemu, found))
+
+
+def test_a_back_end_that_comes_later_is_refused_when_tracking_begins(tmp_path: Path) -> None:
+    async def scenario(qemu: Vm) -> None:
+        guest = await attach_qemu(f"{qemu.directory}/ramferry.qmp", incoming=False)
+        try:
+            device = {"driver": "vhost-user-blk-pci", "chardev": "back", "num-queues": 1}
+            qemu.monitor.ask("device_add", **device)
+            with pytest.raises(MigrationError, match=r"\('vhost-user-blk-pci'\).*: vhost-user=PID"):
+                await guest.start_tracking(None)
+        finally:
+            await guest.quit()
+
+    path = tmp_path / "back_end"
+    chardev = ["-chardev", f"socket,id=back,path={path}"]
+    with back_end(path), vm(*chardev, mib=MEMORY_MIB) as qemu:
+        run(scenario(qemu))
+
+
 def test_what_is_no_back_end_is_refused(pair: Pair) -> None:
     async def scenario(pid: int, says: str) -> None:
         with pytest.raises(MigrationError, match=says):
