@@ -33,6 +33,12 @@ class Mapping:
         """Whether what the process writes here is in the file."""
         return self.rights[1] + self.rights[3] == "ws"
 
+    def goes_on_in(self, other: Mapping) -> bool:
+        """Whether the two are as one mapping would be."""
+        return (self.end, self.offset + self.end - self.start, self.file, self.rights) == (
+            other.start, other.offset, other.file, other.rights
+        )  # fmt: skip
+
 
 def read_maps(pid: int) -> bytes:
     """/proc/PID/maps; of a living thread, if the first has ended, of which it shows nothing. Empty

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping as Dictionary
-from collections.abc import Sequence
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused, shown
@@ -174,7 +173,7 @@ def check_no_back_ends(qmp: QmpClient) -> None:
         )
 
 
-def check_named(qmp: QmpClient, back_ends: Sequence[int]) -> None:
+def check_named(qmp: QmpClient, back_ends: frozenset[int]) -> None:
     """A back end of another user may map the memory where this one may not look.
 
     :raise MemoryRefused: this QEMU has a device of one, and none is named."""
