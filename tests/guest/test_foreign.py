@@ -13,6 +13,7 @@ import pytest
 
 from engine.errors import MemoryRefused
 from engine.guest import mappings, sharers
+from engine.guest.back_ends import BackEnd, check_bypasses
 from engine.guest.foreign_tracking import EVENT_FORK, FORK_MESSAGE, ForeignTracker
 from engine.guest.mappings import read_mappings, read_places
 from engine.guest.sharers import others_mapping
@@ -104,6 +105,11 @@ def test_what_cannot_be_understood_is_refused_and_hides_nobody(
 def test_who_maps_the_file_is_found_when_its_first_thread_has_ended(wanted: Path) -> None:
     with mapped(wanted, MAPS_IN_A_THREAD) as pid:
         assert others_mapping({file_of(wanted)}, 0) == [pid]
+        with (
+            contextlib.closing(BackEnd.open(pid)) as back_end,
+            pytest.raises(MemoryRefused, match="its first thread has ended"),
+        ):
+            check_bypasses(back_end)  # its descriptors cannot be seen
 
 
 def test_forks_are_noted_one_at_a_time() -> None:
