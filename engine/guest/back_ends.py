@@ -194,10 +194,12 @@ def check_bypasses(back_end: BackEnd) -> None:
                     )
     except OSError as exc:
         raise back_end.unseen(exc) from exc
+    if back_end.has_ended:  # and another process had its pid
+        raise MemoryRefused(back_end.ended)
     if not names:  # one that serves has its QEMU's socket
         raise MemoryRefused(
-            f"{back_end} shows no open file: it or its first thread has ended; name a process "
-            "whose first thread lives"
+            f"{back_end} shows no open file: its first thread has ended; name a process whose "
+            "first thread lives"
         )
 
 

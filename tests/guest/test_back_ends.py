@@ -149,6 +149,8 @@ def test_descriptors_that_may_not_be_looked_at_are_refused(
         patched.setattr(os, "listdir", lambda _path: [])
         with pytest.raises(MemoryRefused, match="its first thread has ended"):
             check_bypasses(ourselves)
+        with pytest.raises(MemoryRefused, match="has ended, and what it wrote"):
+            check_bypasses(ended)  # another process has its pid
 
 
 @pytest.mark.parametrize(
