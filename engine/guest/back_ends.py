@@ -12,30 +12,44 @@ import contextlib
 import os
 import select
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Final, Self
 
 from engine.errors import GuestError, MemoryRefused, shown
 from engine.guest.foreign import ForeignBlock
 from engine.guest.foreign_tracking import ForeignTracker, track, whole_pieces
 from engine.guest.mappings import File, Mapping, read_mappings
 from engine.guest.sharers import check_still_alone, files_of
-from engine.memory.pieces import TrackedPiece
+from engine.memory.pieces import TrackedPiece, check_piece_count
 
 AGAIN: Final = "what it wrote since then is not known; migrate it once more"
 #: Descriptors with which a device writes into memory by itself.
-DEVICES: Final = ("/dev/vfio/", "anon_inode:[vfio", "/dev/uio", "/dev/infiniband/")
+DEVICES: Final = (
+    "/dev/vfio/",
+    "anon_inode:[vfio",
+    "/dev/iommu",
+    "/dev/vhost-vdpa",
+    "/dev/uio",
+    "/dev/infiniband/",
+)
 
 
-@dataclass(slots=True)
-class BackEndTracker(ForeignTracker):
-    """Writes of a back end are tracked, and its mappings are watched; owns `pidfd`, too.
+@dataclass(frozen=True, slots=True)
+class BackEnd:
+    """One that was named. Owns `pidfd`, by which it is this one still when others have its pid."""
 
-    :ivar mappings: of the files, as of when its tracking began."""
+    pid: int
+    pidfd: int
 
-    pidfd: int = field(kw_only=True)
-    files: list[File] = field(kw_only=True)
-    mappings: frozenset[Mapping] = field(kw_only=True)
+    @classmethod
+    def open(cls, pid: int) -> Self:
+        """:raise GuestError: there is no such process."""
+        try:
+            return cls(pid, os.pidfd_open(pid))
+        except OSError as exc:
+            raise GuestError(
+                f"there is no vhost-user back end with pid {pid}: {exc.strerror}"
+            ) from exc
 
     @property
     def has_ended(self) -> bool:
@@ -43,85 +57,109 @@ class BackEndTracker(ForeignTracker):
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
-    def check(self) -> None:
-        self.check_forks()
-        found: frozenset[Mapping] = frozenset()
-        with contextlib.suppress(OSError):  # it has ended
-            found = mappings_of(self.pid, self.files)
-        if self.has_ended:
-            raise MemoryRefused(self.ended)
-        if found != self.mappings:
-            raise MemoryRefused(
-                f"vhost-user back end (pid {self.pid}) does not map the memory any more as it did "
-                f"when its tracking began, and {AGAIN}"
-            )
-
     @property
     def ended(self) -> str:
         """Said of one that has."""
-        return f"vhost-user back end (pid {self.pid}) has ended, and {AGAIN}"
+        return f"{self} has ended, and {AGAIN}"
+
+    def unseen(self, exc: OSError) -> MemoryRefused:
+        """Why nothing is known of it."""
+        if self.has_ended:
+            return MemoryRefused(self.ended)
+        return MemoryRefused(
+            f"{self} cannot be looked at: {exc.strerror}; run ramferry as its user or root"
+        )
+
+    def __str__(self) -> str:
+        return f"vhost-user back end (pid {self.pid})"
 
     def close(self) -> None:
         os.close(self.pidfd)
-        ForeignTracker.close(self)
+
+
+@dataclass(slots=True)
+class BackEndTracker(ForeignTracker):
+    """Writes of a back end are tracked, and its mappings are watched.
+
+    :ivar back_end: its owner keeps it open for longer.
+    :ivar mappings: of the files, as of when its tracking began."""
+
+    back_end: BackEnd = field(kw_only=True)
+    files: list[File] = field(kw_only=True)
+    mappings: frozenset[Mapping] = field(kw_only=True)
+
+    def check(self) -> None:
+        self.check_forks()
+        found = mappings_of(self.back_end, self.files)
+        if self.back_end.has_ended:
+            raise MemoryRefused(self.back_end.ended)
+        if found != self.mappings:
+            raise MemoryRefused(
+                f"{self.back_end} does not map the memory any more as it did when its tracking "
+                f"began, and {AGAIN}"
+            )
 
 
 def track_all(
-    pid: int, blocks: Sequence[ForeignBlock], back_ends: Sequence[int]
+    pid: int, blocks: Sequence[ForeignBlock], back_ends: Sequence[BackEnd]
 ) -> list[ForeignTracker]:
     """Begin to track writes of a QEMU to its blocks, and of its back ends; the QEMU's is the first.
 
     :raise MemoryRefused: not possible, and why; all are as before.
-    :raise GuestError: the QEMU or a back end has ended."""
+    :raise GuestError: the QEMU has ended."""
+    files = files_of(blocks, pid)
+    found = [_look(each, files) for each in back_ends]
+    whole, parts = whole_pieces(blocks), [pieces_of(each, blocks, files) for each in found]
+    check_piece_count(len(whole) + sum(len(each) for each in parts))
     with contextlib.ExitStack() as undo:
-        trackers = [track(pid, whole_pieces(blocks))]
+        trackers = [track(pid, whole)]
         undo.callback(trackers[0].close)
-        files = files_of(blocks, pid)
-        for back_end in back_ends:
-            trackers.append(_track(back_end, blocks, files))
-            undo.callback(trackers[-1].close)
-        check_still_alone(blocks, pid, frozenset(back_ends))  # now that forks are noted
+        for back_end, mappings, pieces in zip(back_ends, found, parts, strict=True):
+            of_it = track(back_end.pid, pieces)
+            undo.callback(of_it.close)
+            trackers.append(
+                BackEndTracker(
+                    of_it.pid, of_it.uffd, of_it.pagemap_fd, of_it.stopped_ns, of_it.pieces,
+                    back_end=back_end, files=files, mappings=mappings,
+                )
+            )  # fmt: skip
+        check_still_alone(blocks, pid, frozenset(each.pid for each in back_ends))  # forks are noted
         for tracker in trackers:
             tracker.check()
         undo.pop_all()
         return trackers
 
 
-def _track(pid: int, blocks: Sequence[ForeignBlock], files: list[File]) -> BackEndTracker:
-    with contextlib.ExitStack() as undo:
-        pidfd = open_back_end(pid)
-        undo.callback(os.close, pidfd)
-        try:
-            found = mappings_of(pid, files)
-            check_bypasses(pid)
-        except OSError as exc:
-            raise MemoryRefused(
-                f"vhost-user back end (pid {pid}) cannot be looked at: {exc.strerror}; run "
-                "ramferry as its user or root"
-            ) from exc
-        tracker = track(pid, pieces_of(found, blocks, files))
-        undo.pop_all()
-    return BackEndTracker(
-        pid, tracker.uffd, tracker.pagemap_fd, tracker.stopped_ns, tracker.pieces,
-        pidfd=pidfd, files=files, mappings=found,
-    )  # fmt: skip
+def _look(back_end: BackEnd, files: Sequence[File]) -> frozenset[Mapping]:
+    """What it maps, of one that can be tracked.
+
+    :raise MemoryRefused: it cannot."""
+    if back_end.has_ended:
+        raise MemoryRefused(
+            f"{back_end} has ended; start ramferry anew, and name the one in its place"
+        )
+    check_bypasses(back_end)
+    return mappings_of(back_end, files)
 
 
-def open_back_end(pid: int) -> int:
-    """Its pidfd, the caller's.
+def mappings_of(back_end: BackEnd, files: Sequence[File]) -> frozenset[Mapping]:
+    """Mappings of these files. Those that go on in each other are one: the kernel splits them as it
+    likes, also where a tracked part ends.
 
-    :raise GuestError: there is no such process."""
+    :raise MemoryRefused: it has ended, or is not ours to look at."""
     try:
-        return os.pidfd_open(pid)
+        mappings = read_mappings(back_end.pid)
     except OSError as exc:
-        raise GuestError(f"there is no vhost-user back end with pid {pid}: {exc.strerror}") from exc
-
-
-def mappings_of(pid: int, files: Sequence[File]) -> frozenset[Mapping]:
-    """Mappings of these files.
-
-    :raise OSError: the process is gone, or not ours to look at."""
-    return frozenset(each for each in read_mappings(pid) if each.file in files)
+        raise back_end.unseen(exc) from exc
+    found: list[Mapping] = []
+    for each in mappings:
+        if each.file not in files:
+            continue
+        if found and found[-1].goes_on_in(each):
+            found[-1] = replace(found[-1], end=each.end)
+        else:
+            found.append(each)
+    return frozenset(found)
 
 
 def pieces_of(
@@ -138,22 +176,31 @@ def pieces_of(
     return pieces
 
 
-def check_bypasses(pid: int) -> None:
+def check_bypasses(back_end: BackEnd) -> None:
     """What a device writes into memory by itself is not seen by any page table.
 
-    :raise MemoryRefused: the process has a device that may, or a file that bypasses the cache.
-    :raise OSError: it is not ours to look at."""
-    directory = f"/proc/{pid}/fd"
-    with contextlib.suppress(FileNotFoundError):  # it has ended
-        for name in os.listdir(directory):
+    :raise MemoryRefused: the process has a device that may, or a file that bypasses the cache; or
+        it has ended, or is not ours to look at."""
+    directory = f"/proc/{back_end.pid}/fd"
+    try:
+        names = os.listdir(directory)
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
                 path = os.readlink(f"{directory}/{name}")
-                if path.startswith(DEVICES) or _flags(pid, name) & os.O_DIRECT:
+                if path.startswith(DEVICES) or _flags(back_end.pid, name) & os.O_DIRECT:
                     raise MemoryRefused(
-                        f"vhost-user back end (pid {pid}) has '{shown(path)}' open in a way that "
-                        "lets a device write into RAM past every page table, which cannot be "
-                        "tracked"
+                        f"{back_end} has '{shown(path)}' open in a way that lets a device write "
+                        "into RAM past every page table, which cannot be tracked"
                     )
+    except OSError as exc:
+        raise back_end.unseen(exc) from exc
+    if back_end.has_ended:  # and another process had its pid
+        raise MemoryRefused(back_end.ended)
+    if not names:  # one that serves has its QEMU's socket
+        raise MemoryRefused(
+            f"{back_end} shows no open file: its first thread has ended; name a process whose "
+            "first thread lives"
+        )
 
 
 def _flags(pid: int, name: str) -> int:

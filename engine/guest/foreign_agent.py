@@ -26,7 +26,7 @@ from engine.guest import datagrams, messages
 from engine.guest.adoption import listen_alone, say, state_of
 from engine.guest.agent import Agent
 from engine.guest.agentmain import run_agent
-from engine.guest.back_ends import BackEndTracker
+from engine.guest.back_ends import BackEnd, BackEndTracker
 from engine.guest.base import Role, Standing
 from engine.guest.foreign_machine import ForeignMachine
 from engine.guest.foreign_missing import block_ranges, end_missing, open_foreign_missing
@@ -314,12 +314,13 @@ class ForeignAgent(Agent):
                 loop.add_reader(tracker.uffd, tracker.note_forks)
                 self._watched.append(tracker.uffd)
             if isinstance(tracker, BackEndTracker):
-                loop.add_reader(tracker.pidfd, self._note_end, tracker)
-                self._watched.append(tracker.pidfd)
+                pidfd = tracker.back_end.pidfd
+                loop.add_reader(pidfd, self._note_end, tracker.back_end)
+                self._watched.append(pidfd)
 
-    def _note_end(self, tracker: BackEndTracker) -> None:
-        asyncio.get_running_loop().remove_reader(tracker.pidfd)
-        self._say(messages.Untracked(0, tracker.ended))
+    def _note_end(self, back_end: BackEnd) -> None:
+        asyncio.get_running_loop().remove_reader(back_end.pidfd)
+        self._say(messages.Untracked(0, back_end.ended))
 
     async def _save(self, request: messages.SaveState, _fds: list[int]) -> Reply:
         async with self._one_at_a_time:

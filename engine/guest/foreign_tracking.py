@@ -49,13 +49,13 @@ class ForeignTracker:
     has_forked: bool = False
 
     def note_forks(self) -> None:
-        """A fork returns, in parent and child, when it was noted: no child writes before."""
+        """A fork returns, in parent and child, when it was noted: no child writes before. One at a
+        time: who forks without end keeps nobody here."""
         with contextlib.suppress(BlockingIOError):
-            while True:
-                event, child_uffd = FORK_MESSAGE.unpack(os.read(self.uffd, FORK_MESSAGE.size))
-                if event == EVENT_FORK:
-                    self.has_forked = True
-                    os.close(child_uffd)  # the child is not tracked
+            event, child_uffd = FORK_MESSAGE.unpack(os.read(self.uffd, FORK_MESSAGE.size))
+            if event == EVENT_FORK:
+                self.has_forked = True
+                os.close(child_uffd)  # the child is not tracked
 
     def check_forks(self) -> None:
         """:raise MemoryRefused: not all was seen that was written."""

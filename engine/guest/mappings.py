@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from engine.errors import MemoryRefused
 
 Range = tuple[int, int]  #: address and size, in the process
 File = tuple[int, int]  #: device and inode
@@ -30,20 +33,50 @@ class Mapping:
         """Whether what the process writes here is in the file."""
         return self.rights[1] + self.rights[3] == "ws"
 
+    def goes_on_in(self, other: Mapping) -> bool:
+        """Whether the two are as one mapping would be."""
+        return (self.end, self.offset + self.end - self.start, self.file, self.rights) == (
+            other.start, other.offset, other.file, other.rights
+        )  # fmt: skip
+
+
+def read_maps(pid: int) -> bytes:
+    """/proc/PID/maps; of a living thread, if the first has ended, of which it shows nothing. Empty
+    for a process without memory.
+
+    :raise OSError: the process is gone, or not ours to look at."""
+    if maps := _read(f"/proc/{pid}/maps"):
+        return maps
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if maps := _read(f"/proc/{pid}/task/{thread}/maps"):
+                return maps
+    return b""
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
 
 def read_mappings(pid: int) -> list[Mapping]:
-    """:raise OSError: the process is gone, or not ours to look at."""
-    mappings = []
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            place, rights, offset, device, inode = line.split(maxsplit=5)[:5]
-            start, _, end = place.partition("-")
-            major, _, minor = device.partition(":")
-            number = os.makedev(int(major, 16), int(minor, 16))
-            mappings.append(
-                Mapping(int(start, 16), int(end, 16), rights, int(offset, 16), number, int(inode))
-            )
-    return mappings
+    """:raise OSError: the process is gone, or not ours to look at.
+    :raise MemoryRefused: a line of it means nothing to us."""
+    lines = read_maps(pid).split(b"\n")  # of a file's name the kernel escapes this, but not "\r"
+    try:
+        return [_parse(line) for line in lines if line]
+    except ValueError as exc:
+        raise MemoryRefused(f"what process {pid} maps cannot be understood") from exc
+
+
+def _parse(line: bytes) -> Mapping:
+    place, rights, offset, device, inode = line.split(maxsplit=5)[:5]
+    start, _, end = place.partition(b"-")
+    major, _, minor = device.partition(b":")
+    number = os.makedev(int(major, 16), int(minor, 16))
+    return Mapping(
+        int(start, 16), int(end, 16), rights.decode(), int(offset, 16), number, int(inode)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +94,7 @@ def read_places(pid: int) -> list[Place]:
 
     :raise OSError: the process is gone, or not ours to look at."""
     places, start, end, page_size = [], 0, 0, 0
-    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
             words = line.split()
             if not words[0].endswith(":"):

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from engine.errors import GuestError, MemoryRefused
-from engine.guest.back_ends import check_bypasses, open_back_end, track_all
+from engine.guest.back_ends import BackEnd, check_bypasses, track_all
 from engine.guest.foreign import ForeignBlock, check_nobody_waits
 from engine.guest.foreign_tracking import ForeignTracker, check_tracker
 from engine.guest.qemu_memory import (
     check_drives,
     check_idle,
+    check_named,
     check_no_back_ends,
     find_blocks,
 )
@@ -50,7 +51,8 @@ class Settings:
 
 
 class QemuMachine:
-    """One QEMU; owns the QMP connection, the blocks' descriptors and the tracker, not the QEMU."""
+    """One QEMU; owns the QMP connection, the descriptors of blocks and back ends, and the trackers,
+    not the QEMU."""
 
     kind = "qemu"
 
@@ -61,7 +63,7 @@ class QemuMachine:
         :raise MigrationError: one line that says what is missing; nothing was changed."""
         self.qmp_path = path
         self._settings = Settings()
-        self._back_ends = tuple(dict.fromkeys(back_ends))
+        self._back_ends: list[BackEnd] = []
         self._trackers: list[ForeignTracker] = []
         self._continuing: int | None = None  #: a `cont` whose answer nobody has read yet
         self._ended = threading.Event()
@@ -72,11 +74,13 @@ class QemuMachine:
             self._check_status(incoming)
             check_idle(self._qmp)
             check_drives(self._qmp)
-            self._check_back_ends()
-            self.blocks = find_blocks(self._qmp, self.pid, frozenset(self._back_ends))
-            if incoming:
+            self._open_back_ends(back_ends)
+            self.blocks = find_blocks(self._qmp, self.pid, self._pids)
+            if incoming:  # what its back ends write is its own affair
                 check_nobody_waits(self.blocks, self.pid)
                 self._prepare(DESTINATION_WANTS)
+            else:
+                check_named(self._qmp, self._pids)
         except BaseException:
             self.close()
             raise
@@ -94,11 +98,16 @@ class QemuMachine:
         if is_waiting and not incoming:
             raise GuestError("QEMU waits for a migration (-incoming); it has no guest yet")
 
-    def _check_back_ends(self) -> None:
-        for pid in self._back_ends:
+    def _open_back_ends(self, pids: Sequence[int]) -> None:
+        for pid in dict.fromkeys(pids):
             if pid in (self.pid, os.getpid()):
                 raise GuestError(f"process {pid} is no vhost-user back end, but QEMU or ramferry")
-            os.close(open_back_end(pid))
+            self._back_ends.append(BackEnd.open(pid))
+
+    @property
+    def _pids(self) -> frozenset[int]:
+        """Of the back ends."""
+        return frozenset(each.pid for each in self._back_ends)
 
     @property
     def what(self) -> str:
@@ -291,6 +300,7 @@ class QemuMachine:
         self.stop_tracking()
         check_idle(self._qmp)
         check_drives(self._qmp)
+        check_named(self._qmp, self._pids)
         self._prepare(SOURCE_WANTS)
         try:
             self._trackers = track_all(self.pid, self.blocks, self._back_ends)
@@ -301,9 +311,9 @@ class QemuMachine:
         return self._trackers
 
     def check_sharers(self, besides: frozenset[int]) -> None:
-        check_still_alone(self.blocks, self.pid, besides | set(self._back_ends))
-        for pid in self._back_ends:
-            check_bypasses(pid)
+        check_still_alone(self.blocks, self.pid, besides | self._pids)
+        for back_end in self._back_ends:
+            check_bypasses(back_end)
 
     def stop_tracking(self) -> None:
         """Track no more, and put the operator's settings back. Idempotent."""
@@ -328,5 +338,7 @@ class QemuMachine:
             self._put_back()
         for each in self.blocks:
             os.close(each.block.fd)
-        self.blocks = []
+        for back_end in self._back_ends:
+            back_end.close()
+        self.blocks, self._back_ends = [], []
         self._qmp.close()

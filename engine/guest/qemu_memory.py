@@ -166,20 +166,32 @@ def check_no_back_ends(qmp: QmpClient) -> None:
     """A vhost-user back end would not wait for missing pages: what it touches would be zero.
 
     :raise MemoryRefused: this QEMU has a device of one."""
+    if what := _back_end_of(qmp):
+        raise MemoryRefused(
+            f"this QEMU has a vhost-user back end ('{shown(what)}'), which does not wait for "
+            "missing pages: there is no postcopy; switch postcopy-ram off"
+        )
+
+
+def check_named(qmp: QmpClient, back_ends: frozenset[int]) -> None:
+    """A back end of another user may map the memory where this one may not look.
+
+    :raise MemoryRefused: this QEMU has a device of one, and none is named."""
+    if not back_ends and (what := _back_end_of(qmp)):
+        raise MemoryRefused(
+            f"this QEMU has a vhost-user back end ('{shown(what)}') that writes into its RAM; name "
+            "each one's process, so that it is tracked: vhost-user=PID"
+        )
+
+
+def _back_end_of(qmp: QmpClient) -> str:
+    """What this QEMU has one for; empty if it has none."""
     for path in ("/machine/peripheral", "/machine/peripheral-anon", "/objects"):
         for each in qmp.execute("qom-list", {"path": path}):
             if "vhost-user" in each["type"]:
-                raise _has_back_end(each["type"].removeprefix("child<").removesuffix(">"))
+                return str(each["type"]).removeprefix("child<").removesuffix(">")
     network = qmp.execute("human-monitor-command", {"command-line": "info network"})
-    if "type=vhost-user" in str(network):
-        raise _has_back_end("-netdev vhost-user")
-
-
-def _has_back_end(what: str) -> MemoryRefused:
-    return MemoryRefused(
-        f"this QEMU has a vhost-user back end ('{shown(what)}'), which does not wait for missing "
-        "pages: there is no postcopy; switch postcopy-ram off"
-    )
+    return "-netdev vhost-user" if "type=vhost-user" in str(network) else ""
 
 
 def check_idle(qmp: QmpClient) -> None:

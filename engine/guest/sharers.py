@@ -8,11 +8,14 @@ from collections.abc import Sequence
 
 from engine.errors import GuestError, MemoryRefused
 from engine.guest.foreign import ForeignBlock
-from engine.guest.mappings import File, read_mappings
+from engine.guest.mappings import File, read_mappings, read_maps
 
 
 def others_mapping(inodes: set[File], pid: int) -> list[int]:
-    """Processes other than `pid` and us that map one of the files."""
+    """Processes other than `pid` and us that map one of the files; not such as this user may not
+    look at.
+
+    :raise MemoryRefused: what one maps cannot be understood."""
     found = []
     texts = [
         f" {os.major(device):02x}:{os.minor(device):02x} {inode} ".encode()
@@ -21,7 +24,7 @@ def others_mapping(inodes: set[File], pid: int) -> list[int]:
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) in (pid, os.getpid()):
             continue
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             if not _maps_have(int(name), texts):
                 continue
             if any(each.file in inodes for each in read_mappings(int(name))):
@@ -30,13 +33,12 @@ def others_mapping(inodes: set[File], pid: int) -> list[int]:
 
 
 def _maps_have(pid: int, texts: Sequence[bytes]) -> bool:
-    """Whether /proc/PID/maps has one of the texts anywhere, be it in a file's name; parsing every
+    """Whether what it maps has one of the texts anywhere, be it in a file's name; parsing every
     line takes three times as long.
 
     :raise OSError: the process is gone, or not ours to look at."""
-    with open(f"/proc/{pid}/maps", "rb", buffering=0) as maps:
-        lines = maps.readall()
-    return any(text in lines for text in texts)
+    maps = read_maps(pid)
+    return any(text in maps for text in texts)
 
 
 def check_alone(files: set[File], pid: int, besides: frozenset[int] = frozenset()) -> None:

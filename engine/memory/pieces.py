@@ -50,13 +50,18 @@ def whole_piece(block: int, address: int, size: int) -> TrackedPiece:
     return TrackedPiece(block, 0, address, size, 0)
 
 
+def check_piece_count(count: int) -> None:
+    """:raise MemoryRefused: too many to be told of."""
+    if count > PIECES_MAX:
+        raise MemoryRefused(f"the memory is mapped in {count} pieces; {PIECES_MAX} can be")
+
+
 def check_pieces(
     pieces: Sequence[TrackedPiece], blocks: Sequence[RamBlock], process_count: int
 ) -> None:
     """:raise MemoryRefused: a piece is none of such a block or process, or a page of the first
     process's would not be looked at."""
-    if len(pieces) > PIECES_MAX:
-        raise MemoryRefused(f"the memory is mapped in {len(pieces)} pieces; {PIECES_MAX} can be")
+    check_piece_count(len(pieces))
     for piece in pieces:
         if not _fits(piece, blocks, process_count):
             raise MemoryRefused(f"memory cannot be tracked as {piece}")

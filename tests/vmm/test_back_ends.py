@@ -132,6 +132,39 @@ def test_a_back_end_that_nobody_has_named_is_refused(pair: Pair) -> None:
     assert writes(pair.ram)
 
 
+def test_a_back_end_that_nobody_sees_mapping_anything_is_refused_unless_it_is_named(
+    tmp_path: Path,
+) -> None:
+    """One of another user looks as this one does, that maps nothing before the guest starts."""
+
+    async def scenario(qemu: Vm, back_end: BackEnd) -> None:
+        path = f"{qemu.directory}/ramferry.qmp"
+        with pytest.raises(MigrationError, match=r"\('vhost-user-blk-pci'\).*: vhost-user=PID"):
+            await attach_qemu(path, incoming=False)
+        guest = await attach_qemu(path, [back_end.pid], incoming=False)
+        await guest.quit()
+
+    with machine(tmp_path, "-S") as (qemu, found):
+        run(scenario(qemu, found))
+
+
+def test_a_back_end_that_comes_later_is_refused_when_tracking_begins(tmp_path: Path) -> None:
+    async def scenario(qemu: Vm) -> None:
+        guest = await attach_qemu(f"{qemu.directory}/ramferry.qmp", incoming=False)
+        try:
+            device = {"driver": "vhost-user-blk-pci", "chardev": "back", "num-queues": 1}
+            qemu.monitor.ask("device_add", **device)
+            with pytest.raises(MigrationError, match=r"\('vhost-user-blk-pci'\).*: vhost-user=PID"):
+                await guest.start_tracking(None)
+        finally:
+            await guest.quit()
+
+    path = tmp_path / "back_end"
+    chardev = ["-chardev", f"socket,id=back,path={path}"]
+    with back_end(path), vm(*chardev, mib=MEMORY_MIB) as qemu:
+        run(scenario(qemu))
+
+
 def test_what_is_no_back_end_is_refused(pair: Pair) -> None:
     async def scenario(pid: int, says: str) -> None:
         with pytest.raises(MigrationError, match=says):
@@ -139,6 +172,45 @@ def test_what_is_no_back_end_is_refused(pair: Pair) -> None:
 
     run(scenario(2**22, "there is no vhost-user back end with pid 4194304"))
     run(scenario(pair.source.pid, "is no vhost-user back end, but QEMU"))
+
+
+def test_a_back_end_that_ended_before_is_known_by_more_than_its_pid(pair: Pair) -> None:
+    async def scenario() -> None:
+        path = f"{pair.source.directory}/ramferry.qmp"
+        guest = await attach_qemu(path, [pair.back_end.pid], incoming=False)
+        try:
+            pair.back_end.process.kill()
+            pair.back_end.process.wait()
+            with pytest.raises(MigrationError, match="has ended; start ramferry anew"):
+                await guest.start_tracking(None)
+        finally:
+            await guest.quit()
+
+    run(scenario())
+
+    assert pair.source.goes_on()
+
+
+def test_a_back_end_maps_more_than_the_file_has(pair: Pair) -> None:
+    """What lies beyond its end is not tracked, so the kernel splits that mapping."""
+
+    async def scenario(pid: int) -> str:
+        guest = await attach_qemu(
+            f"{pair.source.directory}/ramferry.qmp", [pair.back_end.pid, pid], incoming=False
+        )
+        try:
+            return (await guest.start_tracking(None)).reason
+        finally:
+            await guest.quit()
+
+    command = [sys.executable, "-c", MAPS_BEYOND, str(pair.ram)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE) as other:
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            assert str(other.pid) in run(scenario(other.pid))
+        finally:
+            other.kill()
 
 
 def test_a_back_end_that_dies_in_a_round_ends_the_migration(pair: Pair) -> None:
@@ -218,6 +290,17 @@ input()
 with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0):
     print(flush=True)
     input()
+"""
+
+
+MAPS_BEYOND = """
+import ctypes, os, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+print(libc.mmap(None, os.fstat(file).st_size + 2**20, 3, 1, file, 0), flush=True)
+input()
 """
 
 
