@@ -30,7 +30,7 @@ class Codec:
     @property
     def is_qemus(self) -> bool:
         """QEMU has it, too."""
-        return self.name not in ("lz4", "auto")
+        return self.name in ("none", "zlib", "zstd")
 
     def parameters(self) -> dict[str, str | int]:
         """For migrate-set-parameters."""

@@ -31,7 +31,6 @@ COMPARED: Final = (
     "wire_bytes",
     "cpu_before_migrate_s",
 )
-QEMU_CODECS: Final = ("none", "zlib", "zstd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Pair:
 
 def rivals(codec: Codec) -> tuple[Contender, Contender]:
     """Who is compared: QEMU and ramferry, or ramferry without and with the codec."""
-    theirs = Contender("qemu", codec) if codec.name in QEMU_CODECS else Contender("ramferry")
+    theirs = Contender("qemu", codec) if codec.is_qemus else Contender("ramferry")
     return theirs, Contender("ramferry", codec)
 
 

@@ -120,6 +120,8 @@ class WriteProtected(_Slices):
 
     A page that is written in two pieces is found twice."""
 
+    _look = staticmethod(_native.pagemap_scan)
+
     def __init__(
         self,
         blocks: Sequence[RamBlock],
@@ -141,24 +143,16 @@ class WriteProtected(_Slices):
         for each in self._pieces[i]:
             begin, stop = max(first, each.first_page), min(end, each.end_page)
             if begin < stop:
-                found += self._look(each, dirty, (stop, stripe, index, count), begin)
+                part = (stop, stripe, index, count)
+                pagemap_fd = self._pagemap_fds[each.process]
+                found += self._look(pagemap_fd, each.block_address, dirty, part, begin)
         return found
-
-    def _look(
-        self, where: TrackedPiece, dirty: memoryview, part: tuple[int, int, int, int], first: int
-    ) -> int:
-        pagemap_fd = self._pagemap_fds[where.process]
-        return _native.pagemap_scan(pagemap_fd, where.block_address, dirty, part, first)
 
 
 class SoftDirty(WriteProtected):
     """Soft-dirty bits: control stops the guest, orders the harvest, has the bits cleared."""
 
-    def _look(
-        self, where: TrackedPiece, dirty: memoryview, part: tuple[int, int, int, int], first: int
-    ) -> int:
-        pagemap_fd = self._pagemap_fds[where.process]
-        return _native.soft_dirty_scan(pagemap_fd, where.block_address, dirty, part, first)
+    _look = staticmethod(_native.soft_dirty_scan)
 
 
 class GuestBitmap(_Slices):

@@ -16,6 +16,23 @@ from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 
 
+def played_group(ram: int, count: int, said: list[wire.Message]) -> ReceiverGroup:
+    """A group whose receivers a test puts into its lanes."""
+    os.ftruncate(ram, PAGE_SIZE)
+    return ReceiverGroup(
+        [RamBlock("ram", PAGE_SIZE, ram, PAGE_SIZE)],
+        cast(Pool[wire.ReceiverReport], None),
+        Channels(bytes(16), count, lambda index: f"tcp://127.0.0.1:{index}"),
+        heal_limit=8,
+        tell=said.append,
+        fail=lambda exc: said.append(wire.Failed(str(exc))),
+    )
+
+
+async def end() -> None:
+    """Nothing to kill."""
+
+
 def test_a_second_wish_for_a_lane_waits_until_its_new_receiver_listens() -> None:
     """The receiver was killed and replaced; before the new one listens the sender dies, too. What
     is lost from then on is of the second wish's incarnation."""
@@ -23,20 +40,7 @@ def test_a_second_wish_for_a_lane_waits_until_its_new_receiver_listens() -> None
 
     async def scenario() -> list[wire.Message]:
         ram = os.memfd_create("ram")
-        os.ftruncate(ram, PAGE_SIZE)
-        pool = cast(Pool[wire.ReceiverReport], None)
-        group = ReceiverGroup(
-            [RamBlock("ram", PAGE_SIZE, ram, PAGE_SIZE)],
-            pool,
-            Channels(bytes(16), 1, lambda index: f"tcp://127.0.0.1:{index}"),
-            heal_limit=8,
-            tell=said.append,
-            fail=lambda exc: said.append(wire.Failed(str(exc))),
-        )
-
-        async def end() -> None:
-            """Nothing to kill."""
-
+        group = played_group(ram, 1, said)
         worker: Any = SimpleNamespace(is_alive=True, pid=1, end=end)
         lane = group.lanes[0]
         lane.worker, lane.incarnation, group._is_announced = cast(Worker[Any], worker), 2, True
@@ -59,27 +63,18 @@ def test_a_second_wish_for_a_lane_waits_until_its_new_receiver_listens() -> None
 
 def test_the_group_inserts_when_all_who_live_have_said_so() -> None:
     async def scenario() -> None:
-        ram = os.memfd_create("ram")
-        os.ftruncate(ram, PAGE_SIZE)
-        blocks = [RamBlock("ram", PAGE_SIZE, ram, PAGE_SIZE)]
-        group = ReceiverGroup(
-            blocks, cast(Pool[wire.ReceiverReport], None),
-            Channels(bytes(16), 3, lambda index: f"tcp://127.0.0.1:{index}"),
-            heal_limit=8, tell=lambda _: None, fail=lambda _: None,
-        )  # fmt: skip
+        ram, said = os.memfd_create("ram"), list[wire.Message]()
+        group = played_group(ram, 3, said)
         orders: list[wire.Message] = []
 
         def take(order: wire.Message, _: list[int]) -> None:
             orders.append(order)
 
-        async def end() -> None:
-            """Nothing to kill."""
-
         workers = [SimpleNamespace(is_alive=True, order=take, end=end) for _ in range(3)]
         for lane, worker in zip(group.lanes, workers, strict=True):
             lane.worker = cast(Worker[Any], worker)
         group._is_announced = True
-        received = PageBitmaps.create("received", blocks)
+        received = PageBitmaps.create("received", group._blocks)
         group.insert(cast(Missing, SimpleNamespace(addresses=[4096], uffds=[])), received)
         waiting = asyncio.ensure_future(group.inserting())
         group._take(group.lanes[0], cast(Worker[Any], workers[0]), wire.Inserting())

@@ -65,10 +65,10 @@ def test_a_guest_on_huge_pages_arrives(hugetlbfs: Path, is_named: bool) -> None:
 def test_what_a_back_end_writes_on_huge_pages_arrives(hugetlbfs: Path) -> None:
     """Its mappings are of huge pages, too."""
     paths = [hugetlbfs / name for name in ("source", "destination")]
-    sockets = [Path(tempfile.gettempdir()) / name for name in ("source", "destination")]
     with (
-        back_end(sockets[0]) as found,
-        back_end(sockets[1]) as other,
+        tempfile.TemporaryDirectory() as sockets,
+        back_end(Path(sockets) / "source") as found,
+        back_end(Path(sockets) / "destination") as other,
         vm(*found.options, memory=memory(paths[0])) as source,
         vm(*other.options, "-incoming", "defer", memory=memory(paths[1])) as destination,
     ):
