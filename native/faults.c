@@ -203,7 +203,6 @@ static int serve_once(struct fault_service *service, int channel, int wait_ms, i
 {
     int happened = 0;
 
-    /* The page service does not: beside a background it would take the processor that the vCPU needs. */
     if (poll_soon(service->polled, (nfds_t)service->uffd_count + 2, wait_ms,
                   service->demand_count ? service->spin_ns : 0) < 0) {
         *error = errno == EINTR ? 0 : -errno;

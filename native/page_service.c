@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "fault_statistics.h"
+#include "schedule.h"
 #include "zero_scan.h"
 
 /* What a destination may have open: see DEMANDS_MAX and ADVANCES_MAX in native/fault_service.h. */
@@ -41,6 +42,7 @@ struct page_service {
     struct request demands[DEMANDS_MAX], advances[ADVANCES_MAX];
     struct queue demand_queue, advance_queue;
     zero_scan_fn *scan;
+    struct spinner spinner;
     uint64_t *words;
     size_t block_count;
     struct page_block blocks[];
@@ -56,6 +58,7 @@ int pages_open(struct page_service **service, const struct page_block *blocks, s
     made->demand_queue = (struct queue){0, 0, DEMANDS_MAX, made->demands};
     made->advance_queue = (struct queue){0, 0, ADVANCES_MAX, made->advances};
     made->scan = zero_scan_default();
+    made->spinner.spin_ns = 2 * spin_ns_here(); /* an answer's way and the next demand's */
     made->words = statistics;
     made->block_count = count;
     memcpy(made->blocks, blocks, count * sizeof *blocks);
@@ -315,7 +318,8 @@ int pages_run(struct page_service *service, int channel, int wake_fd, int wait_m
             return 0;
         if (rc == 0)
             polled[1].events |= POLLOUT;
-        if (poll(polled, 2, rc == 2 ? 0 : (int)((until_ns - now_ns + 999999) / 1000000)) < 0 &&
+        if (poll_modestly(&service->spinner, polled, 2,
+                          rc == 2 ? 0 : (int)((until_ns - now_ns + 999999) / 1000000)) < 0 &&
             errno != EINTR)
             return -errno;
         if (polled[1].revents & (POLLIN | POLLERR | POLLHUP) &&

@@ -16,4 +16,16 @@ uint64_t spin_ns_here(void);
  * processor is virtual. */
 int poll_soon(struct pollfd *polled, nfds_t count, int wait_ms, uint64_t spin_ns);
 
+/* One that spins only as long as it does not share its processor. All zero at first, but for `spin_ns`. */
+struct spinner {
+    uint64_t spin_ns;
+    unsigned spins, disturbed; /* of this window */
+    uint64_t rest_ns, rests_until_ns;
+};
+
+/* As poll_soon. But a spinner that was made to give way in many of its spins sleeps at once for the next 1 ms, and
+ * twice as long each time in a row, up to 32 ms: who shares its processor waits for it, and it loses the right
+ * to be woken soon; and asleep it is put on another one. */
+int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, int wait_ms);
+
 #endif

@@ -3,6 +3,8 @@
 #include "schedule.h"
 
 #include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -60,8 +62,61 @@ static void what_comes_while_it_spins_or_sleeps_is_found(void)
     }
 }
 
+static void a_spinner_that_rests_sleeps_at_once(void)
+{
+    int ends[2];
+    CHECK(pipe(ends) == 0);
+    struct pollfd polled = {ends[0], POLLIN, 0};
+    struct spinner spinner = {.spin_ns = UINT64_MAX / 4,
+                              .rests_until_ns = monotonic_ns() + UINT64_C(60000000000)};
+
+    CHECK(poll_modestly(&spinner, &polled, 1, 5) == 0);
+    CHECK(write(ends[1], "x", 1) == 1);
+    CHECK(poll_modestly(&spinner, &polled, 1, 10000) == 1 && polled.revents == POLLIN);
+    CHECK(spinner.spins == 0);
+    spinner.rests_until_ns = 0;
+    CHECK(poll_modestly(&spinner, &polled, 1, 10000) == 1 && spinner.spins == 1);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+static atomic_bool is_over;
+
+static void *keep_busy(void *nothing)
+{
+    while (!is_over)
+        ;
+    return nothing;
+}
+
+static void a_spinner_that_shares_its_processor_comes_to_rest(void)
+{
+    int ends[2];
+    cpu_set_t before, one;
+    pthread_t busy;
+    CHECK(pipe(ends) == 0 && sched_getaffinity(0, sizeof before, &before) == 0);
+    struct pollfd polled = {ends[0], POLLIN, 0};
+    struct spinner spinner = {.spin_ns = 10 * SPIN};
+    uint64_t until_ns = monotonic_ns() + UINT64_C(60000000000);
+
+    CPU_ZERO(&one);
+    CPU_SET((size_t)sched_getcpu(), &one);
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    CHECK(pthread_create(&busy, NULL, keep_busy, NULL) == 0); /* on the same processor */
+    while (spinner.rest_ns == 0 && monotonic_ns() < until_ns)
+        CHECK(poll_modestly(&spinner, &polled, 1, 1) == 0);
+    CHECK(spinner.rest_ns != 0 && spinner.rests_until_ns > 0);
+    is_over = true;
+    pthread_join(busy, NULL);
+    CHECK(sched_setaffinity(0, sizeof before, &before) == 0);
+    close(ends[0]);
+    close(ends[1]);
+}
+
 int main(void)
 {
+    a_spinner_that_rests_sleeps_at_once();
+    a_spinner_that_shares_its_processor_comes_to_rest();
     what_is_ready_is_found_at_once();
     nothing_is_waited_for_as_long_as_was_said();
     what_comes_while_it_spins_or_sleeps_is_found();
