@@ -197,6 +197,11 @@ class Conversation:
                 await guest.settle(taken=False)
         return verdict
 
+    async def taken(self) -> None:
+        """Wait until the destination has said that the guest runs there, which it may never say."""
+        if await asyncio.shield(self._verdict) is not Handover.TAKEN:
+            await asyncio.Event().wait()
+
     def _judge(self, verdict: Handover) -> None:
         if not self._verdict.done():
             self._verdict.set_result(verdict)

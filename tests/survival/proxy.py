@@ -15,10 +15,12 @@ TARGET = "127.0.0.1"
 
 
 class Hold:
-    """Bytes of one connection that are kept back; `reached` tells that they came."""
+    """Bytes of one connection that are kept back; `reached` tells that they came.
+
+    :ivar before: what goes to the same side before them."""
 
     def __init__(self, port: int, word: bytes) -> None:
-        self.port, self.word = port, word
+        self.port, self.word, self.before = port, word, b""
         self.reached, self.released = asyncio.Event(), asyncio.Event()
 
 
@@ -83,6 +85,7 @@ class Proxy:
                     if port == hold.port and hold.word in data and not hold.reached.is_set():
                         hold.reached.set()
                         await hold.released.wait()
+                        writer.write(hold.before)
                 writer.write(data)
                 await writer.drain()
         writer.close()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import engine
+from engine import wire
 from engine.control.status import Status
 from engine.errors import UsageError
 from tests.kernel import has_userfaultfd
@@ -31,7 +32,7 @@ from tests.survival.postcopy_rig import (
 )
 from tests.survival.proxy import LISTEN, Hold
 from tests.survival.rig import is_right, is_running, is_still, kill
-from tests.survival.test_kills_postcopy import LOST, SELF_HEALING, TAKE, lose
+from tests.survival.test_kills_postcopy import LOST, SELF_HEALING, TAKE, TAKEN, lose
 
 pytestmark = [
     pytest.mark.process,
@@ -333,5 +334,54 @@ def test_a_source_cut_off_with_the_token_on_its_way_is_let_run_by_its_operator(
             assert await is_running(both.source)
             assert await is_right(both.source)
             assert "x-handover" not in await both.info("source")
+
+    asyncio.run(scenario())
+
+
+def test_a_destination_that_has_all_pages_before_the_switch_leaves_the_guest_where_it_is(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with duel(tmp_path) as both:
+            hold = both.between.hold(both.base + MAIN, b"StaleDiscarded")
+            has_all = wire.encode(wire.HasAll())
+            hold.before = wire.FRAME.pack(len(has_all)) + has_all
+            hold.released.set()
+            await both.begin()
+            info = await both.until("source", Status.FAILED)
+            assert hold.reached.is_set()
+            assert "unexpected HasAll" in info["error-desc"]
+            assert (await both.source.execute("query-status"))["status"] == "running"
+            assert await is_running(both.source)
+            await both.source.execute("stop")
+            await both.source.execute("cont")
+            assert await is_running(both.source)
+            assert await is_right(both.source)
+
+    asyncio.run(scenario())
+
+
+def test_a_word_that_comes_late_settles_who_has_the_guest(tmp_path: Path) -> None:
+    """Guests do not say what became of the token, and control says it after the wait for that."""
+
+    async def scenario() -> None:
+        async with duel(tmp_path) as both:
+            token = both.between.hold(both.base + HANDOVER, TAKEN)
+            word = both.between.hold(both.base + MAIN, b"TookOver")
+            await both.begin()
+            await token.reached.wait()
+            both.between.cut([both.base + HANDOVER], for_good=True)
+            while (await both.info("source")).get("x-handover") != "unknown":
+                await asyncio.sleep(0.01)
+            assert word.reached.is_set()
+            word.released.set()
+            async with asyncio.timeout(DEADLINE_S):
+                while "x-handover" in (info := await both.info("source")):
+                    await asyncio.sleep(0.01)
+            assert info["status"] == Status.POSTCOPY_ACTIVE.value  # long before the end says it
+            assert await is_still(both.source)
+            await both.hurry()
+            assert await both.settle() == "destination"
+            await both.check("destination")
 
     asyncio.run(scenario())

@@ -108,10 +108,16 @@ class Completion:
                 if not migration.host.guest.is_alive:
                     await self._fail(exc)
                     return
+                if has_all.is_set():  # whoever else is gone, nobody waits for a page any more
+                    log.warning("every page is here, and the source is lost: %s", text_of(exc))
+                    break
                 failure = await self._pause_and_resync(exc)
-        self.main.stop_listening()  # a source that comes back finds nobody, and can tell why
+        migration.error = None
+        if self.main is not None:
+            self.main.stop_listening()  # a source that comes back finds nobody, and can tell why
         migration.set_status(Status.COMPLETED)
-        await self._say_all()
+        if self.main is not None:
+            await self._say_all()
         await self.postcopy.end(is_closing=True)
 
     async def _say_all(self) -> None:
@@ -125,7 +131,7 @@ class Completion:
         """The source may not have heard that every page is here: tell it when it comes by the way
         that was opened."""
         try:
-            await self._next_source()
+            await self._next_source(asyncio.Event())
             await self._say_all()
         except (MigrationError, OSError) as exc:
             log.warning("the source was not told that every page is here: %s", text_of(exc))
@@ -159,7 +165,7 @@ class Completion:
             migration.set_status(Status.POSTCOPY_PAUSED)
         migration.forget_failure()
         try:
-            question = await self._next_source()
+            question = await self._next_source(self.postcopy.service.has_all)
             migration.set_status(Status.POSTCOPY_RECOVER)
             await self._resync(question)
         except (MigrationError, OSError, TimeoutError) as again:
@@ -189,20 +195,24 @@ class Completion:
         if self._migration.status is Status.COMPLETED and self._saying is None:
             self._saying = asyncio.get_running_loop().create_task(self._say_again())
 
-    async def _next_source(self) -> wire.Resume:
+    async def _next_source(self, needless: asyncio.Event) -> wire.Resume:
         """Wait for our source, wherever we listen; others are told what is wrong.
 
-        :raise GuestError: the guest has died."""
+        :raise GuestError: the guest has died.
+        :raise MigrationError: `needless` came first."""
         died = asyncio.ensure_future(self._migration.host.guest.died())
+        ended = asyncio.ensure_future(needless.wait())
         accepting: asyncio.Future[Any] | None = None
         try:
             while True:
                 opened = asyncio.ensure_future(self._is_opened.wait())
-                waiting = {one for one in (died, opened, accepting) if one is not None}
+                waiting = {one for one in (died, ended, opened, accepting) if one is not None}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 opened.cancel()
                 if died.done():
                     raise GuestError(f"the guest died: {died.result()}")
+                if ended.done():
+                    raise MigrationError("the last page came after the connections were lost")
                 if self._is_opened.is_set():
                     self._is_opened.clear()
                 elif accepting is not None and (source := await self._judge(accepting.result())):
@@ -213,6 +223,7 @@ class Completion:
                 accepting = asyncio.ensure_future(self._next.accept())
         finally:
             await _cancel(died)
+            await _cancel(ended)
             await _cancel(accepting)
 
     async def _judge(self, question: wire.Resume) -> wire.Resume | None:

@@ -179,7 +179,6 @@ class PostcopySource:
         """Have a page service answer demands."""
         conversation = self._migration.conversation
         conversation.on_faults_moved = self._service.move
-        conversation.on_complete = self._complete
         await self._service.start(endpoint, senders.dirty)
 
     async def _resume_and_prepare(self) -> None:
@@ -228,8 +227,24 @@ class PostcopySource:
             raise MigrationError(migration.machine.error)  # while the guest was handed over
         migration.numbers.postcopy.begin(time.monotonic_ns(), migration.numbers)
         self.bandwidth_changed()
-        await migration.senders.send_round(migration.next_round())
-        await migration.conversation.push_ended()
+        migration.conversation.on_complete = self._complete
+        late = asyncio.ensure_future(self._hear_late())
+        try:
+            await migration.senders.send_round(migration.next_round())
+            await migration.conversation.push_ended()
+            await self._watch()
+        finally:
+            late.cancel()
+            await asyncio.gather(late, return_exceptions=True)
+
+    async def _hear_late(self) -> None:
+        """Nobody knew what became of the token; the destination's word may still come."""
+        if self._migration.is_outcome_unknown:
+            await self._migration.conversation.taken()
+            await self.taken_for_sure()
+
+    async def _watch(self) -> None:
+        """:raise MigrationError: the destination is silent, and lacks pages."""
         watch = Watch()
         while True:
             await asyncio.sleep(WATCH_S)
@@ -240,8 +255,8 @@ class PostcopySource:
     def _complete(self) -> None:
         """The destination has every page."""
         self._migration.refresh()
-        self._migration.host.set_run_state(RunState.POSTMIGRATE)
         self._migration.handle(machines.DestinationComplete())
+        self._migration.host.set_run_state(RunState.POSTMIGRATE)
 
     def count_up(self) -> None:
         """Refresh the numbers from the page service's counters."""
@@ -291,7 +306,7 @@ class PostcopySource:
         except ConnectionLost as exc:
             raise PeerRefused(f"{exc}; {OR_COMPLETE}") from exc
         if found is None:
-            migration.handle(machines.DestinationComplete())
+            self._complete()
             return
         agreement, faults = found
         senders = migration.use(agreement)
@@ -302,6 +317,7 @@ class PostcopySource:
         senders.follow(self.statistics.fd)
         await self._serve(faults, senders)
         await self.taken_for_sure()
+        conversation.on_complete = self._complete
         await conversation.go_on()
         left = senders.dirty.count()
         took_ms = (time.monotonic_ns() - began_ns) // 1_000_000
@@ -309,13 +325,14 @@ class PostcopySource:
         migration.handle(machines.Resynced())
 
     async def taken_for_sure(self) -> None:
-        """The destination goes on with its postcopy, so it has the right to run."""
+        """The destination goes on with its postcopy, or has said so: it has the right to run."""
         migration, host = self._migration, self._migration.host
         if migration.is_outcome_unknown or host.inherits_unknown:
             host.postcopy_begins(Side.SOURCE, migration.session)
             if host.guest.is_alive:
                 await host.guest.settle(taken=True)
-                host.set_run_state(RunState.FINISH_MIGRATE)
+                if host.run_state is not RunState.POSTMIGRATE:
+                    host.set_run_state(RunState.FINISH_MIGRATE)
         migration.is_outcome_unknown = False
 
     async def end(self) -> None:
