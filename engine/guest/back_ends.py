@@ -88,6 +88,10 @@ class BackEndTracker(ForeignTracker):
     files: list[File] = field(kw_only=True)
     mappings: frozenset[Mapping] = field(kw_only=True)
 
+    @property
+    def what(self) -> str:
+        return str(self.back_end)
+
     def check(self) -> None:
         self.check_forks()
         found = mappings_of(self.back_end, self.files)

@@ -48,6 +48,11 @@ class ForeignTracker:
     pieces: list[TrackedPiece]
     has_forked: bool = False
 
+    @property
+    def what(self) -> str:
+        """The process, as people are told of it."""
+        return f"process {self.pid}"
+
     def note_forks(self) -> None:
         """A fork returns, in parent and child, when it was noted: no child writes before. One at a
         time: who forks without end keeps nobody here."""
@@ -61,7 +66,7 @@ class ForeignTracker:
         """:raise MemoryRefused: not all was seen that was written."""
         if self.has_forked:
             raise MemoryRefused(
-                f"process {self.pid} has forked meanwhile, and what its child writes is not seen; "
+                f"{self.what} has forked meanwhile, and what its child writes is not seen; "
                 "migrate it once more"
             )
 
