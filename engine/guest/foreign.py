@@ -58,7 +58,7 @@ def check_nobody_waits(blocks: Sequence[ForeignBlock], pid: int) -> None:
     """A postcopy whose ramferry was killed leaves memory that waits for pages for ever.
 
     :raise MemoryRefused: one of the blocks is such memory.
-    :raise OSError: the process is gone, or not ours to look at."""
+    :raise GuestError: the process has ended, or is not ours to look at."""
     if any("um" in each for each in flags_of(pid, ranges_of(blocks))):
         raise MemoryRefused(
             f"the memory of process {pid} waits for pages of a migration that nobody goes on with; "
@@ -69,5 +69,5 @@ def check_nobody_waits(blocks: Sequence[ForeignBlock], pid: int) -> None:
 def is_in_children(pid: int, ranges: Sequence[Range]) -> bool:
     """Whether a fork would give memory of these ranges to the child: no MADV_DONTFORK holds.
 
-    :raise OSError: the process is gone, or not ours to look at."""
+    :raise GuestError: the process has ended, or is not ours to look at."""
     return not all("dc" in each for each in flags_of(pid, ranges))

@@ -35,7 +35,8 @@ def open_foreign_missing(pid: int, ranges: Sequence[Range]) -> list[int]:
     """From now on the process, and the kernel for it, waits for what is missing; return our
     descriptors, the caller's, one for each block.
 
-    :raise MemoryRefused: not possible, and why; the process is as before."""
+    :raise MemoryRefused: not possible, and why; the process is as before.
+    :raise GuestError: it has ended, or is not ours to look at."""
     if is_in_children(pid, [(address, block.size) for block, address in ranges]):
         raise MemoryRefused(
             f"a child of process {pid} would make missing pages zero, so there is no postcopy; "

@@ -110,7 +110,8 @@ def whole_pieces(blocks: Sequence[ForeignBlock]) -> list[TrackedPiece]:
 def track(pid: int, pieces: list[TrackedPiece]) -> ForeignTracker:
     """Begin to track writes of the process to the pieces; all is clean from now.
 
-    :raise MemoryRefused: not possible, and why; the process is as before."""
+    :raise MemoryRefused: not possible, and why; the process is as before.
+    :raise GuestError: it has ended."""
     ranges = [(each.address, each.size) for each in pieces]
     with contextlib.ExitStack() as undo:
         pagemap_fd = open_pagemap(pid)
