@@ -10,14 +10,14 @@ import contextlib
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from engine import _native
 from engine.errors import MemoryRefused
 from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children
-from engine.guest.injecting import open_foreign_uffd
+from engine.guest.injecting import Injector
 from engine.guest.mappings import Range
 from engine.guest.sharers import check_still_alone
 from engine.guest.tracker import FEATURES
@@ -80,6 +80,9 @@ class ForeignTracker:
         os.close(self.pagemap_fd)
 
 
+TrackerT = TypeVar("TrackerT", bound=ForeignTracker)
+
+
 def check_tracker(wanted: TrackerName | None) -> None:
     """:raise MemoryRefused: nothing but a userfaultfd sees what a stranger writes."""
     if wanted not in (None, TrackerName.UFFD):
@@ -95,7 +98,7 @@ def track_foreign(pid: int, blocks: Sequence[ForeignBlock]) -> ForeignTracker:
 
     :raise MemoryRefused: not possible, and why; the process is as before."""
     with contextlib.ExitStack() as undo:
-        tracker = track(pid, whole_pieces(blocks))
+        tracker = track(pid, whole_pieces(blocks), Injector(), ForeignTracker)
         undo.callback(tracker.close)
         check_still_alone(blocks, pid)  # now that forks are noted
         undo.pop_all()
@@ -107,16 +110,22 @@ def whole_pieces(blocks: Sequence[ForeignBlock]) -> list[TrackedPiece]:
     return [whole_piece(i, each.address, each.block.size) for i, each in enumerate(blocks)]
 
 
-def track(pid: int, pieces: list[TrackedPiece]) -> ForeignTracker:
+def track(
+    pid: int,
+    pieces: list[TrackedPiece],
+    injector: Injector,
+    kind: Callable[[int, int, int, int, list[TrackedPiece]], TrackerT],
+) -> TrackerT:
     """Begin to track writes of the process to the pieces; all is clean from now.
 
+    :param kind: makes the tracker, of what a `ForeignTracker` is made of.
     :raise MemoryRefused: not possible, and why; the process is as before.
     :raise GuestError: it has ended."""
     ranges = [(each.address, each.size) for each in pieces]
     with contextlib.ExitStack() as undo:
         pagemap_fd = open_pagemap(pid)
         undo.callback(os.close, pagemap_fd)
-        uffd, stopped_ns = open_foreign_uffd(pid, _native.UFFD_USER_MODE_ONLY)
+        uffd, stopped_ns = injector.open(pid, _native.UFFD_USER_MODE_ONLY)
         undo.callback(os.close, uffd)
         try:
             _negotiate(pid, uffd, ranges)
@@ -125,7 +134,7 @@ def track(pid: int, pieces: list[TrackedPiece]) -> ForeignTracker:
         for address, size in ranges:
             write_protect(pid, uffd, pagemap_fd, address, size)
         undo.pop_all()
-        return ForeignTracker(pid, uffd, pagemap_fd, stopped_ns, pieces)
+        return kind(pid, uffd, pagemap_fd, stopped_ns, pieces)
 
 
 def reason_of(trackers: Sequence[ForeignTracker]) -> str:
