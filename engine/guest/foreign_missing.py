@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from engine import _native
 from engine.errors import MemoryRefused
-from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children
+from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children, register
 from engine.guest.injecting import CannotInject, Injector
 from engine.memory.blocks import RamBlock
 from engine.memory.missing import FEATURES
@@ -87,13 +87,8 @@ def register_missing(pid: int, uffd: int, block: RamBlock, address: int) -> None
 
     :raise MemoryRefused: not possible, and why."""
     try:
-        _native.uffd_register(uffd, address, block.size, _native.UFFD_REGISTER_MISSING)
+        register(pid, uffd, (address, block.size), _native.UFFD_REGISTER_MISSING)
     except OSError as exc:
-        if exc.errno == errno.EBUSY:
-            raise MemoryRefused(
-                f"memory '{block.name}' of process {pid} has a userfaultfd already, of another "
-                "ramferry or of the process itself"
-            ) from exc
         raise _cannot_wait(pid, block, exc) from exc
 
 

@@ -7,7 +7,6 @@ tracking, and the other process pays nothing any more.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Final, TypeVar
 
 from engine import _native
 from engine.errors import MemoryRefused
-from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children
+from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children, register
 from engine.guest.injecting import Injector
 from engine.guest.mappings import Range
 from engine.guest.sharers import check_still_alone
@@ -163,14 +162,9 @@ def write_protect(pid: int, uffd: int, pagemap_fd: int, address: int, size: int)
 
     :raise MemoryRefused: not possible, and why."""
     try:
-        _native.uffd_register(uffd, address, size, _native.UFFD_REGISTER_WP)
+        register(pid, uffd, (address, size), _native.UFFD_REGISTER_WP)
         _call_clean(pagemap_fd, address, size // PAGE_SIZE)
     except OSError as exc:
-        if exc.errno == errno.EBUSY:
-            raise MemoryRefused(
-                f"the memory of process {pid} is tracked already, by another ramferry or by "
-                "the process itself"
-            ) from exc
         raise MemoryRefused(f"tracking process {pid}: {exc.strerror}") from exc
 
 

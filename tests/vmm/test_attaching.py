@@ -224,7 +224,7 @@ def test_a_second_ramferry_cannot_track_what_one_tracks() -> None:
             return str(caught.value)
 
     with vm("-qmp", "unix:second.qmp,server=on,wait=off") as machine:
-        assert "is tracked already" in run(scenario(machine))
+        assert "has a userfaultfd already" in run(scenario(machine))
 
 
 def test_other_trackers_and_missing_pages_of_a_source_are_refused() -> None:
