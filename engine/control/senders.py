@@ -67,7 +67,7 @@ class SenderGroup:
         self._waiters: set[asyncio.Future[None]] = set()
         self._hash_seed = int.from_bytes(os.urandom(8), "little")
         self._tracking: Tracking | None = None
-        self._is_tracker_lost = False
+        self._lost: MemoryRefused | None = None  #: what is written is not known any more
         self._detect_zero = True
         self._compress = wire.Compress("none")
         self._finding: asyncio.Future[int] | None = None  #: a thread that marks all data as dirty
@@ -237,8 +237,8 @@ class SenderGroup:
                 lane.has_ended = True
             case wire.ChannelBroken(_, incarnation, reason):
                 self._break(lane, incarnation, reason)
-            case wire.TrackerLost():
-                self._is_tracker_lost = True
+            case wire.TrackerLost(process, is_gone) if self._tracking is not None:
+                self._lost = self._tracking.lost(process, is_gone=is_gone)
             case wire.WorkerFailed(reason):
                 worker.give_up(reason)
             case _:
@@ -285,10 +285,12 @@ class SenderGroup:
             self._lose(lane, f"{what} is lost: {reason}")
 
     def _lose(self, lane: Lane, reason: str) -> None:
-        """From now on nothing of this incarnation counts."""
+        """From now on nothing of this incarnation counts. It is not made anew where a new worker
+        would find out no more."""
         lane.incarnation += 1
         lane.is_open = False
-        self._on_lost(lane.index, reason)
+        if self._lost is None:
+            self._on_lost(lane.index, reason)
 
     # -- orders ----------------------------------------------------------------------------------
 
@@ -414,11 +416,8 @@ class SenderGroup:
         watch = Watch()
         while not all(is_done(lane) for lane in self.lanes):
             await self._news()
-            if self._is_tracker_lost:
-                raise MemoryRefused(
-                    "memory that was tracked has been mapped anew, and what was written there "
-                    "since is not known; migrate it once more"
-                )
+            if self._lost is not None:
+                raise self._lost
             if not watch.is_due():
                 continue
             made_anew = sum(lane.incarnation for lane in self.lanes)

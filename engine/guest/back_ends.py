@@ -13,11 +13,13 @@ import os
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, Self
 
 from engine.errors import GuestError, MemoryRefused, shown
 from engine.guest.foreign import ForeignBlock
 from engine.guest.foreign_tracking import ForeignTracker, track, whole_pieces
+from engine.guest.injecting import Injector
 from engine.guest.mappings import File, Mapping, read_mappings
 from engine.guest.sharers import check_still_alone, files_of
 from engine.memory.pieces import TrackedPiece, check_piece_count
@@ -88,6 +90,10 @@ class BackEndTracker(ForeignTracker):
     files: list[File] = field(kw_only=True)
     mappings: frozenset[Mapping] = field(kw_only=True)
 
+    @property
+    def what(self) -> str:
+        return str(self.back_end)
+
     def check(self) -> None:
         self.check_forks()
         found = mappings_of(self.back_end, self.files)
@@ -111,18 +117,14 @@ def track_all(
     found = [_look(each, files) for each in back_ends]
     whole, parts = whole_pieces(blocks), [pieces_of(each, blocks, files) for each in found]
     check_piece_count(len(whole) + sum(len(each) for each in parts))
+    injector = Injector()
     with contextlib.ExitStack() as undo:
-        trackers = [track(pid, whole)]
+        trackers = [track(pid, whole, injector, ForeignTracker)]
         undo.callback(trackers[0].close)
         for back_end, mappings, pieces in zip(back_ends, found, parts, strict=True):
-            of_it = track(back_end.pid, pieces)
-            undo.callback(of_it.close)
-            trackers.append(
-                BackEndTracker(
-                    of_it.pid, of_it.uffd, of_it.pagemap_fd, of_it.stopped_ns, of_it.pieces,
-                    back_end=back_end, files=files, mappings=mappings,
-                )
-            )  # fmt: skip
+            kind = partial(BackEndTracker, back_end=back_end, files=files, mappings=mappings)
+            trackers.append(track(back_end.pid, pieces, injector, kind))
+            undo.callback(trackers[-1].close)
         check_still_alone(blocks, pid, frozenset(each.pid for each in back_ends))  # forks are noted
         for tracker in trackers:
             tracker.check()

@@ -292,7 +292,11 @@ class ForeignAgent(Agent):
             piece._replace(process=i) for i, each in enumerate(trackers) for piece in each.pieces
         ]
         tracked = messages.TrackedBlocks(
-            request.id, TrackerName.UFFD.value, pieces, reason_of(trackers)
+            request.id,
+            TrackerName.UFFD.value,
+            pieces,
+            reason_of(trackers),
+            [each.what for each in trackers],
         )
         return Reply(tracked, [each.pagemap_fd for each in trackers])
 

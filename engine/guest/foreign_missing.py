@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from engine import _native
 from engine.errors import MemoryRefused
-from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children
-from engine.guest.injecting import INJECT_WAIT_NS, CannotInject, open_foreign_uffd
+from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children, register
+from engine.guest.injecting import CannotInject, Injector
 from engine.memory.blocks import RamBlock
 from engine.memory.missing import FEATURES
 
@@ -35,32 +35,34 @@ def open_foreign_missing(pid: int, ranges: Sequence[Range]) -> list[int]:
     """From now on the process, and the kernel for it, waits for what is missing; return our
     descriptors, the caller's, one for each block.
 
-    :raise MemoryRefused: not possible, and why; the process is as before."""
+    :raise MemoryRefused: not possible, and why; the process is as before.
+    :raise GuestError: it has ended, or is not ours to look at."""
     if is_in_children(pid, [(address, block.size) for block, address in ranges]):
         raise MemoryRefused(
             f"a child of process {pid} would make missing pages zero, so there is no postcopy; "
             f"{NEVER_FORKED}"
         )
     uffds: list[int] = []
+    injector = Injector()
     with contextlib.ExitStack() as undo:
-        undo.callback(lambda: _let_go(pid, uffds, ranges))
+        undo.callback(lambda: _let_go(pid, uffds, ranges, injector))
         for _ in ranges:
-            uffds.append(_open_kept(pid))
+            uffds.append(_open_kept(pid, injector))
         for uffd, (block, address) in zip(uffds, ranges, strict=True):
             _register(pid, uffd, block, address)
         undo.pop_all()
     return uffds
 
 
-def _let_go(pid: int, uffds: list[int], ranges: Sequence[Range]) -> None:
-    end_missing(pid, uffds, ranges[: len(uffds)])
+def _let_go(pid: int, uffds: list[int], ranges: Sequence[Range], injector: Injector) -> None:
+    _end(pid, uffds, ranges[: len(uffds)], injector)
     for uffd in uffds:
         os.close(uffd)
 
 
-def _open_kept(pid: int) -> int:
+def _open_kept(pid: int, injector: Injector) -> int:
     try:
-        uffd, _ = open_foreign_uffd(pid, 0, keeps=True)
+        uffd, _ = injector.open(pid, 0, keeps=True)
     except CannotInject as exc:
         if (exc.obstacle, exc.error) != (_native.INJECT_REFUSED, errno.EPERM):
             raise
@@ -85,13 +87,8 @@ def register_missing(pid: int, uffd: int, block: RamBlock, address: int) -> None
 
     :raise MemoryRefused: not possible, and why."""
     try:
-        _native.uffd_register(uffd, address, block.size, _native.UFFD_REGISTER_MISSING)
+        register(pid, uffd, (address, block.size), _native.UFFD_REGISTER_MISSING)
     except OSError as exc:
-        if exc.errno == errno.EBUSY:
-            raise MemoryRefused(
-                f"memory '{block.name}' of process {pid} has a userfaultfd already, of another "
-                "ramferry or of the process itself"
-            ) from exc
         raise _cannot_wait(pid, block, exc) from exc
 
 
@@ -105,9 +102,13 @@ def _cannot_wait(pid: int, block: RamBlock, exc: OSError) -> MemoryRefused:
 def end_missing(pid: int, uffds: Sequence[int], ranges: Sequence[Range]) -> None:
     """What is missing reads as zero from now on, and nobody waits. The descriptors stay the
     caller's; those in the process are closed."""
+    _end(pid, uffds, ranges, Injector())
+
+
+def _end(pid: int, uffds: Sequence[int], ranges: Sequence[Range], injector: Injector) -> None:
     unregister(uffds, ranges)
     for uffd in uffds:
-        if not _close_there(pid, uffd):
+        if not _close_there(pid, uffd, injector):
             log.warning("a userfaultfd stays open in process %d, unused", pid)
 
 
@@ -118,11 +119,10 @@ def unregister(uffds: Sequence[int], ranges: Sequence[Range]) -> None:
             _native.uffd_unregister(uffd, address, block.size)
 
 
-def _close_there(pid: int, uffd: int) -> bool:
+def _close_there(pid: int, uffd: int, injector: Injector) -> bool:
     """Whether the process has none any more that is this one."""
     for number in _userfaultfds(pid):
-        found = _native.inject_close(pid, number, uffd, INJECT_WAIT_NS)
-        if found[2] < 0:
+        if injector.close(pid, number, uffd):
             return True
     return not _userfaultfds(pid)
 

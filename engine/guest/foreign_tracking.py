@@ -7,17 +7,16 @@ tracking, and the other process pays nothing any more.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from engine import _native
 from engine.errors import MemoryRefused
-from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children
-from engine.guest.injecting import open_foreign_uffd
+from engine.guest.foreign import NEVER_FORKED, ForeignBlock, is_in_children, register
+from engine.guest.injecting import Injector
 from engine.guest.mappings import Range
 from engine.guest.sharers import check_still_alone
 from engine.guest.tracker import FEATURES
@@ -48,6 +47,11 @@ class ForeignTracker:
     pieces: list[TrackedPiece]
     has_forked: bool = False
 
+    @property
+    def what(self) -> str:
+        """The process, as people are told of it."""
+        return f"process {self.pid}"
+
     def note_forks(self) -> None:
         """A fork returns, in parent and child, when it was noted: no child writes before. One at a
         time: who forks without end keeps nobody here."""
@@ -61,7 +65,7 @@ class ForeignTracker:
         """:raise MemoryRefused: not all was seen that was written."""
         if self.has_forked:
             raise MemoryRefused(
-                f"process {self.pid} has forked meanwhile, and what its child writes is not seen; "
+                f"{self.what} has forked meanwhile, and what its child writes is not seen; "
                 "migrate it once more"
             )
 
@@ -73,6 +77,9 @@ class ForeignTracker:
         """Stop tracking. Only once."""
         os.close(self.uffd)
         os.close(self.pagemap_fd)
+
+
+TrackerT = TypeVar("TrackerT", bound=ForeignTracker)
 
 
 def check_tracker(wanted: TrackerName | None) -> None:
@@ -90,7 +97,7 @@ def track_foreign(pid: int, blocks: Sequence[ForeignBlock]) -> ForeignTracker:
 
     :raise MemoryRefused: not possible, and why; the process is as before."""
     with contextlib.ExitStack() as undo:
-        tracker = track(pid, whole_pieces(blocks))
+        tracker = track(pid, whole_pieces(blocks), Injector(), ForeignTracker)
         undo.callback(tracker.close)
         check_still_alone(blocks, pid)  # now that forks are noted
         undo.pop_all()
@@ -102,15 +109,22 @@ def whole_pieces(blocks: Sequence[ForeignBlock]) -> list[TrackedPiece]:
     return [whole_piece(i, each.address, each.block.size) for i, each in enumerate(blocks)]
 
 
-def track(pid: int, pieces: list[TrackedPiece]) -> ForeignTracker:
+def track(
+    pid: int,
+    pieces: list[TrackedPiece],
+    injector: Injector,
+    kind: Callable[[int, int, int, int, list[TrackedPiece]], TrackerT],
+) -> TrackerT:
     """Begin to track writes of the process to the pieces; all is clean from now.
 
-    :raise MemoryRefused: not possible, and why; the process is as before."""
+    :param kind: makes the tracker, of what a `ForeignTracker` is made of.
+    :raise MemoryRefused: not possible, and why; the process is as before.
+    :raise GuestError: it has ended."""
     ranges = [(each.address, each.size) for each in pieces]
     with contextlib.ExitStack() as undo:
         pagemap_fd = open_pagemap(pid)
         undo.callback(os.close, pagemap_fd)
-        uffd, stopped_ns = open_foreign_uffd(pid, _native.UFFD_USER_MODE_ONLY)
+        uffd, stopped_ns = injector.open(pid, _native.UFFD_USER_MODE_ONLY)
         undo.callback(os.close, uffd)
         try:
             _negotiate(pid, uffd, ranges)
@@ -119,7 +133,7 @@ def track(pid: int, pieces: list[TrackedPiece]) -> ForeignTracker:
         for address, size in ranges:
             write_protect(pid, uffd, pagemap_fd, address, size)
         undo.pop_all()
-        return ForeignTracker(pid, uffd, pagemap_fd, stopped_ns, pieces)
+        return kind(pid, uffd, pagemap_fd, stopped_ns, pieces)
 
 
 def reason_of(trackers: Sequence[ForeignTracker]) -> str:
@@ -148,14 +162,9 @@ def write_protect(pid: int, uffd: int, pagemap_fd: int, address: int, size: int)
 
     :raise MemoryRefused: not possible, and why."""
     try:
-        _native.uffd_register(uffd, address, size, _native.UFFD_REGISTER_WP)
+        register(pid, uffd, (address, size), _native.UFFD_REGISTER_WP)
         _call_clean(pagemap_fd, address, size // PAGE_SIZE)
     except OSError as exc:
-        if exc.errno == errno.EBUSY:
-            raise MemoryRefused(
-                f"the memory of process {pid} is tracked already, by another ramferry or by "
-                "the process itself"
-            ) from exc
         raise MemoryRefused(f"tracking process {pid}: {exc.strerror}") from exc
 
 

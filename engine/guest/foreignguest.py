@@ -190,6 +190,7 @@ class ForeignGuest(AgentGuest):
             tuple(fds),
             tuple(tracked.pieces),
             ends_with_pause=len(fds) > 1,  # back ends map the memory anew when QEMU goes on
+            processes=tuple(tracked.processes),
         )
 
     async def save_state(self) -> bytes:

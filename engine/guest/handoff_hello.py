@@ -20,7 +20,7 @@ import msgspec
 
 from engine import _native
 from engine.errors import GuestError, MemoryRefused, WireError, shown
-from engine.guest.foreign import ForeignBlock, check_whole, open_block
+from engine.guest.foreign import ForeignBlock, find_shared, open_block
 from engine.guest.mappings import Mapping
 from engine.guest.sharers import check_still_alone
 from engine.guest.tracker import FEATURES as TRACKING_FEATURES
@@ -212,16 +212,12 @@ def _seal(what: str, fd: int) -> None:
 def check_mapped(block: ForeignBlock, pid: int, mappings: Sequence[Mapping]) -> None:
     """:raise MemoryRefused: the process has not mapped all of it there, shared, once, and so not
     as two blocks either."""
-    name, found = block.block.name, os.fstat(block.block.fd)
-    file = (found.st_dev, found.st_ino)
-    ours = [each for each in mappings if each.file == file]
-    first = min(ours, key=lambda each: each.start, default=None)
-    if first is None or first.start != block.address or not all(each.is_written for each in ours):
+    what = f"the memfd of region '{shown(block.block.name)}'"
+    found = find_shared(what, block.block.fd, block.block.size, pid, mappings)
+    if found.start != block.address:
         raise MemoryRefused(
-            f"process {pid} does not map the memfd of region '{shown(name)}' shared and "
-            f"writable at {block.address:#x}"
+            f"process {pid} does not map {what} shared and writable at {block.address:#x}"
         )
-    check_whole(name, first, block.block.size, mappings)
 
 
 def check_uffd(what: str, fd: int) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -34,7 +34,7 @@ from engine.guest.handoff_hello import (
     parse_hello,
 )
 from engine.guest.handoff_link import VmmLink, encode_line
-from engine.guest.mappings import flags_of, read_mappings
+from engine.guest.mappings import flags_of, looking_at, read_mappings
 from engine.guest.sharers import check_still_alone
 from engine.memory.tracking import TrackerName
 from engine.wire import STATE_BYTES_MAX
@@ -73,10 +73,10 @@ class HandoffMachine:
         self.is_running, self._has_state = hello.running, hello.state
         self._check_role(incoming)
         self._vcpus = self._check_vcpus(hello)
-        with _looking_at(self.pid):
+        with looking_at(self.pid):
             offered = check_descriptors(hello, visitor.fds, self.pid, read_mappings(self.pid))
-            check_nobody_waits(offered.blocks, self.pid)
-            _check_not_in_children(offered.blocks, self.pid)
+        check_nobody_waits(offered.blocks, self.pid)
+        _check_not_in_children(offered.blocks, self.pid)
         role = "destination" if incoming else "source"
         try:
             visitor.connection.send(encode_line({"welcome": VERSION, "role": role}))
@@ -223,11 +223,11 @@ class HandoffMachine:
         """It may have changed since the hello; slow, for a guest that runs.
 
         :raise MemoryRefused: it may write, elsewhere or as a child, what is not seen."""
-        with _looking_at(self.pid):
+        with looking_at(self.pid):
             mappings = read_mappings(self.pid)
-            for each in self.blocks:
-                check_mapped(each, self.pid, mappings)
-            _check_not_in_children(self.blocks, self.pid)
+        for each in self.blocks:
+            check_mapped(each, self.pid, mappings)
+        _check_not_in_children(self.blocks, self.pid)
 
     def start_tracking(self, wanted: TrackerName | None) -> list[ForeignTracker]:
         check_tracker(wanted)
@@ -265,9 +265,8 @@ class HandoffMachine:
             undo.callback(self._unregister)
             for uffd, place in zip(self._uffds, block_ranges(self.blocks), strict=True):
                 register_missing(self.pid, uffd, *place)
-            with _looking_at(self.pid):
-                _check_not_in_children(self.blocks, self.pid)
-                _check_waits(self.blocks, self.pid)
+            _check_not_in_children(self.blocks, self.pid)
+            _check_waits(self.blocks, self.pid)
             self._link.execute("hold")
             uffds = [fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0) for uffd in self._uffds]
             undo.pop_all()
@@ -295,29 +294,18 @@ class HandoffMachine:
         self._uffds = []
 
 
-@contextlib.contextmanager
-def _looking_at(pid: int) -> Iterator[None]:
-    """:raise MemoryRefused: the process is gone, or not ours to look at."""
-    try:
-        yield
-    except OSError as exc:
-        raise MemoryRefused(
-            f"process {pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
-        ) from exc
-
-
 def _check_not_in_children(blocks: list[ForeignBlock], pid: int) -> None:
     """Forks are not heard of here, so there may be none that matter.
 
     :raise MemoryRefused: a child would have the memory.
-    :raise OSError: the process is gone, or not ours to look at."""
+    :raise GuestError: the process has ended, or is not ours to look at."""
     if not _all_have("dc", blocks, pid):
         raise MemoryRefused(f"a child of process {pid} would have its memory; {NEVER_FORKED}")
 
 
 def _check_waits(blocks: list[ForeignBlock], pid: int) -> None:
     """:raise MemoryRefused: what was registered is not the memory of this process.
-    :raise OSError: the process is gone, or not ours to look at."""
+    :raise GuestError: the process has ended, or is not ours to look at."""
     if not _all_have("um", blocks, pid):
         raise MemoryRefused(
             f"process {pid} does not wait for missing pages at the userfaultfds that it has sent; "
@@ -328,7 +316,7 @@ def _check_waits(blocks: list[ForeignBlock], pid: int) -> None:
 def _all_have(flag: str, blocks: list[ForeignBlock], pid: int) -> bool:
     """Whether all mappings of the blocks, one a block at the least, have the flag.
 
-    :raise OSError: the process is gone, or not ours to look at."""
+    :raise GuestError: the process has ended, or is not ours to look at."""
     found = flags_of(pid, ranges_of(blocks))
     return len(found) >= len(blocks) and all(flag in each for each in found)
 

@@ -59,13 +59,9 @@ def size_of(regions: list[Region]) -> int:
 
 
 def check_waits(pid: int, regions: list[Region]) -> None:
-    """:raise MemoryRefused: the process does not wait for the pages of a region, all of them."""
-    try:
-        places = read_places(pid)
-    except OSError as exc:
-        raise MemoryRefused(
-            f"process {pid} cannot be looked at: {exc.strerror}; run ramferry as its user or root"
-        ) from exc
+    """:raise MemoryRefused: the process does not wait for the pages of a region, all of them.
+    :raise GuestError: it has ended, or is not ours to look at."""
+    places = read_places(pid)
     for region in regions:
         reached = region.base_host_virt_addr  # neighbours may be one mapping
         for each in places:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Final
 
 from engine import _native
 from engine.errors import MemoryRefused
 
 log = logging.getLogger("ramferry.guest")
-INJECT_WAIT_NS: Final = 5_000_000_000
+INJECT_WAIT_NS: Final = 5_000_000_000  #: for one
+#: For all that are asked for at once: half of what control waits, for the rest takes time as well.
+ALL_WAIT_NS: Final = 20_000_000_000
 OBSTACLES: Final = {
     _native.INJECT_GONE: "process {pid} has ended",
     _native.INJECT_NOT_ALLOWED: "process {pid} may not be traced by this user; run ramferry as its "
@@ -46,21 +49,52 @@ class CannotInject(MemoryRefused):
         return OBSTACLES[self.obstacle].format(pid=self.pid, error=os.strerror(self.error))
 
 
-def open_foreign_uffd(pid: int, flags: int, *, keeps: bool = False) -> tuple[int, int]:
-    """A fresh userfaultfd of the process's memory, the caller's; and for how many ns one of its
-    threads stood.
+class Injector:
+    """Has processes open userfaultfds, one after the other, with one deadline for all."""
 
-    :param keeps: the process keeps it open, too.
-    :raise CannotInject: says why not; the process is as before."""
-    obstacle, uffd, left_open, error, thread, stopped_ns, attempts = _native.inject_userfaultfd(
-        pid, flags, INJECT_WAIT_NS, keeps
-    )
-    if obstacle != _native.INJECT_DONE:
-        raise CannotInject(obstacle, pid, error)
-    log.info(
-        "userfaultfd of process %d: thread %d stood for %d us, %d attempts",
-        pid, thread, stopped_ns // 1000, attempts,
-    )  # fmt: skip
-    if left_open >= 0 and not keeps:
-        log.warning("descriptor %d stays open in process %d, unused", left_open, pid)
-    return uffd, stopped_ns
+    def __init__(self) -> None:
+        self._deadline_ns = time.monotonic_ns() + ALL_WAIT_NS
+        self._slowest = (0, 0)  #: for how many ns, and which process
+
+    def open(self, pid: int, flags: int, *, keeps: bool = False) -> tuple[int, int]:
+        """A fresh userfaultfd of the process's memory, the caller's; and for how many ns one of its
+        threads stood.
+
+        :param keeps: the process keeps it open, too.
+        :raise CannotInject: says why not; the process is as before.
+        :raise MemoryRefused: too little time was left for it; the process is as before."""
+        began_ns, wait_ns = time.monotonic_ns(), self._left_ns
+        if not wait_ns:
+            raise self._too_slow()
+        obstacle, uffd, left_open, error, thread, stopped_ns, attempts = _native.inject_userfaultfd(
+            pid, flags, wait_ns, keeps
+        )
+        self._slowest = max(self._slowest, (time.monotonic_ns() - began_ns, pid))
+        if obstacle == _native.INJECT_NO_SAFE_THREAD and wait_ns < INJECT_WAIT_NS:
+            raise self._too_slow()
+        if obstacle != _native.INJECT_DONE:
+            raise CannotInject(obstacle, pid, error)
+        log.info(
+            "userfaultfd of process %d: thread %d stood for %d us, %d attempts",
+            pid, thread, stopped_ns // 1000, attempts,
+        )  # fmt: skip
+        if left_open >= 0 and not keeps:
+            log.warning("descriptor %d stays open in process %d, unused", left_open, pid)
+        return uffd, stopped_ns
+
+    def close(self, pid: int, number: int, uffd: int) -> bool:
+        """Whether the process has no descriptor `number` any more that is this one. It is tried
+        once also where no time is left."""
+        return _native.inject_close(pid, number, uffd, self._left_ns)[2] < 0
+
+    @property
+    def _left_ns(self) -> int:
+        """For one."""
+        return max(0, min(INJECT_WAIT_NS, self._deadline_ns - time.monotonic_ns()))
+
+    def _too_slow(self) -> MemoryRefused:
+        took_ns, pid = self._slowest
+        return MemoryRefused(
+            f"{ALL_WAIT_NS // 10**9} s did not do to have all processes open a userfaultfd; the "
+            f"slowest one, process {pid}, took {took_ns / 1e9:.1f} s; try again when it does less"
+        )

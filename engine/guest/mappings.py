@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.errors import MemoryRefused
+from engine.errors import GuestError, MemoryRefused
 
 Range = tuple[int, int]  #: address and size, in the process
 File = tuple[int, int]  #: device and inode
+
+
+@contextlib.contextmanager
+def looking_at(pid: int) -> Iterator[None]:
+    """:raise GuestError: the process has ended, or is not ours to look at."""
+    try:
+        yield
+    except OSError as exc:
+        raise GuestError(
+            f"process {pid} cannot be looked at; if it lives, run ramferry as its user or root"
+        ) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +103,12 @@ class Place:
 def read_places(pid: int) -> list[Place]:
     """All mappings, by address.
 
-    :raise OSError: the process is gone, or not ours to look at."""
+    :raise GuestError: the process has ended, or is not ours to look at."""
     places, start, end, page_size = [], 0, 0, 0
-    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace", newline="\n") as lines:
+    with (
+        looking_at(pid),
+        open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace", newline="\n") as lines,
+    ):
         for line in lines:
             words = line.split()
             if not words[0].endswith(":"):
@@ -109,7 +123,7 @@ def read_places(pid: int) -> list[Place]:
 def flags_of(pid: int, ranges: Sequence[Range]) -> list[frozenset[str]]:
     """The kernel's flags of each mapping in these ranges of the process.
 
-    :raise OSError: the process is gone, or not ours to look at."""
+    :raise GuestError: the process has ended, or is not ours to look at."""
     return [
         place.flags
         for place in read_places(pid)

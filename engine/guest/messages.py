@@ -367,11 +367,14 @@ class ForeignStarted(Answer, frozen=True):
 
 
 class TrackedBlocks(Answer, frozen=True):
-    """As `Tracked`, for several blocks; beside it the pagemap of each process that is tracked."""
+    """As `Tracked`, for several blocks; beside it the pagemap of each process that is tracked.
+
+    :ivar processes: these, as people are told of them."""
 
     name: str
     pieces: list[TrackedPiece]
     reason: str
+    processes: list[str]
 
 
 class LongState(Answer, frozen=True):

@@ -6,6 +6,7 @@ process must not mind being stopped (SIGSTOP), and its twin takes over nothing b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -14,9 +15,9 @@ from typing import Final
 
 from engine.errors import GuestError, MemoryRefused, shown
 from engine.guest.cgroups import threads_of
-from engine.guest.foreign import ForeignBlock, check_nobody_waits, check_whole, open_block
+from engine.guest.foreign import ForeignBlock, check_nobody_waits, find_shared, open_block
 from engine.guest.foreign_tracking import ForeignTracker, check_tracker, track_foreign
-from engine.guest.mappings import read_mappings
+from engine.guest.mappings import looking_at, read_mappings
 from engine.guest.sharers import check_alone, check_still_alone
 from engine.memory.tracking import TrackerName
 
@@ -63,26 +64,16 @@ class ProcessMachine:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as exc:
             raise MemoryRefused(f"'{shown(path)}': {exc.strerror}") from exc
-        try:
-            mappings = read_mappings(self.pid)
-            found = os.fstat(fd)
-            file = (found.st_dev, found.st_ino)
-            ours = [each for each in mappings if each.file == file]
-            if not ours or not all(each.is_written for each in ours):
-                raise MemoryRefused(
-                    f"process {self.pid} does not map '{shown(path)}' shared and writable"
-                )
-            check_whole(path, ours[0], found.st_size, mappings)
-            check_alone({file}, self.pid)
-            return ForeignBlock(open_block(BLOCK_NAME, fd, found.st_size), ours[0].start)
-        except OSError as exc:
-            os.close(fd)
-            raise MemoryRefused(
-                f"process {self.pid} cannot be looked at: {exc.strerror}; run ramferry as its user"
-            ) from exc
-        except BaseException:
-            os.close(fd)
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, fd)
+            with looking_at(self.pid):
+                mappings = read_mappings(self.pid)
+            size = os.fstat(fd).st_size
+            found = find_shared(f"'{shown(path)}'", fd, size, self.pid, mappings)
+            check_alone({found.file}, self.pid)
+            block = ForeignBlock(open_block(BLOCK_NAME, fd, size), found.start)
+            undo.pop_all()
+        return block
 
     # -- running ---------------------------------------------------------------------------------
 

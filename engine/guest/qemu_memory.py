@@ -127,7 +127,7 @@ def _find(
             "places would fit); QEMU 8.1 and newer say it"
         )
     only = candidates[0]
-    check_whole(name, only, size, mappings)
+    check_whole(f"memory backend '{shown(name)}'", only, size, mappings)
     return only
 
 

@@ -6,9 +6,9 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from engine.errors import GuestError, MemoryRefused
+from engine.errors import MemoryRefused
 from engine.guest.foreign import ForeignBlock
-from engine.guest.mappings import File, read_mappings, read_maps
+from engine.guest.mappings import File, looking_at, read_mappings, read_maps
 
 
 def others_mapping(inodes: set[File], pid: int) -> list[int]:
@@ -69,10 +69,8 @@ def files_of(blocks: Sequence[ForeignBlock], pid: int) -> list[File]:
 
     :raise MemoryRefused: the process does not map a block any more where it did.
     :raise GuestError: the process has ended."""
-    try:
+    with looking_at(pid):
         files = {each.start: each.file for each in read_mappings(pid)}
-    except OSError as exc:
-        raise GuestError(f"process {pid} cannot be looked at: {exc.strerror}") from exc
     if any(each.address not in files for each in blocks):
         raise MemoryRefused(f"process {pid} does not map its memory where it did")
     return [files[each.address] for each in blocks]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from engine import _native
+from engine.errors import MemoryRefused
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.pieces import TrackedPiece, check_pieces
@@ -43,13 +44,41 @@ class Tracking:
         of each block, one bit a page (BITMAP); they belong to the guest object until
         `stop_tracking`.
     :ivar pieces: where blocks are in these processes (UFFD, SOFT_DIRTY).
-    :ivar ends_with_pause: a guest that is continued after a pause is not tracked any more."""
+    :ivar ends_with_pause: a guest that is continued after a pause is not tracked any more.
+    :ivar processes: as people are told of them, if the pieces are of others than the guest."""
 
     name: TrackerName
     reason: str
     fds: tuple[int, ...] = ()
     pieces: tuple[TrackedPiece, ...] = ()
     ends_with_pause: bool = False
+    processes: tuple[str, ...] = ()
+
+    def lost(self, process: int, *, is_gone: bool) -> MemoryRefused:
+        """Why the guest cannot be migrated any more, of a `TrackingLost` with these arguments."""
+        who = self.processes[process] if process < len(self.processes) else "the guest"
+        if is_gone:
+            return MemoryRefused(
+                f"{who} has ended or replaced its program, and what it wrote since then is not "
+                "known"
+            )
+        return MemoryRefused(
+            f"memory of {who} that was tracked has been mapped anew, and what was written there "
+            "since is not known; migrate it once more"
+        )
+
+
+class TrackingLost(MemoryRefused):
+    """What process `process` wrote since the last harvest is not known, and no later one tells.
+
+    :ivar is_gone: nothing is left of its memory; else not all of it is tracked."""
+
+    def __init__(self, process: int, is_gone: bool) -> None:
+        super().__init__(process, is_gone)
+        self.process, self.is_gone = process, is_gone
+
+    def __str__(self) -> str:
+        return f"what process {self.process} writes is not seen any more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +98,8 @@ class Harvester(Protocol):
         """Set the dirty bit of each page written since the last harvest; it is done when the
         iterator is. A page that is written meanwhile is found now or by the next harvest.
 
-        :raise OSError: the tracker is gone (with the guest)."""
+        :raise TrackingLost: what was written is not known.
+        :raise OSError: the kernel cannot; another sender may find it."""
 
     def sent(self, block_index: int, copy: bytes, runs: memoryview, run_count: int) -> None:
         """The pages of `runs` go to the destination as they are in `copy`."""
@@ -145,7 +175,12 @@ class WriteProtected(_Slices):
             if begin < stop:
                 part = (stop, stripe, index, count)
                 pagemap_fd = self._pagemap_fds[each.process]
-                found += self._look(pagemap_fd, each.block_address, dirty, part, begin)
+                try:
+                    found += self._look(pagemap_fd, each.block_address, dirty, part, begin)
+                except PermissionError as exc:  # it was mapped anew, and is not registered
+                    raise TrackingLost(each.process, False) from exc
+                except ProcessLookupError as exc:
+                    raise TrackingLost(each.process, True) from exc
         return found
 
 

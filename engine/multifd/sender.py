@@ -29,6 +29,7 @@ from engine.memory.tracking import (
     SoftDirty,
     StoppedGuest,
     TrackerName,
+    TrackingLost,
     WriteProtected,
     hash_tables,
 )
@@ -200,8 +201,8 @@ class Sender:
                 found += piece.found
                 self._progress.add(Count.HARVEST_PAGES, piece.pages)
                 self._inbox.check()
-        except PermissionError:  # memory was mapped anew, and is not registered
-            self._inbox.report(wire.TrackerLost())
+        except TrackingLost as exc:
+            self._inbox.report(wire.TrackerLost(exc.process, exc.is_gone))
             raise
         self._progress.put(Count.HARVEST_NS, time.monotonic_ns() - began_ns)
         dirty_pages = self._dirty.count(self._order.index, self._order.count)

@@ -160,8 +160,13 @@ class ChannelEnded(Message, frozen=True):
 
 
 class TrackerLost(Message, frozen=True):
-    """Sender -> control: what was written since the last harvest is not known, and no other sender
-    would find it. WorkerFailed follows."""
+    """Sender -> control: what process `process` wrote since the last harvest is not known, and no
+    other sender would find it. WorkerFailed follows.
+
+    :ivar gone: nothing is left of its memory; else not all of it is tracked."""
+
+    process: int
+    gone: bool
 
 
 class WorkerFailed(Message, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from engine.control.agreement import Agreement
 from engine.control.lane import HarvestTotals, Lane
 from engine.control.pool import Pool
 from engine.control.senders import SenderGroup
-from engine.errors import MigrationError, WireError, WorkerLost
+from engine.errors import MemoryRefused, MigrationError, WireError, WorkerLost
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.pieces import whole_piece
 from engine.memory.tracking import TrackerName, Tracking
@@ -290,6 +291,30 @@ def test_a_lane_that_is_lost_after_its_part_was_acknowledged_sends_nothing_again
             return rig.worker.kinds()
 
     assert asyncio.run(scenario()) == ["PrepareSender", "Compress", "SendRound", "OpenChannel"]
+
+
+@pytest.mark.parametrize(
+    ("process", "is_gone", "says"),
+    [
+        pytest.param(0, True, r"^the guest has ended or replaced its program, and", id="gone"),
+        pytest.param(0, False, r"^memory of the guest .* mapped anew", id="mapped-anew"),
+    ],
+)
+def test_what_no_other_worker_would_find_out_makes_no_lane_anew(
+    process: int, is_gone: bool, says: str
+) -> None:
+    async def scenario() -> tuple[str, int]:
+        async with played() as rig:
+            harvest = await rig.run(rig.group.harvest(1))
+            rig.worker.on_report(wire.TrackerLost(process, is_gone))
+            rig.worker.die()
+            with pytest.raises(MemoryRefused) as lost:
+                await harvest
+            return str(lost.value), len(rig.heals)
+
+    reason, heals = asyncio.run(scenario())
+    assert re.search(says, reason)
+    assert heals == 0
 
 
 def test_totals_of_another_round_are_not_believed() -> None:

@@ -6,17 +6,23 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
-from engine.errors import MemoryRefused
+from engine.errors import GuestError, MemoryRefused
 from engine.guest import mappings, sharers
 from engine.guest.back_ends import BackEnd, check_bypasses
+from engine.guest.foreign import check_nobody_waits, is_in_children
+from engine.guest.foreign_missing import open_foreign_missing
 from engine.guest.foreign_tracking import EVENT_FORK, FORK_MESSAGE, ForeignTracker
+from engine.guest.handoff_plain import check_waits
 from engine.guest.mappings import read_mappings, read_places
-from engine.guest.sharers import others_mapping
+from engine.guest.sharers import files_of, others_mapping
+
+NOBODY: Final = 2**22  #: no process has this pid
 
 MAPS = """
 import mmap, sys
@@ -126,3 +132,20 @@ def test_forks_are_noted_one_at_a_time() -> None:
     finally:
         for fd in (reader, writer, *children[1:]):
             os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param(lambda: check_nobody_waits([], NOBODY), id="nobody-waits"),
+        pytest.param(lambda: is_in_children(NOBODY, []), id="is-in-children"),
+        pytest.param(lambda: open_foreign_missing(NOBODY, []), id="missing-pages"),
+        pytest.param(lambda: check_waits(NOBODY, []), id="plain-handoff"),
+        pytest.param(lambda: files_of([], NOBODY), id="files"),
+    ],
+)
+def test_of_a_process_that_is_gone_it_is_told_in_one_line(look: Callable[[], object]) -> None:
+    with pytest.raises(GuestError, match=f"^process {NOBODY} cannot be looked at") as caught:
+        look()
+
+    assert isinstance(caught.value.__cause__, OSError)

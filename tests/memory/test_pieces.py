@@ -15,7 +15,13 @@ from engine.errors import MemoryRefused
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.pieces import PIECES_MAX, TrackedPiece, check_pieces, whole_piece
-from engine.memory.tracking import SoftDirty, WriteProtected
+from engine.memory.tracking import (
+    SoftDirty,
+    TrackerName,
+    Tracking,
+    TrackingLost,
+    WriteProtected,
+)
 
 PAGES = 1100  #: two stripes and a part
 SIZE = PAGES * PAGE_SIZE
@@ -128,3 +134,20 @@ def test_a_page_is_dirty_if_it_was_written_in_any_piece(
 
         found = {page for page in range(PAGES) if dirty[0][page // 8] >> page % 8 & 1}
         assert found == expected
+
+
+def test_of_a_process_that_is_gone_it_is_told_which_one_it_was() -> None:
+    pieces = [whole_piece(0, SIZE, SIZE), whole_piece(0, SIZE, SIZE)._replace(process=1)]
+    dirty = PageBitmaps.create("dirty", [BLOCK])
+    with (
+        pagemap(set(), PAGES) as first,
+        open(os.devnull, "rb") as second,
+        contextlib.closing(dirty),
+    ):
+        harvest = SoftDirty([BLOCK], 0, 1, [first, second.fileno()], pieces).harvest(dirty)
+        with pytest.raises(TrackingLost) as lost:
+            list(harvest)
+
+    assert (lost.value.process, lost.value.is_gone) == (1, True)
+    reason = Tracking(TrackerName.UFFD, "a test", processes=("one", "two")).lost(1, is_gone=True)
+    assert "two has ended or replaced its program" in str(reason)

@@ -105,6 +105,10 @@ class Disk:
             os._exit(0)
         os.waitpid(child, 0)
 
+    def replace_program(self, *_: object) -> None:
+        """By one that maps nothing, with the pid of this one."""
+        os.execv("/bin/sleep", ["sleep", "1000"])
+
     def _write(self) -> None:
         holders = [
             each
@@ -172,7 +176,8 @@ class Disk:
 
 
 def main(path: str) -> None:
-    """SIGUSR1: have a child. SIGUSR2: map everything anew. SIGHUP: map one region once more."""
+    """SIGUSR1: have a child. SIGUSR2: map everything anew. SIGHUP: map one region once more.
+    SIGALRM: become another program."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
@@ -181,6 +186,7 @@ def main(path: str) -> None:
     signal.signal(signal.SIGUSR1, disk.fork)
     signal.signal(signal.SIGUSR2, disk.map_anew)
     signal.signal(signal.SIGHUP, disk.map_more)
+    signal.signal(signal.SIGALRM, disk.replace_program)
     disk.serve()
 
 

@@ -14,12 +14,17 @@ from typing import Any
 
 import pytest
 
-from engine.errors import MemoryRefused, MigrationError
+from engine.errors import GuestError, MemoryRefused, MigrationError
+from engine.guest import qemu_machine
 from engine.guest.base import TrackerName
+from engine.guest.foreign import ForeignBlock
 from engine.guest.foreignguest import ForeignGuest, attach_qemu
+from engine.guest.qemu_machine import QemuMachine
+from engine.guest.qemu_memory import find_blocks
 from engine.memory.blocks import PAGE_SIZE, STRIPE_SIZE
 from engine.memory.tracking import Tracking
 from tests.guest.support import run
+from tests.support import open_descriptors
 from tests.vmm.machines import MIB, SETTINGS, Monitor, Vm, needs_qemu, vm
 
 pytestmark = [pytest.mark.guest, pytest.mark.process, needs_qemu]
@@ -185,6 +190,27 @@ def test_a_destination_to_which_nothing_came_has_its_settings_back() -> None:
         assert settings(machine) == before
 
 
+def test_a_destination_that_dies_as_it_is_attached_to_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with vm("-incoming", "defer") as machine:
+
+        def find_and_kill(*arguments: Any) -> list[ForeignBlock]:
+            found = find_blocks(*arguments)
+            machine.process.kill()
+            machine.process.wait()
+            return found
+
+        monkeypatch.setattr(qemu_machine, "find_blocks", find_and_kill)
+        before = open_descriptors()
+        with pytest.raises(GuestError) as caught:
+            QemuMachine(f"{machine.directory}/ramferry.qmp", incoming=True)
+
+        assert f"process {machine.pid} cannot be looked at" in str(caught.value)
+        assert isinstance(caught.value.__cause__, OSError)
+        assert open_descriptors() == before
+
+
 def test_a_second_ramferry_cannot_track_what_one_tracks() -> None:
     async def scenario(machine: Vm) -> str:
         async with attached(machine) as first:
@@ -198,7 +224,7 @@ def test_a_second_ramferry_cannot_track_what_one_tracks() -> None:
             return str(caught.value)
 
     with vm("-qmp", "unix:second.qmp,server=on,wait=off") as machine:
-        assert "is tracked already" in run(scenario(machine))
+        assert "has a userfaultfd already" in run(scenario(machine))
 
 
 def test_other_trackers_and_missing_pages_of_a_source_are_refused() -> None:

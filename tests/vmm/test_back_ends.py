@@ -252,6 +252,21 @@ def test_a_back_end_whose_writes_are_not_all_seen_ends_the_migration(
     assert writes(pair.ram)
 
 
+def test_a_back_end_that_becomes_another_program_ends_the_migration_at_once(pair: Pair) -> None:
+    async def scenario() -> str:
+        async with sending(pair) as found:
+            os.kill(pair.back_end.pid, signal.SIGALRM)
+            return await failure(found.migration)
+
+    reason = asyncio.run(scenario())
+
+    name = f"vhost-user back end (pid {pair.back_end.pid})"
+    assert f"{name} has ended or replaced its program, and what it wrote since then" in reason
+    assert "made anew" not in reason
+    assert pair.back_end.process.poll() is None
+    assert is_let_go(pair.source)
+
+
 def test_a_back_end_that_dies_while_the_guest_stands_ends_the_migration(pair: Pair) -> None:
     async def scenario() -> str:
         settings = ["pause-before-switchover=on"]
