@@ -52,7 +52,7 @@ int faults_open(struct fault_service **service, const struct fault_block *blocks
         if (known == made->uffd_count)
             made->polled[2 + made->uffd_count++].fd = block->to.uffd;
     }
-    statistics[FAULT_OPEN] = 0; /* a predecessor's */
+    statistics_set(statistics, FAULT_OPEN, 0); /* a predecessor's */
     *service = made;
     return 0;
 

@@ -129,7 +129,8 @@ static int take_request(struct page_service *service, const struct frame *frame)
     service->last_request = frame->request;
     statistics_add(service->words, PAGE_REQUESTS, 1);
     if (frame->kind == FRAME_DEMAND)
-        service->words[PAGE_LAST] = (((uint64_t)frame->block - 1) << 32 | frame->first_page) + 1;
+        statistics_set(service->words, PAGE_LAST,
+                       (((uint64_t)frame->block - 1) << 32 | frame->first_page) + 1);
     return 0;
 }
 

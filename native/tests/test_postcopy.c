@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -138,6 +139,21 @@ static void *run_background(void *argument)
     return NULL;
 }
 
+/* Control, which looks at both statistics pages at any time. */
+static void *run_reader(void *argument)
+{
+    struct world *world = argument;
+
+    while (!atomic_load(&world->ends)) {
+        for (size_t i = 0; i < PAGE_SERVICE_WORDS; ++i)
+            CHECK(__atomic_load_n(&world->page_words[i], __ATOMIC_RELAXED) < UINT64_C(1) << 40);
+        for (size_t i = 0; i < FAULT_WORDS; ++i)
+            CHECK(__atomic_load_n(&world->fault_words[i], __ATOMIC_RELAXED) < UINT64_C(1) << 40);
+        sched_yield();
+    }
+    return NULL;
+}
+
 static void *run_vcpu(void *argument)
 {
     struct world *world = argument;
@@ -155,16 +171,16 @@ static void *run_vcpu(void *argument)
 
 static void test_every_page_is_the_sources(bool with_background)
 {
-    void *(*roles[])(void *) = {run_vcpu, run_vcpu, run_background, run_faults, run_pages};
-    pthread_t threads[5];
+    void *(*roles[])(void *) = {run_vcpu, run_vcpu, run_background, run_faults, run_pages, run_reader};
+    pthread_t threads[6];
     static struct world world;
     unsigned char expected[PAGE_BYTES], found[PAGE_BYTES];
 
     CHECK(world_open(&world));
-    for (int i = 0; i < 5; ++i)
+    for (int i = 0; i < 6; ++i)
         if (i != 2 || with_background)
             CHECK(pthread_create(&threads[i], NULL, roles[i], &world) == 0);
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < 6; ++i) {
         if (i == 3)
             atomic_store(&world.ends, true);
         if (i != 2 || with_background)
