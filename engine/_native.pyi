@@ -465,8 +465,9 @@ def discard_stale(
     fd: int, received: Buffer, stale: Buffer, page_count: int, unit_pages: int
 ) -> int:
     """Punch every unit of which a page's `stale` bit is set; return how many pages that were. The
-    `received` bits of those units are cleared before, the `stale` bits after. Only before the
-    guest runs: afterwards a page may be there, and written, before its bit is set."""
+    `received` bits of those units are cleared before, the `stale` bits after. EBUSY: pages are
+    still there after the last of several punches. Only before the guest runs: afterwards a page
+    may be there, and written, before its bit is set."""
 
 def bitmap_widen(bitmap: Buffer, page_count: int, unit_pages: int) -> int:
     """Set all bits of each unit that has one; return how many were clear."""

@@ -46,11 +46,21 @@ static void deal_pages(struct batch *batch, zero_scan_fn *scan, uint64_t first, 
     }
 }
 
-/* Take the pages of `bits`, all of one word. */
+/* Move the bits of one word from dirty to in flight; return those that nobody else has taken meanwhile. */
+static uint64_t take_bits(struct batch *batch, uint64_t word, uint64_t bits)
+{
+    uint64_t was_in_flight = atomic_fetch_or(&batch->in_flight[word], bits);
+    uint64_t lost = bits & ~atomic_fetch_and(&batch->dirty[word], ~bits);
+
+    if (lost & ~was_in_flight) /* by us: somebody else sends these */
+        atomic_fetch_and(&batch->in_flight[word], ~(lost & ~was_in_flight));
+    return bits & ~lost;
+}
+
+/* Take the pages of `bits`, all of one word, as far as they are ours. */
 static void take_pages(struct batch *batch, zero_scan_fn *scan, uint64_t word, uint64_t bits)
 {
-    atomic_fetch_or(&batch->in_flight[word], bits);
-    atomic_fetch_and(&batch->dirty[word], ~bits);
+    bits = take_bits(batch, word, bits);
     while (bits != 0) {
         uint64_t shift = (uint64_t)__builtin_ctzll(bits);
         uint64_t ones = bits >> shift;

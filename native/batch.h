@@ -25,7 +25,8 @@ struct batch {
  *
  * For each page: set its in_flight bit, then clear its dirty bit, then look at its content. A crash
  * at any point leaves the page in at least one of the two; a write after the look makes it dirty
- * again. Stops when a table is full, pages_max or BATCH_WALK_PAGES_MAX are reached, or at the end. */
+ * again. A page whose dirty bit somebody else takes in between is theirs: it is not in a table, and not
+ * in flight by this call. Stops when a table is full, pages_max or BATCH_WALK_PAGES_MAX are reached, or at the end. */
 void take_batch(struct batch *batch);
 
 /* Copy the runs' pages, in order, to `output`. The caller checked the runs against `ram`. */

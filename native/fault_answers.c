@@ -9,7 +9,7 @@ static int check_answer(struct fault_service *service, const struct frame *frame
     for (*index = 0; *index < service->open_count; ++*index)
         if (service->open[*index].id == frame->request)
             break;
-    if (frame->kind < FRAME_DATA || *index == service->open_count)
+    if (*index == service->open_count)
         return stream_refuse(&service->stream, "an answer to request %llu, which is not open",
                              (unsigned long long)frame->request);
     request = &service->open[*index];

@@ -20,11 +20,13 @@ uint64_t monotonic_ns(void)
     return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
 }
 
-int stream_open(struct stream *stream, const unsigned char *session, size_t input_size,
-                size_t output_size)
+int stream_open(struct stream *stream, const unsigned char *session, uint8_t kind_min,
+                uint8_t kind_max, size_t input_size, size_t output_size)
 {
     memset(stream, 0, sizeof *stream);
     memcpy(stream->session, session, sizeof stream->session);
+    stream->kind_min = kind_min;
+    stream->kind_max = kind_max;
     stream->input = malloc(input_size);
     stream->output = malloc(output_size);
     stream->input_size = input_size;
@@ -113,8 +115,9 @@ static int check_frame(struct stream *stream, const struct frame *frame)
         return stream_refuse(stream, "frame %llu after %llu: lost or replayed",
                              (unsigned long long)frame->sequence,
                              (unsigned long long)stream->received);
-    if (frame->kind < FRAME_DEMAND || frame->kind > FRAME_SKIPPED)
-        return stream_refuse(stream, "a frame of kind %u", frame->kind);
+    if (frame->kind < stream->kind_min || frame->kind > stream->kind_max)
+        return stream_refuse(stream, "a frame of kind %u from a peer that may send %u to %u",
+                             frame->kind, stream->kind_min, stream->kind_max);
     if (frame->page_count == 0 || frame->page_count > FRAME_PAGES_MAX || frame->block == 0)
         return stream_refuse(stream, "a frame of %u pages of RAM block %u", frame->page_count,
                              frame->block);

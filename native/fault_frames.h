@@ -1,7 +1,7 @@
 /* Frames of the fault channel, as they lie on the wire: engine/wire/postcopy.py is their contract.
  *
- * A stream end checks magic, version, session, sequence and limits here; what a frame may ask for or
- * answer is checked by whoever takes it. */
+ * A stream end checks magic, version, session, sequence, direction and limits here; what a frame may ask
+ * for or answer is checked by whoever takes it. */
 #ifndef RAMFERRY_FAULT_FRAMES_H
 #define RAMFERRY_FAULT_FRAMES_H
 
@@ -41,6 +41,7 @@ _Static_assert(sizeof(struct frame) == 56, "a frame's header has 56 bytes");
 /* One end of the connection. Buffers belong to it; the socket does not. */
 struct stream {
     unsigned char session[16];
+    uint8_t kind_min, kind_max; /* of what comes in */
     uint64_t received, sent; /* sequence of the last frame each way */
     unsigned char *input, *output;
     size_t input_size, output_size; /* capacities */
@@ -49,8 +50,10 @@ struct stream {
     char reason[160];               /* why the connection cannot be used any more */
 };
 
-int stream_open(struct stream *stream, const unsigned char *session, size_t input_size,
-                size_t output_size);
+/* Takes in frames of kinds kind_min to kind_max, the largest of which fits into `input_size`. Returns 0 or
+ * -ENOMEM. */
+int stream_open(struct stream *stream, const unsigned char *session, uint8_t kind_min,
+                uint8_t kind_max, size_t input_size, size_t output_size);
 void stream_close(struct stream *stream);
 
 /* A new connection, over which one frame went each way already. */

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #define PREFETCH_PAGES_MAX ((uint64_t)128) /* on their way; a demand's answer may be behind them */
+_Static_assert(PREFETCH_PAGES_MAX <= FRAME_PAGES_MAX, "one request can ask for all, or one huge page");
 #define RESTS_MAX ((size_t)4)
 #define REST_PAGES ((uint64_t)64)
 
@@ -101,8 +102,9 @@ uint64_t faults_prefetch(struct fault_service *service, uint64_t index, uint64_t
            has_room(service, FRAME_PREFETCH)) {
         uint64_t from = page;
 
-        while (page < end && page - from < FRAME_PAGES_MAX && !has_bit(block->demanded, page) &&
-               !has_bit(block->prefetched, page) && !is_received(block->to.received, page, unit)) {
+        while (page < end && service->prefetch_pages + (page - from) < PREFETCH_PAGES_MAX &&
+               !has_bit(block->demanded, page) && !has_bit(block->prefetched, page) &&
+               !is_received(block->to.received, page, unit)) {
             set_bit(block->prefetched, page);
             page += unit;
         }

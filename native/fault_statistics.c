@@ -1,9 +1,13 @@
 #include "fault_statistics.h"
 
-/* One writer, readers in other processes: whole words, no order between them. */
+void statistics_set(uint64_t *words, size_t word, uint64_t value)
+{
+    __atomic_store_n(&words[word], value, __ATOMIC_RELAXED);
+}
+
 void statistics_add(uint64_t *words, size_t word, uint64_t amount)
 {
-    __atomic_store_n(&words[word], words[word] + amount, __ATOMIC_RELAXED);
+    statistics_set(words, word, words[word] + amount);
 }
 
 /* The blocked times, after the number of waiters has changed. */

@@ -27,6 +27,8 @@ void waiting_begin(struct waiting *waiting, uint32_t thread, uint64_t block, uin
 void waiting_end(struct waiting *waiting, uint64_t block, uint64_t first_page, uint64_t page_count,
                  uint64_t now_ns);
 
+/* One writer, readers in other processes: whole words, no order between them. */
+void statistics_set(uint64_t *words, size_t word, uint64_t value);
 void statistics_add(uint64_t *words, size_t word, uint64_t amount);
 
 #endif

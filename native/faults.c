@@ -18,6 +18,7 @@
 /* Every request fits at once, so sending one never waits. */
 #define OUTPUT_BYTES ((DEMANDS_MAX + ADVANCES_MAX) * sizeof(struct frame))
 #define INPUT_BYTES (FRAME_PAYLOAD_MAX + 64 * PAGE_BYTES)
+_Static_assert(INPUT_BYTES >= sizeof(struct frame) + FRAME_PAYLOAD_MAX, "any answer fits");
 
 int faults_open(struct fault_service **service, const struct fault_block *blocks, size_t count,
                 const unsigned char *session, uint64_t *statistics, uint64_t vcpus,
@@ -34,7 +35,7 @@ int faults_open(struct fault_service **service, const struct fault_block *blocks
     made->waiting.vcpus = vcpus;
     made->wants_news = wants_news;
     made->spin_ns = spin_ns_here();
-    if (stream_open(&made->stream, session, INPUT_BYTES, OUTPUT_BYTES) < 0)
+    if (stream_open(&made->stream, session, FRAME_DATA, FRAME_SKIPPED, INPUT_BYTES, OUTPUT_BYTES) < 0)
         goto no_memory;
     for (size_t i = 0; i < count; ++i) {
         struct fault_block *block = &made->blocks[i];
@@ -51,7 +52,7 @@ int faults_open(struct fault_service **service, const struct fault_block *blocks
         if (known == made->uffd_count)
             made->polled[2 + made->uffd_count++].fd = block->to.uffd;
     }
-    statistics[FAULT_OPEN] = 0; /* a predecessor's */
+    statistics_set(statistics, FAULT_OPEN, 0); /* a predecessor's */
     *service = made;
     return 0;
 
@@ -169,10 +170,13 @@ static int take_event(struct fault_service *service, int uffd, const struct uffd
 static int take_events(struct fault_service *service, int uffd)
 {
     struct uffd_msg events[EVENTS_MAX];
-    size_t room = DEMANDS_MAX - service->demand_count;
-    ssize_t size = read(uffd, events, (room < EVENTS_MAX ? room : EVENTS_MAX) * sizeof events[0]);
-    size_t count = size < 0 ? 0 : (size_t)size / sizeof events[0];
+    size_t room = DEMANDS_MAX - service->demand_count, count;
+    ssize_t size;
 
+    if (room == 0) /* taken by the userfaultfds before this one */
+        return 0;
+    size = read(uffd, events, (room < EVENTS_MAX ? room : EVENTS_MAX) * sizeof events[0]);
+    count = size < 0 ? 0 : (size_t)size / sizeof events[0];
     if (size < 0 && errno != EAGAIN && errno != EINTR)
         return -errno;
     statistics_add(service->words, FAULT_EVENTS, count);

@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "linux_abi.h"
 #include "userfault.h"
@@ -13,6 +15,11 @@
 
 /* Pages of one call: 64 KiB, about 20 us, in which a kernel without preemption runs nobody else. */
 #define CALL_PAGES_MAX ((uint64_t)16)
+
+/* A punch into a large folio of which somebody else holds a page (direct I/O, a pipe) says 0 and leaves zeros
+ * there. Most let go soon: 10 ms in all, for this may be in the downtime. */
+#define PUNCHES_MAX 10
+#define PUNCH_PAUSE_NS 1000000L
 
 /* Where zeros are copied from: never written, so it costs no memory. */
 static unsigned char ZEROS[HUGE_UNIT_PAGES * PAGE_BYTES] __attribute__((aligned(4096)));
@@ -168,6 +175,36 @@ static void clear_range(bitmap_word *bitmap, uint64_t first, uint64_t end)
         atomic_fetch_and(&bitmap[word], ~word_mask(word, first, end));
 }
 
+/* Whether nothing is left of fd[offset, end): what is left would be no fault, and read as zero. */
+static int is_hole(int fd, off_t offset, off_t end)
+{
+    off_t data = lseek(fd, offset, SEEK_DATA);
+
+    if (data < 0)
+        return errno == ENXIO ? 1 : -errno; /* ENXIO: only holes follow */
+    return data >= end;
+}
+
+/* Free pages [first, end). Returns 0, -EBUSY for those that stay, or -errno. */
+static int free_pages(int fd, uint64_t first, uint64_t end, uint64_t unit_pages)
+{
+    off_t from = (off_t)(first * PAGE_BYTES), to = (off_t)(end * PAGE_BYTES);
+    struct timespec pause = {0, PUNCH_PAUSE_NS};
+
+    for (int punches = 1;; ++punches) {
+        int rc = punch_hole(fd, from, to - from);
+
+        if (rc < 0 || unit_pages > 1) /* whole huge pages go exactly; hugetlbfs cannot tell its holes */
+            return rc;
+        rc = is_hole(fd, from, to);
+        if (rc != 0)
+            return rc < 0 ? rc : 0;
+        if (punches == PUNCHES_MAX)
+            return -EBUSY;
+        nanosleep(&pause, NULL);
+    }
+}
+
 int64_t discard_stale(int fd, bitmap_word *received, bitmap_word *stale, uint64_t page_count,
                       uint64_t unit_pages)
 {
@@ -183,7 +220,7 @@ int64_t discard_stale(int fd, bitmap_word *received, bitmap_word *stale, uint64_
             page = next_page(stale, end, page_count, true);
         } while (page < page_count && page - page % unit_pages == end);
         clear_range(received, first, end);
-        rc = punch_hole(fd, (off_t)(first * PAGE_BYTES), (off_t)((end - first) * PAGE_BYTES));
+        rc = free_pages(fd, first, end, unit_pages);
         if (rc < 0)
             return rc;
         clear_range(stale, first, end);

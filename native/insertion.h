@@ -49,7 +49,8 @@ int wake_pages(const struct insertion *to, uint64_t first_page, uint64_t page_co
 /* Free the units of `fd` of which any page is stale, before the guest runs. Their received bits are
  * cleared before, their stale bits after: whoever is killed in between leaves them to be freed again.
  *
- * Returns how many pages were freed, or -errno. */
+ * Returns how many pages were freed, or -errno; -EBUSY: pages stay that were punched, again and again. Moves
+ * the descriptor's position. */
 int64_t discard_stale(int fd, bitmap_word *received, bitmap_word *stale, uint64_t page_count,
                       uint64_t unit_pages);
 

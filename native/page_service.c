@@ -25,8 +25,7 @@
 #define OUTPUT_BYTES (FRAME_PAYLOAD_MAX + (CHUNK_PAGES + 1) * sizeof(struct frame))
 
 struct request {
-    uint64_t id;
-    uint32_t next, end;
+    uint64_t id, next, end; /* pages [next, end) have no answer yet; the largest block ends at 2^32 */
     uint16_t block;
     uint8_t kind;
 };
@@ -62,7 +61,7 @@ int pages_open(struct page_service **service, const struct page_block *blocks, s
     made->words = statistics;
     made->block_count = count;
     memcpy(made->blocks, blocks, count * sizeof *blocks);
-    if (stream_open(&made->stream, session, INPUT_BYTES, OUTPUT_BYTES) < 0) {
+    if (stream_open(&made->stream, session, FRAME_DEMAND, FRAME_REST, INPUT_BYTES, OUTPUT_BYTES) < 0) {
         pages_close(made);
         return -ENOMEM;
     }
@@ -95,8 +94,6 @@ static int check_request(struct page_service *service, const struct frame *frame
     const struct page_block *block = &service->blocks[frame->block - 1];
     uint64_t end = (uint64_t)frame->first_page + frame->page_count;
 
-    if (frame->kind > FRAME_REST)
-        return stream_refuse(&service->stream, "a frame of kind %u is no request", frame->kind);
     if (frame->request <= service->last_request)
         return stream_refuse(&service->stream, "request %llu after %llu: replayed",
                              (unsigned long long)frame->request,
@@ -127,12 +124,13 @@ static int take_request(struct page_service *service, const struct frame *frame)
     if (queue->count == queue->capacity)
         return stream_refuse(&service->stream, "more than %zu requests at once", queue->capacity);
     queue->requests[(queue->first + queue->count++) % queue->capacity] =
-        (struct request){frame->request, frame->first_page, frame->first_page + frame->page_count,
-                         frame->block, frame->kind};
+        (struct request){frame->request, frame->first_page,
+                         (uint64_t)frame->first_page + frame->page_count, frame->block, frame->kind};
     service->last_request = frame->request;
     statistics_add(service->words, PAGE_REQUESTS, 1);
     if (frame->kind == FRAME_DEMAND)
-        service->words[PAGE_LAST] = (((uint64_t)frame->block - 1) << 32 | frame->first_page) + 1;
+        statistics_set(service->words, PAGE_LAST,
+                       (((uint64_t)frame->block - 1) << 32 | frame->first_page) + 1);
     return 0;
 }
 
@@ -242,13 +240,13 @@ static int answer(struct page_service *service, struct request *request)
             header = output;
             stream->output_to += sizeof frame + (kind == FRAME_DATA ? unit_bytes : 0);
             frame.kind = (uint8_t)kind;
-            frame.first_page = request->next;
+            frame.first_page = (uint32_t)request->next;
             frame.page_count = frame.payload_bytes = 0;
         }
         frame.page_count += (uint32_t)block->unit_pages;
         frame.payload_bytes += kind == FRAME_DATA ? (uint32_t)unit_bytes : 0;
         count_answer(service, request, kind, block->unit_pages);
-        request->next += (uint32_t)block->unit_pages;
+        request->next += block->unit_pages;
         pages += block->unit_pages;
     }
     stream_put(stream, header, frame);

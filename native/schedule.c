@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <sched.h>
-#include <stdbool.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -76,7 +75,7 @@ static long times_given_way(void)
     return getrusage(RUSAGE_THREAD, &usage) < 0 ? 0 : usage.ru_nivcsw;
 }
 
-static void judge(struct spinner *spinner, bool was_disturbed)
+void spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns)
 {
     spinner->disturbed += was_disturbed;
     if (++spinner->spins < WINDOW_SPINS)
@@ -87,7 +86,7 @@ static void judge(struct spinner *spinner, bool was_disturbed)
         spinner->rest_ns = REST_NS_MIN;
     else if (spinner->rest_ns < REST_NS_MAX)
         spinner->rest_ns *= 2;
-    spinner->rests_until_ns = monotonic_ns() + spinner->rest_ns;
+    spinner->rests_until_ns = now_ns + spinner->rest_ns;
     spinner->spins = spinner->disturbed = 0;
 }
 
@@ -100,6 +99,6 @@ int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, 
         return poll(polled, count, wait_ms);
     given_way = times_given_way();
     rc = spin(polled, count, spinner->spin_ns);
-    judge(spinner, times_given_way() != given_way);
+    spinner_judge(spinner, times_given_way() != given_way, monotonic_ns());
     return rc != 0 ? rc : poll(polled, count, wait_ms);
 }

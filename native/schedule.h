@@ -3,6 +3,7 @@
 #define RAMFERRY_SCHEDULE_H
 
 #include <poll.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 /* Ask for turns of `slice_ns` in the caller's normal scheduling: a short one comes sooner, and needs no
@@ -27,5 +28,8 @@ struct spinner {
  * twice as long each time in a row, up to 32 ms: who shares its processor waits for it, and it loses the right
  * to be woken soon; and asleep it is put on another one. */
 int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, int wait_ms);
+
+/* Its decision: a spin has ended, in which it was made to give way or not. */
+void spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns);
 
 #endif

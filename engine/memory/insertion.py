@@ -133,8 +133,11 @@ def discard(blocks: Sequence[RamBlock], received: PageBitmaps, stale: PageBitmap
                 block.fd, received[index], stale[index], block.page_count, unit_pages(block)
             )
         except OSError as exc:
+            reason = exc.strerror
+            if exc.errno == errno.EBUSY:
+                reason = "somebody holds a part of their transparent huge page"
             raise MemoryRefused(
-                f"cannot discard pages of RAM block '{block.name}': {exc.strerror}"
+                f"cannot discard pages of RAM block '{block.name}': {reason}"
             ) from exc
     return freed
 

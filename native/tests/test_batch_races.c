@@ -1,7 +1,9 @@
-/* take_batch beside others who use the same words: an observer, and an owner of the other bits. */
+/* take_batch beside others who use the same words: an observer, an owner of the other bits, and one who takes
+ * the same. */
 #include "batch.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 
 #include "check.h"
@@ -15,6 +17,7 @@
 static bitmap_word dirty, in_flight;
 static _Atomic uint64_t round_number; /* odd while the round is being set up */
 static _Atomic uint64_t moves_seen;
+static _Atomic uint64_t others_share;
 static atomic_bool is_over;
 
 static void take_all_once(void)
@@ -91,8 +94,72 @@ static void rounds_beside(void *(*other)(void *))
     CHECK(pthread_join(thread, NULL) == 0);
 }
 
+/* Take some bits now and then, as a page service does. */
+static void *take_some(void *unused)
+{
+    uint64_t state = 7;
+
+    (void)unused;
+    while (!is_over) {
+        uint64_t bits = random_word(&state) & random_word(&state) & random_word(&state) & TAKEN;
+
+        atomic_fetch_or(&others_share, bits & atomic_fetch_and(&dirty, ~bits));
+    }
+    return NULL;
+}
+
+static uint64_t take_share(void)
+{
+    static unsigned char unread, table[16 * RUN_BYTES];
+    uint64_t share = 0;
+    struct batch batch = {
+        .ram = &unread,
+        .dirty = &dirty,
+        .in_flight = &in_flight,
+        .slice = {32, 64, 0, 1},
+        .pages_max = 64,
+        .data = {table, 16, 0, 0, {0, 0}},
+    };
+
+    take_batch(&batch);
+    for (size_t i = 0; i < batch.data.count; ++i) {
+        struct page_range run = run_at(table, i);
+
+        share |= word_mask(0, run.first_page, run.first_page + run.page_count);
+    }
+    CHECK(bit_count(share) == batch.data.pages);
+    return share;
+}
+
+/* Of two who take the same bits each gets its own, and what was in flight before stays so. */
+static void each_bit_is_taken_once(void)
+{
+    uint64_t state = 11;
+    pthread_t thread;
+
+    moves_seen = 0;
+    is_over = false;
+    dirty = 0;
+    CHECK(pthread_create(&thread, NULL, take_some, NULL) == 0);
+    for (int i = 0; i < ROUNDS_MAX && (i < ROUNDS_MIN || moves_seen < MOVES_SEEN); ++i) {
+        uint64_t before = random_word(&state) & TAKEN, share;
+
+        others_share = 0; /* every bit of the last round is accounted for */
+        in_flight = before;
+        atomic_fetch_or(&dirty, TAKEN);
+        share = take_share();
+        while ((share | others_share) != TAKEN)
+            sched_yield();
+        CHECK((share & others_share) == 0 && in_flight == (before | share) && dirty == 0);
+        moves_seen += share != 0 && share != TAKEN;
+    }
+    is_over = true;
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
 int main(void)
 {
+    each_bit_is_taken_once();
     rounds_beside(observe);
     rounds_beside(use_the_other_bits);
     return 0;

@@ -2,7 +2,9 @@
  * source's. Then hostile bytes at either service: they are refused, or do what they say. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -137,6 +139,21 @@ static void *run_background(void *argument)
     return NULL;
 }
 
+/* Control, which looks at both statistics pages at any time. */
+static void *run_reader(void *argument)
+{
+    struct world *world = argument;
+
+    while (!atomic_load(&world->ends)) {
+        for (size_t i = 0; i < PAGE_SERVICE_WORDS; ++i)
+            CHECK(__atomic_load_n(&world->page_words[i], __ATOMIC_RELAXED) < UINT64_C(1) << 40);
+        for (size_t i = 0; i < FAULT_WORDS; ++i)
+            CHECK(__atomic_load_n(&world->fault_words[i], __ATOMIC_RELAXED) < UINT64_C(1) << 40);
+        sched_yield();
+    }
+    return NULL;
+}
+
 static void *run_vcpu(void *argument)
 {
     struct world *world = argument;
@@ -154,16 +171,16 @@ static void *run_vcpu(void *argument)
 
 static void test_every_page_is_the_sources(bool with_background)
 {
-    void *(*roles[])(void *) = {run_vcpu, run_vcpu, run_background, run_faults, run_pages};
-    pthread_t threads[5];
+    void *(*roles[])(void *) = {run_vcpu, run_vcpu, run_background, run_faults, run_pages, run_reader};
+    pthread_t threads[6];
     static struct world world;
     unsigned char expected[PAGE_BYTES], found[PAGE_BYTES];
 
     CHECK(world_open(&world));
-    for (int i = 0; i < 5; ++i)
+    for (int i = 0; i < 6; ++i)
         if (i != 2 || with_background)
             CHECK(pthread_create(&threads[i], NULL, roles[i], &world) == 0);
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < 6; ++i) {
         if (i == 3)
             atomic_store(&world.ends, true);
         if (i != 2 || with_background)
@@ -251,6 +268,127 @@ static void test_hostile_bytes_do_no_harm(uint64_t seed)
     world_close(&world);
 }
 
+/* Serve one request on a connection of its own until the head of an answer is there, for 10 s at most. */
+static int serve_request(struct page_service *pages, int never, const struct frame *frame,
+                         struct frame *answer)
+{
+    int both[2], happened = 0;
+    ssize_t got = 0;
+
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, both) == 0);
+    CHECK(send(both[1], frame, sizeof *frame, 0) == sizeof *frame);
+    pages_reconnect(pages);
+    for (int i = 0; i < 200 && happened == 0 && got != sizeof *answer; ++i) {
+        happened = pages_run(pages, both[0], never, 50);
+        got = recv(both[1], answer, sizeof *answer, MSG_DONTWAIT);
+    }
+    close(both[0]);
+    close(both[1]);
+    return happened;
+}
+
+static struct frame demand_of(uint32_t page)
+{
+    struct frame frame = {.magic = {'r', 'f', 'p', 'f'}, .version = 1, .kind = FRAME_DEMAND,
+                          .codec = 1, .sequence = 2, .request = 1, .first_page = page,
+                          .page_count = 1, .block = 1};
+
+    memcpy(frame.session, SESSION, sizeof SESSION);
+    return frame;
+}
+
+static void test_an_answer_is_no_request_however_large(void)
+{
+    static struct world world;
+    struct frame frame = demand_of(0), answer;
+
+    CHECK(world_open(&world));
+    frame.kind = FRAME_DATA; /* larger than what the service takes in at once */
+    frame.page_count = 512;
+    frame.payload_bytes = 512 * PAGE_BYTES;
+    CHECK(serve_request(world.pages, world.never[0], &frame, &answer) == PAGES_LOST);
+    CHECK(strstr(pages_reason(world.pages), "kind 6") != NULL);
+    world_close(&world);
+}
+
+static void test_the_last_page_of_the_largest_block_is_answered(void)
+{
+    const uint64_t page_count = UINT64_C(1) << 32;
+    int fd = memfd_create("large", MFD_CLOEXEC), never[2];
+    struct frame frame = demand_of(UINT32_MAX), answer = {.kind = 0};
+    uint64_t words[PAGE_SERVICE_WORDS] = {0};
+    struct page_block block = {fd, page_count, 1, NULL};
+    struct page_service *pages;
+
+    CHECK(ftruncate(fd, (off_t)(page_count * PAGE_BYTES)) == 0 && pipe(never) == 0);
+    block.dirty = mmap(NULL, page_count / 8, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(block.dirty != MAP_FAILED);
+    CHECK(pages_open(&pages, &block, 1, SESSION, words) == 0);
+    CHECK(serve_request(pages, never[0], &frame, &answer) == 0);
+    CHECK(answer.kind == FRAME_ZERO && answer.first_page == UINT32_MAX && answer.page_count == 1);
+    CHECK(words[PAGE_DEMAND_PAGES] == 1);
+    pages_close(pages);
+    munmap((void *)block.dirty, page_count / 8);
+    close(fd);
+    close(never[0]);
+    close(never[1]);
+}
+
+static void *read_a_page(void *page)
+{
+    return (void *)(uintptr_t)*(volatile unsigned char *)page;
+}
+
+static void begin_fault(struct world *world, uint64_t page, pthread_t *thread)
+{
+    struct pollfd polled = {world->uffd, POLLIN, 0};
+
+    CHECK(pthread_create(thread, NULL, read_a_page, world->ram + page * PAGE_BYTES) == 0);
+    CHECK(poll(&polled, 1, 60000) == 1);
+}
+
+/* By somebody else: the demand stays open. */
+static void end_fault(struct world *world, uint64_t page, pthread_t thread)
+{
+    struct inserted_pages counts = {0, 0};
+
+    CHECK(insert_pages(&world->to, NULL, page, 1, &counts) == 0 && counts.fresh == 1);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
+static void test_a_fault_that_finds_no_room_for_its_demand_waits(void)
+{
+    static struct world first, second;
+    static uint64_t words[FAULT_WORDS];
+    struct fault_service *faults;
+    struct fault_block blocks[2];
+    pthread_t threads[2];
+    const uint64_t most = 1024; /* DEMANDS_MAX of native/fault_service.h */
+
+    CHECK(world_open(&first) && world_open(&second));
+    blocks[0] = (struct fault_block){.to = first.to, .page_count = PAGES};
+    blocks[1] = (struct fault_block){.to = second.to, .page_count = PAGES};
+    CHECK(faults_open(&faults, blocks, 2, SESSION, words, 2, false) == 0);
+    for (uint64_t page = 0; page < most - 1; ++page) {
+        begin_fault(&first, page, &threads[0]);
+        CHECK(faults_run(faults, -1, first.never[0], 0) == 0);
+        end_fault(&first, page, threads[0]);
+    }
+    CHECK(words[FAULT_OPEN] == most - 1);
+    begin_fault(&first, most, &threads[0]);
+    begin_fault(&second, 0, &threads[1]);
+    for (int i = 0; i < 2; ++i) {
+        CHECK(faults_run(faults, -1, first.never[0], 0) == 0);
+        CHECK(words[FAULT_OPEN] == most && words[FAULT_EVENTS] == most);
+    }
+    end_fault(&first, most, threads[0]);
+    end_fault(&second, 0, threads[1]);
+    faults_close(faults);
+    world_close(&first);
+    world_close(&second);
+}
+
 /* Another thread changes other bits of the same words meanwhile. */
 struct neighbours {
     bitmap_word *received;
@@ -311,6 +449,9 @@ int main(void)
         return SKIPPED;
     }
     world_close(&world);
+    test_an_answer_is_no_request_however_large();
+    test_the_last_page_of_the_largest_block_is_answered();
+    test_a_fault_that_finds_no_room_for_its_demand_waits();
     for (int i = 0; i < ROUNDS; ++i) {
         test_every_page_is_the_sources(i % 2 == 0);
         test_hostile_bytes_do_no_harm((uint64_t)i + 1);

@@ -80,6 +80,36 @@ static void a_spinner_that_rests_sleeps_at_once(void)
     close(ends[1]);
 }
 
+/* A window of 8 spins, `disturbed` of them; what it is to rest then, in ms. */
+static uint64_t window_ms(struct spinner *spinner, unsigned disturbed)
+{
+    static uint64_t now_ns = UINT64_C(1000000000);
+    const struct spinner before = *spinner;
+
+    CHECK(spinner->spins == 0 && spinner->disturbed == 0);
+    for (unsigned i = 0; i < 8; ++i) {
+        CHECK(spinner->spins == i && spinner->disturbed == (i < disturbed ? i : disturbed));
+        CHECK(spinner->rest_ns == before.rest_ns);
+        CHECK(spinner->rests_until_ns == before.rests_until_ns);
+        spinner_judge(spinner, i < disturbed, ++now_ns);
+    }
+    CHECK(spinner->rests_until_ns == now_ns + spinner->rest_ns);
+    return spinner->rest_ns / 1000000;
+}
+
+static void rests_double_up_to_32_ms_and_end_with_a_quiet_window(void)
+{
+    static const uint64_t RESTS_MS[] = {1, 2, 4, 8, 16, 32, 32, 32};
+    struct spinner spinner = {.spin_ns = SPIN};
+
+    CHECK(window_ms(&spinner, 0) == 0 && window_ms(&spinner, 2) == 0);
+    for (size_t i = 0; i < sizeof RESTS_MS / sizeof RESTS_MS[0]; ++i)
+        CHECK(window_ms(&spinner, i % 2 ? 3 : 8) == RESTS_MS[i]);
+    CHECK(window_ms(&spinner, 2) == 0);
+    CHECK(window_ms(&spinner, 3) == 1 && window_ms(&spinner, 8) == 2); /* from the start again */
+    CHECK(window_ms(&spinner, 0) == 0);
+}
+
 static atomic_bool is_over;
 
 static void *keep_busy(void *nothing)
@@ -115,6 +145,7 @@ static void a_spinner_that_shares_its_processor_comes_to_rest(void)
 
 int main(void)
 {
+    rests_double_up_to_32_ms_and_end_with_a_quiet_window();
     a_spinner_that_rests_sleeps_at_once();
     a_spinner_that_shares_its_processor_comes_to_rest();
     what_is_ready_is_found_at_once();

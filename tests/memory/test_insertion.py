@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -62,6 +64,22 @@ def guest(page_count: int = PAGES, *, fd: int = -1, backing: int = PAGE) -> Iter
         received = PageBitmaps.create("received", [block])
         stack.callback(received.close)
         yield Guest(block, ram, uffd, received)
+
+
+@contextlib.contextmanager
+def file_in_tmpfs(path: Path, options: str) -> Iterator[int]:
+    """A file in a tmpfs of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root; CI runs this as root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
+    try:
+        fd = os.open(path / "ram", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 runs_of_pages = st.lists(
@@ -156,24 +174,12 @@ def test_bad_runs_place_nothing(runs: list[tuple[int, int]], payload_pages: int)
 
 @needs_uffd
 def test_memory_that_is_full_is_an_error_and_what_was_placed_is_marked(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root; CI runs this as root")
-    import subprocess
-
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)], check=True)
-    try:
-        fd = os.open(tmp_path / "ram", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            with guest(64, fd=fd) as made:
-                with pytest.raises(MemoryRefused, match="cannot place pages behind the guest"):
-                    made.inserter().place(0, memoryview(b"x" * 64 * PAGE), table_of([(0, 64)]), 1)
-                marked = pages_of(made.received[0])
-                assert marked <= set(range(32))
-                assert made.block.allocated_bytes() >= len(marked) * PAGE
-        finally:
-            os.close(fd)
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+    with file_in_tmpfs(tmp_path, "size=128k") as fd, guest(64, fd=fd) as made:
+        with pytest.raises(MemoryRefused, match="cannot place pages behind the guest"):
+            made.inserter().place(0, memoryview(b"x" * 64 * PAGE), table_of([(0, 64)]), 1)
+        marked = pages_of(made.received[0])
+        assert marked <= set(range(32))
+        assert made.block.allocated_bytes() >= len(marked) * PAGE
 
 
 # -- discarding ----------------------------------------------------------------------------------
@@ -248,6 +254,54 @@ def test_discarding_that_was_killed_is_done_again_and_all_is_right(moment: int) 
         assert pages_of(received[0]) == set(rest)
         assert block.allocated_bytes() == len(rest) * PAGE
         assert stale.count() == 0
+
+
+class IoVector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def held_by_a_pipe(ram: mmap.mmap, page: int) -> Iterator[None]:
+    """Another one of the kernel's references to a page of `ram`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    read_end, write_end = os.pipe()
+    try:
+        part = IoVector(_native.mapping_address(ram) + page * PAGE, PAGE)
+        assert libc.vmsplice(write_end, ctypes.byref(part), 1, 0) == PAGE
+        yield
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_what_a_punch_leaves_in_a_huge_page_of_a_tmpfs_fails_the_discard(tmp_path: Path) -> None:
+    """Such a page would be no fault, and zero. Its stale bit stays for the next time."""
+    with contextlib.ExitStack() as stack:
+        fd = stack.enter_context(file_in_tmpfs(tmp_path, "huge=always"))
+        block = RamBlock("ram", 2 * HUGE, fd)
+        os.ftruncate(fd, block.size)
+        ram = stack.enter_context(block.map())
+        ram[:] = b"x" * block.size
+        received, stale = (PageBitmaps.create(name, [block]) for name in ("received", "stale"))
+        for bitmaps in (received, stale):
+            stack.callback(bitmaps.close)
+        received.fill()
+        _native.bitmap_set_range(stale[0], 5, 1)
+        with held_by_a_pipe(ram, 100):
+            with pytest.raises(MemoryRefused, match="RAM block 'ram': somebody holds a part"):
+                discard([block], received, stale)
+            assert pages_of(stale[0]) == {5}
+            assert 5 not in pages_of(received[0])
+            _native.bitmap_set_range(stale[0], 600, 1)  # in the other huge page, which nobody holds
+            with pytest.raises(MemoryRefused):
+                discard([block], received, stale)
+
+        assert discard([block], received, stale) == 2
+
+        assert stale.count() == 0
+        assert pages_of(received[0]) == set(range(block.page_count)) - {5, 600}
+        assert os.lseek(fd, 5 * PAGE, os.SEEK_DATA) == 6 * PAGE
+        assert ram[6 * PAGE : 7 * PAGE] == b"x" * PAGE
 
 
 @given(

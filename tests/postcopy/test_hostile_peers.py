@@ -101,7 +101,10 @@ GOOD = frame(FaultKind.DEMAND, 2, 1)
         pytest.param(GOOD + GOOD, "frame 2 after 2", id="replayed-frame"),
         pytest.param(GOOD + frame(FaultKind.DEMAND, 3, 1), "request 1 after 1", id="replayed-id"),
         pytest.param(frame(FaultKind.DEMAND, 2, 1, session=bytes(16)), "session", id="session"),
-        pytest.param(frame(FaultKind.ZERO, 2, 1), "is no request", id="an-answer"),
+        pytest.param(frame(FaultKind.ZERO, 2, 1), "kind 7 from a peer", id="an-answer"),
+        pytest.param(
+            frame(FaultKind.DATA, 2, 1, pages=512), "kind 6 from", id="an-answer-of-2-MiB"
+        ),
         pytest.param(frame(FaultKind.OPEN, 2, 1), "kind 1", id="opened-again"),
         pytest.param(frame(FaultKind.DEMAND, 2, 1, pages=0), "0 pages", id="no-pages"),
         pytest.param(frame(FaultKind.DEMAND, 2, 1, pages=513), "513 pages", id="too-many-pages"),
@@ -263,7 +266,7 @@ def one_page(**fields: Any) -> bytes:
             frame(FaultKind.DATA, 2, 2, first_page=7) + b"x" * PAGE, "not open", id="no-request"
         ),
         pytest.param(frame(FaultKind.SKIPPED, 2, 1, first_page=7), "cannot be skipped", id="skip"),
-        pytest.param(frame(FaultKind.DEMAND, 2, 1, first_page=7), "not open", id="a-request"),
+        pytest.param(frame(FaultKind.DEMAND, 2, 1, first_page=7), "kind 3 from", id="a-request"),
         pytest.param(one_page(first_page=7, session=bytes(16)), "session", id="session"),
         pytest.param(
             frame(FaultKind.DATA, 3, 1, first_page=7) + b"x" * PAGE, "lost or replayed", id="gap"

@@ -65,6 +65,13 @@ def test_prefetches_outside_ram_and_negative_waits_are_refused() -> None:
     assert _native.faults_news(service) == []
 
 
+def test_no_more_than_128_pages_are_asked_for_in_advance() -> None:
+    service = faults()
+    _native.faults_reconnect(service)
+    asked = [_native.faults_prefetch(service, 0, first, 100) for first in (0, 50, 500, 900)]
+    assert asked == [100, 28, 0, 0]  # 0 to 99, 100 to 127
+
+
 def test_a_userfaultfd_that_is_none_is_an_error_of_the_system() -> None:
     read_end, write_end = os.pipe()
     try:
