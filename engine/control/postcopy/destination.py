@@ -66,7 +66,7 @@ class PostcopyDestination:
         cls, host: Host, session: bytes, tell: Callable[[wire.Message], None]
     ) -> PostcopyDestination:
         """After the death of the control process that had begun it. What has data is here; what
-        was zero before is asked for again.
+        was zero before, and every huge page, is asked for again.
 
         :raise MigrationError: the guest does not lend its userfaultfd, or there is no fault
             service.

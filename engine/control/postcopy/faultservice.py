@@ -41,8 +41,8 @@ class FaultService:
     ) -> None:
         """
         :param prefetch_pages_max: asked for at once in advance; 0: none.
-        :param is_new: all pages are here, but for what will be called stale; else those that have
-            data.
+        :param is_new: all pages are here, but for what will be called stale; else those that surely
+            were placed. Others that were, too, stay as they are when they come again.
         :raise OSError: no memory or descriptors for what it shares."""
         self._pool, self._session, self._blocks = pool, session, tuple(blocks)
         self._missing, self._moved = missing, moved
@@ -53,7 +53,7 @@ class FaultService:
         if is_new:
             self.received.fill()
         else:
-            self.received.set_data()
+            self.received.set_placed()
         self.endpoint = ""
         self._bind = ""
         self._worker: Worker[wire.FaultsReport] | None = None
