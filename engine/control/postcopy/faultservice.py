@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -43,17 +44,22 @@ class FaultService:
         :param prefetch_pages_max: asked for at once in advance; 0: none.
         :param is_new: all pages are here, but for what will be called stale; else those that surely
             were placed. Others that were, too, stay as they are when they come again.
-        :raise OSError: no memory or descriptors for what it shares."""
+        :raise OSError: no memory or descriptors for what it shares; nothing is left of it."""
         self._pool, self._session, self._blocks = pool, session, tuple(blocks)
         self._missing, self._moved = missing, moved
         self._prefetch_pages_max = prefetch_pages_max
-        self.received = PageBitmaps.create("received", blocks)
-        self.stale = PageBitmaps.create("stale", blocks)
-        self.statistics = FaultStatistics.create()
-        if is_new:
-            self.received.fill()
-        else:
-            self.received.set_placed()
+        with contextlib.ExitStack() as made:
+            self.received = PageBitmaps.create("received", blocks)
+            made.callback(self.received.close)
+            self.stale = PageBitmaps.create("stale", blocks)
+            made.callback(self.stale.close)
+            self.statistics = FaultStatistics.create()
+            made.callback(self.statistics.close)
+            if is_new:
+                self.received.fill()
+            else:
+                self.received.set_placed()
+            self._shared = made.pop_all()
         self.endpoint = ""
         self._bind = ""
         self._worker: Worker[wire.FaultsReport] | None = None
@@ -133,9 +139,7 @@ class FaultService:
         if self._worker is not None:
             await self._worker.end()
             self._worker = None
-        self.received.close()
-        self.stale.close()
-        self.statistics.close()
+        self._shared.close()
 
     # -- what it says ----------------------------------------------------------------------------
 
