@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from engine import _native
-from engine.memory.blocks import RamBlock
+from engine.memory.blocks import PAGE_SIZE, RamBlock
 
 ALIGNMENT: Final = 4096  #: each block's words begin on a page of their own
 
@@ -96,6 +96,16 @@ class PageBitmaps:
         return sum(
             _native.bitmap_set_data(block.fd, 0, block.size, view)
             for view, block in zip(self._views, self.blocks, strict=True)
+        )
+
+    def set_placed(self) -> int:
+        """Set the bit of every page that surely was placed; return the bits newly set.
+
+        None of huge pages: hugetlbfs calls a hole data, and it would read as zero."""
+        return sum(
+            _native.bitmap_set_data(block.fd, 0, block.size, view)
+            for view, block in zip(self._views, self.blocks, strict=True)
+            if block.backing_page_size == PAGE_SIZE
         )
 
     def unmap(self) -> None:

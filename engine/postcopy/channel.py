@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 from engine import unixsocket, wire
 from engine.errors import MemoryRefused, UsageError, WireError
 
-CONNECT_WAIT_S: Final = 5.0  #: for the connection and for OPENED, each
+CONNECT_WAIT_S: Final = 5.0  #: for the connection and OPENED, together
 STRANGERS_MAX: Final = 16  #: connections without OPEN; the oldest gives way
 OPEN_WAIT_S: Final = 10.0
 #: A dead peer is noticed 4 + 3 x 2 = 10 s after its last sign, or when bytes wait 10 s for an
@@ -71,11 +71,12 @@ def connect(endpoint: str, session: bytes, incarnation: int) -> socket.socket:
     except OSError as exc:
         raise ConnectionError(f"cannot connect to {endpoint}: {exc.strerror}") from exc
     try:
+        until_ns = time.monotonic_ns() + int(CONNECT_WAIT_S * 1e9)
         connection.settimeout(CONNECT_WAIT_S)
         connection.connect(where)
         _set_options(connection)
         connection.sendall(wire.FaultFrame(wire.FaultKind.OPEN, session, 1, incarnation).encode())
-        answer = wire.decode_fault_frame(_read_frame(connection))
+        answer = wire.decode_fault_frame(_read_frame(connection, until_ns))
         if (answer.kind, answer.session, answer.sequence, answer.request) != (
             wire.FaultKind.OPENED, session, 1, incarnation,
         ):  # fmt: skip
@@ -90,10 +91,14 @@ def connect(endpoint: str, session: bytes, incarnation: int) -> socket.socket:
     return connection
 
 
-def _read_frame(connection: socket.socket) -> bytes:
+def _read_frame(connection: socket.socket, until_ns: int) -> bytes:
     """Exactly one frame, for the next byte is native code's."""
     data = b""
     while len(data) < wire.FAULT_FRAME.size:
+        left_ns = until_ns - time.monotonic_ns()
+        if left_ns <= 0:
+            raise TimeoutError("timed out")
+        connection.settimeout(left_ns / 1e9)
         part = connection.recv(wire.FAULT_FRAME.size - len(data))
         if not part:
             raise ConnectionError("the fault service hung up")

@@ -356,11 +356,42 @@ def test_huge_pages_are_placed_and_discarded_whole() -> None:
         os.close(fd)
 
 
+@needs_uffd
+@pytest.mark.usefixtures("huge_pages")
+def test_huge_pages_nobody_knows_of_are_kept_and_known_when_they_come_again() -> None:
+    """The bitmap of those that were placed went with the control process."""
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    try:
+        with guest(1536, fd=fd, backing=HUGE) as made:
+            inserter, run = made.inserter(), table_of([(512, 512)])
+            inserter.place(0, memoryview(b"a" * HUGE), run, 1)
+            made.ram[HUGE : HUGE + 5] = b"guest"
+            made.received.clear()
+            assert made.received.set_placed() == 0
+            assert inserter.place(0, memoryview(b"a" * 2 * HUGE), table_of([(512, 1024)]), 1) == 512
+            assert made.ram[HUGE : HUGE + 6] == b"guesta"
+            assert pages_of(made.received[0]) == set(range(512, 1536))
+            made.received.clear()
+            assert inserter.clear(0, run, 1) == 512
+            assert made.ram[HUGE : HUGE + 6] == b"guesta"
+    finally:
+        os.close(fd)
+
+
 def test_a_second_userfaultfd_over_the_same_mapping_is_refused() -> None:
     if not has_userfaultfd():
         pytest.skip("no userfaultfd here")
     with guest(16) as made, pytest.raises(MemoryRefused, match="cannot be registered for faults"):
         open_missing([made.ram])
+
+
+@needs_uffd
+def test_what_surely_was_placed_is_what_has_data() -> None:
+    with guest(16) as made:
+        for page in (2, 3, 9):
+            os.pwrite(made.block.fd, b"x", page * PAGE)
+        assert made.received.set_placed() == 3
+        assert pages_of(made.received[0]) == {2, 3, 9}
 
 
 def test_filling_sets_the_bits_of_all_pages_and_none_beyond() -> None:

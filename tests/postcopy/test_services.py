@@ -224,6 +224,31 @@ def test_huge_pages_fault_and_come_whole_through_cuts(codec: str) -> None:
     run(scenario())
 
 
+@pytest.mark.usefixtures("huge_pages")
+def test_huge_pages_that_are_here_are_kept_where_that_is_not_known_any_more() -> None:
+    async def scenario() -> None:
+        with source(4 * 512, hugetlb=True) as fd:
+            async with rig(fd, hugetlb=True) as made:
+                await made.start()
+                await made.toucher.ask(Touches(count=2 * 512, writes=True))
+                await made.settled()
+                for worker in made.workers:
+                    await worker.end()
+                made.received.clear()
+                rest = Touches(first=2 * 512, count=2 * 512, writes=True)
+                touching = asyncio.create_task(made.toucher.ask(rest))
+                worker, faults = await made.start_faults()
+                await made.start_pages()
+                assert (await touching)["wrong"] == []
+                worker.order(wire.FetchRest())
+                await faults.next(wire.AllReceived)
+                assert await made.toucher.ask(None) == {"marked": 4 * 512}
+                assert made.received.count() == 4 * 512
+                assert made.fault_statistics[FaultCount.PRESENT_PAGES] == 2 * 512
+
+    run(scenario())
+
+
 # -- discard -------------------------------------------------------------------------------------
 
 

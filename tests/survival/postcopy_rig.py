@@ -47,6 +47,8 @@ class Duel:
     between: Proxy
     base: int
     stack: AsyncExitStack
+    guest: str
+    writes: str  #: what the source's guest does
     lives: dict[str, engine.Control] = field(default_factory=dict)
     guests: dict[str, psutil.Process] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)  #: sides that have ended, and do not begin again
@@ -65,7 +67,7 @@ class Duel:
         """Start a side, or start it again where it was killed."""
         rundir = self.directory / side
         rundir.mkdir(mode=0o700, exist_ok=True)
-        spec = f"{GUEST},rundir={rundir}" + (f",{WRITES}" if side == "source" else "")
+        spec = f"{self.guest},rundir={rundir}" + (f",{self.writes}" if side == "source" else "")
         settings = [*SETTINGS, f"x-multifd-port-base={self.base + 1}"]
         incoming = f"tcp:{TARGET}:{self.base}" if side == "destination" else None
         control = engine.Control.start(
@@ -241,14 +243,14 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def duel(directory: Path) -> AsyncIterator[Duel]:
+async def duel(directory: Path, guest: str = GUEST, writes: str = WRITES) -> AsyncIterator[Duel]:
     """Both sides, through a proxy; at the end nothing of them is left."""
     (directory / "state").mkdir()
     async with (
         proxy(EVERYTHING) as (between, base),
         AsyncExitStack() as stack,
     ):
-        both = Duel(directory, between, base, stack)
+        both = Duel(directory, between, base, stack, guest, writes)
         for side in SIDES:
             await both.start(side)
         yield both

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,13 +16,16 @@ import pytest
 import engine
 from engine.control.status import Status
 from engine.guest.token import Kind, encode
+from tests.hugepages import huge_pages
 from tests.kernel import has_userfaultfd
 from tests.survival.postcopy_rig import (
     CHANNELS,
     EVERYTHING,
     FAULTS,
+    GUEST,
     HANDOVER,
     MAIN,
+    PAGES,
     SIDES,
     Duel,
     duel,
@@ -29,6 +33,8 @@ from tests.survival.postcopy_rig import (
     measure,
 )
 from tests.survival.rig import kill
+
+__all__ = ["huge_pages"]
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +150,32 @@ def test_what_cannot_come_back_by_itself_is_recovered(
                 await lose(both, kind)
                 if number + 1 < len(parts):
                     await both.repair()
+            assert await both.settle() == "destination"
+            await both.check("destination")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("huge_pages")
+@pytest.mark.parametrize("kind", ["destination-control", "both-controls"])
+def test_huge_pages_are_all_asked_for_again_and_those_that_are_here_are_kept(
+    tmp_path: Path, kind: str
+) -> None:
+    """hugetlbfs does not say what is a hole: what was received is lost with the control process."""
+
+    async def scenario() -> None:
+        # The guest stays in its first huge page, and has written there when control is killed.
+        async with duel(tmp_path, f"{GUEST},hugetlb=2M", "rate=200k,pattern=sweep") as both:
+            await both.in_postcopy()
+            await both.until_running(both.destination)
+            assert 0 < await both.missing() < PAGES
+            await lose(both, kind)
+            await both.start("destination")
+            info: dict[str, Any] = {}
+            async with asyncio.timeout(HEALED_WITHIN_S):
+                while "x-postcopy" not in info:
+                    info = await both.until("destination", Status.POSTCOPY_PAUSED)
+            assert info["x-postcopy"]["missing-pages"] == PAGES
             assert await both.settle() == "destination"
             await both.check("destination")
 

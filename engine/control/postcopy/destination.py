@@ -7,6 +7,7 @@ missing page would read as zero.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -22,6 +23,22 @@ from engine.postcopy.statistics import FaultCount
 NS_PER_MS = 1_000_000
 #: Where nobody comes: faults wait until it is known from where the source comes.
 NOWHERE = "tcp://127.0.0.1:*"
+
+
+def _service(
+    host: Host,
+    session: bytes,
+    missing: Missing,
+    tell: Callable[[wire.Message], None],
+    *,
+    is_new: bool,
+) -> FaultService:
+    """For this host's guest; not started."""
+    return FaultService(
+        host.faults, session, host.guest.blocks, missing,
+        lambda endpoint: tell(wire.FaultsMoved(endpoint)),
+        prefetch_pages_max=host.parameters.x_postcopy_prefetch, is_new=is_new,
+    )  # fmt: skip
 
 
 class PostcopyDestination:
@@ -44,21 +61,17 @@ class PostcopyDestination:
         """Every round so far is placed: from now on the guest would wait for what is missing.
 
         :raise MigrationError: there is no userfaultfd, or no fault service; nothing is left of it.
-        :raise TimeoutError: the fault service does not answer."""
+        :raise OSError: no memory or descriptors for it; nothing is left of it.
+        :raise TimeoutError: the fault service does not answer; nothing is left of it."""
         missing = await host.guest.open_missing()
-        service = FaultService(
-            host.faults, session, host.guest.blocks, missing,
-            lambda endpoint: tell(wire.FaultsMoved(endpoint)),
-            prefetch_pages_max=host.parameters.x_postcopy_prefetch,
-        )  # fmt: skip
-        try:
+        async with contextlib.AsyncExitStack() as begun:
+            begun.push_async_callback(host.guest.close_missing)
+            service = _service(host, session, missing, tell, is_new=True)
+            begun.push_async_callback(service.end)
             await service.start(bind)
             receivers.insert(missing, service.received)
             await receivers.inserting()
-        except BaseException:
-            await service.end()
-            await host.guest.close_missing()
-            raise
+            begun.pop_all()
         return cls(host, missing, service)
 
     @classmethod
@@ -66,17 +79,14 @@ class PostcopyDestination:
         cls, host: Host, session: bytes, tell: Callable[[wire.Message], None]
     ) -> PostcopyDestination:
         """After the death of the control process that had begun it. What has data is here; what
-        was zero before is asked for again.
+        was zero before, and every huge page, is asked for again.
 
         :raise MigrationError: the guest does not lend its userfaultfd, or there is no fault
             service.
+        :raise OSError: no memory or descriptors for it.
         :raise TimeoutError: the fault service does not answer."""
         missing = await host.guest.open_missing()
-        service = FaultService(
-            host.faults, session, host.guest.blocks, missing,
-            lambda endpoint: tell(wire.FaultsMoved(endpoint)),
-            prefetch_pages_max=host.parameters.x_postcopy_prefetch, is_new=False,
-        )  # fmt: skip
+        service = _service(host, session, missing, tell, is_new=False)
         try:
             await service.start(NOWHERE)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Final
 
 from engine import wire
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
-from engine.errors import MigrationError, WorkerLost
+from engine.errors import MigrationError, WorkerLost, text_of
 from engine.guest.base import Missing
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import RamBlock
@@ -41,19 +42,24 @@ class FaultService:
     ) -> None:
         """
         :param prefetch_pages_max: asked for at once in advance; 0: none.
-        :param is_new: all pages are here, but for what will be called stale; else those that have
-            data.
-        :raise OSError: no memory or descriptors for what it shares."""
+        :param is_new: all pages are here, but for what will be called stale; else those that surely
+            were placed. Others that were, too, stay as they are when they come again.
+        :raise OSError: no memory or descriptors for what it shares; nothing is left of it."""
         self._pool, self._session, self._blocks = pool, session, tuple(blocks)
         self._missing, self._moved = missing, moved
         self._prefetch_pages_max = prefetch_pages_max
-        self.received = PageBitmaps.create("received", blocks)
-        self.stale = PageBitmaps.create("stale", blocks)
-        self.statistics = FaultStatistics.create()
-        if is_new:
-            self.received.fill()
-        else:
-            self.received.set_data()
+        with contextlib.ExitStack() as made:
+            self.received = PageBitmaps.create("received", blocks)
+            made.callback(self.received.close)
+            self.stale = PageBitmaps.create("stale", blocks)
+            made.callback(self.stale.close)
+            self.statistics = FaultStatistics.create()
+            made.callback(self.statistics.close)
+            if is_new:
+                self.received.fill()
+            else:
+                self.received.set_placed()
+            self._shared = made.pop_all()
         self.endpoint = ""
         self._bind = ""
         self._worker: Worker[wire.FaultsReport] | None = None
@@ -75,7 +81,7 @@ class FaultService:
         """Serve faults, and listen for the page service; return where.
 
         :raise MigrationError: it cannot be started, or cannot listen there.
-        :raise TimeoutError: it does not answer."""
+        :raise TimeoutError: it does not answer, and is lost."""
         self._bind = bind
         await self._employ()
         return self.endpoint
@@ -83,9 +89,9 @@ class FaultService:
     async def _employ(self) -> None:
         if self._worker is not None:
             await self._worker.end()
+        self._employed_ns = time.monotonic_ns()
         worker = self._worker = self._pool.take(0)
         self.endpoint, self._failure = "", None
-        self._employed_ns = time.monotonic_ns()
         worker.listen(lambda report: self._take(worker, report), self._lose)
         shapes = [wire.BlockShape.of(block) for block in self._blocks]
         fds = [self.received.fd, self.stale.fd, self.statistics.fd]
@@ -95,33 +101,45 @@ class FaultService:
             self._missing.vcpus, self._prefetch_pages_max,
         )  # fmt: skip
         worker.order(order, fds)
-        await self._until(lambda: self.endpoint, REPORT_WAIT_S)
+        await self._listening(worker)
         if self._is_rest_wanted:
             worker.order(wire.FetchRest())
+
+    async def _listening(self, worker: Worker[wire.FaultsReport]) -> None:
+        """Wait until it says where it listens; one that does not is replaced."""
+        try:
+            await self._until(lambda: self.endpoint, REPORT_WAIT_S)
+        except TimeoutError:
+            worker.give_up("it does not answer")
+            raise
+
+    async def _restarted(self) -> None:
+        if self._restarting is not None:
+            await asyncio.wait({self._restarting}, timeout=REPORT_WAIT_S)
+            if not self._restarting.done():
+                raise self._failure or TimeoutError
 
     async def listen(self, bind: str) -> str:
         """Listen here instead, for a page service that comes another way; return where.
 
-        :raise MigrationError: it cannot listen there.
+        :raise MigrationError: it cannot listen there, or cannot be restarted.
         :raise TimeoutError: it does not answer."""
         self._bind = bind
-        if self._restarting is not None:
-            await asyncio.wait({self._restarting})
+        await self._restarted()
         if self._worker is None or not self._worker.is_alive:
             await self._employ()
         else:
             self.endpoint = ""
             self._worker.order(wire.ListenFaults(bind))
-            await self._until(lambda: self.endpoint, REPORT_WAIT_S)
+            await self._listening(self._worker)
         return self.endpoint
 
     async def where(self) -> str:
         """Where it listens, also when it has just been replaced.
 
-        :raise MigrationError: it was lost again.
+        :raise MigrationError: it was lost again, or cannot be restarted.
         :raise TimeoutError: it is not there in time."""
-        if self._restarting is not None:
-            await asyncio.wait({self._restarting}, timeout=REPORT_WAIT_S)
+        await self._restarted()
         await self._until(lambda: self.endpoint, REPORT_WAIT_S)
         return self.endpoint
 
@@ -133,9 +151,7 @@ class FaultService:
         if self._worker is not None:
             await self._worker.end()
             self._worker = None
-        self.received.close()
-        self.stale.close()
-        self.statistics.close()
+        self._shared.close()
 
     # -- what it says ----------------------------------------------------------------------------
 
@@ -154,22 +170,20 @@ class FaultService:
         self._news.set()
 
     def _lose(self, lost: WorkerLost) -> None:
-        self._failure = lost
+        self.endpoint, self._failure = "", lost
         self._news.set()
         if self._restarting is None or self._restarting.done():
             self._restarting = asyncio.get_running_loop().create_task(self._restart())
 
     async def _restart(self) -> None:
         """Until it works: without it the guest stands at its next missing page."""
-        while True:
+        while not self.endpoint:
             if time.monotonic_ns() - self._employed_ns < int(RESTART_PAUSE_S * 1e9):
                 await asyncio.sleep(RESTART_PAUSE_S)
             try:
                 await self._employ()
             except (MigrationError, OSError, TimeoutError) as exc:
-                log.error("the fault service cannot be restarted: %s", exc)
-            if self._failure is None:
-                break
+                log.error("the fault service cannot be restarted: %s", text_of(exc))
         log.warning("the fault service was restarted")
         self._moved(self.endpoint)
 

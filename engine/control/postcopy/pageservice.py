@@ -39,6 +39,7 @@ class PageService:
         self._worker: Worker[wire.PagesReport] | None = None
         self._dirty_fd = -1  #: the senders'
         self._endpoint = ""
+        self._moves = 0  #: of the fault service, which may come back to the same endpoint
         self.incarnation = 0  #: of the fault channel; each opening has a new one
         self.is_open = False
         self._why_broken = ""
@@ -57,13 +58,14 @@ class PageService:
         await self.stop()
         self._endpoint, self._dirty_fd = endpoint, dirty.fd
         self._mending = asyncio.get_running_loop().create_task(self._mend())
-        await asyncio.wait({self._mending})
+        while self._mending is not None and not self._mending.done():  # again, where it moves
+            await asyncio.wait({self._mending})
         if not self.is_open:
             raise MigrationError(f"the fault channel cannot be opened: {self._why_broken}")
 
     def move(self, endpoint: str) -> None:
         """The fault service listens here now."""
-        self._endpoint = endpoint
+        self._endpoint, self._moves = endpoint, self._moves + 1
         self.is_open = False
         self._mend_soon()
         self._news.set()
@@ -79,14 +81,15 @@ class PageService:
 
     async def _mend(self) -> None:
         """Open the channel, with a new worker if there is none, until it works or TRIES_MAX."""
-        pause_s = FIRST_PAUSE_S
-        for attempt in range(TRIES_MAX):
-            if attempt:
+        pause_s, tried = FIRST_PAUSE_S, -1
+        for _ in range(TRIES_MAX):
+            if tried == self._moves:
                 self._news.clear()
                 try:
                     await asyncio.wait_for(self._news.wait(), pause_s)
                 except TimeoutError:
                     pause_s = min(2 * pause_s, PAUSE_MAX_S)
+            tried = self._moves
             try:
                 await self._open()
             except MigrationError as exc:
@@ -95,25 +98,27 @@ class PageService:
                 return
 
     async def _open(self) -> None:
-        """One try.
+        """One try, which ends where the fault service moves.
 
-        :raise MigrationError: the worker does not start, or does not answer."""
+        :raise MigrationError: the worker does not start."""
         self.incarnation += 1
         incarnation, self._why_broken = self.incarnation, ""
         self._news.clear()
-        if self._worker is not None and self._worker.is_alive:
-            self._worker.order(wire.OpenFaultChannel(self._endpoint, incarnation))
+        worker = self._worker
+        if worker is not None and worker.is_alive:
+            worker.order(wire.OpenFaultChannel(self._endpoint, incarnation))
         else:
-            await self._employ(incarnation)
+            worker = await self._employ(incarnation)
+        moves = self._moves
         try:
             async with asyncio.timeout(REPORT_WAIT_S):
-                while not (self.is_open or self._why_broken):
+                while not (self.is_open or self._why_broken or self._moves != moves):
                     await self._news.wait()
                     self._news.clear()
         except TimeoutError:
-            raise WorkerLost("pages", 0, "no answer while opening the fault channel") from None
+            worker.give_up("no answer while opening the fault channel")
 
-    async def _employ(self, incarnation: int) -> None:
+    async def _employ(self, incarnation: int) -> Worker[wire.PagesReport]:
         if self._worker is not None:
             await self._worker.end()
         worker = self._worker = self._pool.take(0)
@@ -121,6 +126,7 @@ class PageService:
         shapes = [wire.BlockShape.of(block) for block in self._blocks]
         fds = [self._dirty_fd, self._statistics.fd, *(block.fd for block in self._blocks)]
         worker.order(wire.PreparePages(self._session, self._endpoint, incarnation, shapes), fds)
+        return worker
 
     def _take(self, worker: Worker[wire.PagesReport], report: wire.PagesReport) -> None:
         match report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_it_is_prepared_when_receivers_have_unmapped_ram(monkeypatch: pytest.Mon
         played.has_unmapped.set()
         await beginning
         assert played.story == ["lent", "service", "insert", "inserting"]
+
+    asyncio.run(scenario())
+
+
+def test_no_memory_for_a_fault_service_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    async def scenario() -> None:
+        played: Any = Played()
+        monkeypatch.setattr(destination, "FaultService", full)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            await PostcopyDestination.begin(played, bytes(16), played, "", lambda _: None)
+        assert played.story == ["lent", "given back"]
 
     asyncio.run(scenario())
 
