@@ -28,7 +28,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="JSON lines inste
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def bench() -> None:
     """Measure, and print medians with their spread; figures of other machines differ."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    """End as by Ctrl-C, also where that is ignored, as in the background of a script."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def _repeat(once: Callable[[], Awaitable[dict[str, float]]], runs: int) -> dict[str, list[float]]:

@@ -30,6 +30,10 @@ hypothesis.settings.register_profile("default", **UNTIMED)
 hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True, **UNTIMED)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+#: The background of a script ignores it, and what is tested with Ctrl-C would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def _descendants(marker: str) -> dict[int, str]:
     """Processes that were started with the marker, and what they run."""

@@ -53,11 +53,9 @@ _INCOMING: Final[Mapping[Status, frozenset[Status]]] = {
     Status.SETUP: frozenset({Status.ACTIVE, Status.FAILED}),
     Status.ACTIVE: frozenset({Status.POSTCOPY_ACTIVE, Status.COMPLETED, Status.FAILED}),
     Status.POSTCOPY_ACTIVE: frozenset({Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}),
-    Status.POSTCOPY_PAUSED: frozenset(
-        {Status.POSTCOPY_RECOVER, Status.COMPLETED, Status.FAILED}  # the last page may come late
-    ),
+    Status.POSTCOPY_PAUSED: frozenset({Status.POSTCOPY_RECOVER, Status.FAILED}),
     Status.POSTCOPY_RECOVER: frozenset(
-        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}
+        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED}
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,22 @@ def test_a_bench_that_is_told_to_end_leaves_no_process_and_no_image(number: sign
     assert bench.returncode == 130
     assert errors.splitlines()[-1] == "ramferry: interrupted"
     assert eventually(lambda: not any(child.is_running() for child in started))
+    assert not [image for image in made if image.exists()]
+
+
+def test_a_bench_in_the_background_of_a_script_can_be_told_to_end() -> None:
+    """It ignores Ctrl-C."""
+    line = f"{shlex.join([sys.executable, '-m', 'engine.cli', 'bench', *LONG])} & echo $!; wait"
+    shell = subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE, text=True)
+    with shell:
+        assert shell.stdout is not None
+        bench = psutil.Process(int(shell.stdout.readline()))
+        assert eventually(lambda: bool(images_of(bench)))
+        started, made = bench.children(recursive=True), images_of(bench)
+        bench.terminate()
+        shell.wait(timeout=60)
+
+    assert eventually(lambda: not any(child.is_running() for child in [bench, *started]))
     assert not [image for image in made if image.exists()]
 
 

@@ -115,6 +115,10 @@ class Completion:
         migration.error = None
         if self.main is not None:
             self.main.stop_listening()  # a source that comes back finds nobody, and can tell why
+        if migration.status is Status.POSTCOPY_PAUSED:  # by ways that QEMU's go, too
+            migration.set_status(Status.POSTCOPY_RECOVER)
+        if migration.status is Status.POSTCOPY_RECOVER:
+            migration.set_status(Status.POSTCOPY_ACTIVE)
         migration.set_status(Status.COMPLETED)
         if self.main is not None:
             await self._say_all()

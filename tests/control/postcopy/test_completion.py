@@ -96,6 +96,7 @@ def test_a_last_page_that_comes_with_the_end_of_the_connections_is_the_end() -> 
 def test_a_last_page_that_comes_in_a_pause_ends_it() -> None:
     migration, main = asyncio.run(completed("in the pause"))
     assert migration.statuses == [
-        Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.COMPLETED,
+        Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER,
+        Status.POSTCOPY_ACTIVE, Status.COMPLETED,
     ]  # fmt: skip
     assert [type(one) for one in main.said] == [wire.TookOver]
