@@ -91,21 +91,14 @@ class PageBitmaps:
         for view, block in zip(self._views, self.blocks, strict=True):
             _native.bitmap_set_range(view, 0, block.page_count)
 
-    def set_data(self) -> int:
-        """Set the bit of every page that is not a hole; return the bits newly set."""
+    def set_data(self, *, of_huge: bool = True) -> int:
+        """Set the bit of every page that is not a hole; return the bits newly set.
+
+        :param of_huge: also of huge pages, for which hugetlbfs calls a hole data, too."""
         return sum(
             _native.bitmap_set_data(block.fd, 0, block.size, view)
             for view, block in zip(self._views, self.blocks, strict=True)
-        )
-
-    def set_placed(self) -> int:
-        """Set the bit of every page that surely was placed; return the bits newly set.
-
-        None of huge pages: hugetlbfs calls a hole data, and it would read as zero."""
-        return sum(
-            _native.bitmap_set_data(block.fd, 0, block.size, view)
-            for view, block in zip(self._views, self.blocks, strict=True)
-            if block.backing_page_size == PAGE_SIZE
+            if of_huge or block.backing_page_size == PAGE_SIZE
         )
 
     def unmap(self) -> None:

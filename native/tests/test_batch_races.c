@@ -20,20 +20,29 @@ static _Atomic uint64_t moves_seen;
 static _Atomic uint64_t others_share;
 static atomic_bool is_over;
 
-static void take_all_once(void)
+/* Take what is dirty into a table of so many runs. */
+static struct run_table take(unsigned char *table, size_t capacity)
 {
-    static unsigned char unread, table[RUN_BYTES];
+    static unsigned char unread;
     struct batch batch = {
         .ram = &unread,
         .dirty = &dirty,
         .in_flight = &in_flight,
         .slice = {32, 64, 0, 1},
         .pages_max = 64,
-        .data = {table, 1, 0, 0, {0, 0}},
+        .data = {table, capacity, 0, 0, {0, 0}},
     };
 
     take_batch(&batch);
-    CHECK(batch.data.pages == 32 && batch.data.count == 1);
+    return batch.data;
+}
+
+static void take_all_once(void)
+{
+    static unsigned char table[RUN_BYTES];
+    struct run_table taken = take(table, 1);
+
+    CHECK(taken.pages == 32 && taken.count == 1);
     CHECK((dirty & TAKEN) == 0 && (in_flight & TAKEN) == TAKEN);
 }
 
@@ -110,24 +119,16 @@ static void *take_some(void *unused)
 
 static uint64_t take_share(void)
 {
-    static unsigned char unread, table[16 * RUN_BYTES];
+    static unsigned char table[16 * RUN_BYTES];
+    struct run_table taken = take(table, 16);
     uint64_t share = 0;
-    struct batch batch = {
-        .ram = &unread,
-        .dirty = &dirty,
-        .in_flight = &in_flight,
-        .slice = {32, 64, 0, 1},
-        .pages_max = 64,
-        .data = {table, 16, 0, 0, {0, 0}},
-    };
 
-    take_batch(&batch);
-    for (size_t i = 0; i < batch.data.count; ++i) {
+    for (size_t i = 0; i < taken.count; ++i) {
         struct page_range run = run_at(table, i);
 
         share |= word_mask(0, run.first_page, run.first_page + run.page_count);
     }
-    CHECK(bit_count(share) == batch.data.pages);
+    CHECK(bit_count(share) == taken.pages);
     return share;
 }
 
