@@ -307,23 +307,17 @@ class IncomingMigration:
         self.session = hello.session
         for block in guest.blocks:
             block.discard()
-        receivers = self.use(main, hello.channels)
-        starting = asyncio.ensure_future(receivers.start())
         handover = ""
-        try:
-            if isinstance(self._address, Address):
-                handover = await guest.listen_handover(self._address.handover_uri(self._port_base))
-            await self._unless_failed(starting)
-        finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+        if isinstance(self._address, Address):
+            handover = await guest.listen_handover(self._address.handover_uri(self._port_base))
+        receivers = self.use(main, hello.channels)
+        await self.unless_failed(receivers.start())
         if isinstance(main, StreamDestination):
             return  # the source waits for nothing
-        codecs, endpoints = tuple(CODEC_IDS.values()), receivers.endpoints
-        welcome = wire.Welcome(
-            wire.VERSION, self.session, endpoints, handover, receivers.placement, codecs
+        where, codecs = (receivers.endpoints, handover), tuple(CODEC_IDS.values())
+        await main.send(
+            wire.Welcome(wire.VERSION, self.session, *where, receivers.placement, codecs)
         )
-        await main.send(welcome)
 
     def use(self, main: Main, count: int) -> ReceiverGroup:
         """Make receivers for so many channels beside this main one; they are the migration's."""
@@ -341,11 +335,17 @@ class IncomingMigration:
         )
         return self._receivers
 
-    async def _unless_failed(self, work: asyncio.Future[None]) -> None:
-        await asyncio.wait({work, self._failure}, return_when=asyncio.FIRST_COMPLETED)
-        if self._failure.done():
-            self._failure.result()
-        await work
+    async def unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it, or leave it at the first failure, which is raised."""
+        working = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({working, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            await working
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
 
     @property
     def _port_base(self) -> int:

@@ -16,6 +16,7 @@ import pytest
 
 import engine
 from engine import wire
+from engine.control.pool import REPORT_WAIT_S
 from engine.control.status import Status
 from engine.errors import UsageError
 from tests.kernel import has_userfaultfd
@@ -132,6 +133,22 @@ def test_pauses_in_a_recovery_lose_nothing(tmp_path: Path) -> None:
                 for control in both.lives.values():
                     await control.execute("migrate-pause")
                 hold.released.set()
+                await both.pause_known()
+            await finish(both)
+
+    asyncio.run(scenario())
+
+
+def test_a_pause_comes_at_once_where_a_recovery_waits_for_a_service_that_hangs(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with paused(tmp_path) as both:
+            psutil.Process((await both.workers())["fault-service"]).suspend()
+            await both.recover()
+            await both.until("destination", Status.POSTCOPY_RECOVER)
+            async with asyncio.timeout(REPORT_WAIT_S / 2):
+                await both.destination.execute("migrate-pause")
                 await both.pause_known()
             await finish(both)
 

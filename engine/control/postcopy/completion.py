@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine
 from typing import Any, Final, Protocol
 
 from engine import wire
@@ -40,6 +41,7 @@ class Migration(Protocol):
     def moved(self, address: Address) -> None: ...
     def use(self, main: Any, count: int) -> ReceiverGroup: ...
     def forget_failure(self) -> None: ...
+    async def unless_failed(self, work: Coroutine[Any, Any, None]) -> None: ...
     async def converse_until(self, main: Any, over: asyncio.Event) -> None: ...
     async def end_channels(self, main: Any, *, has_failed: bool) -> None: ...
     async def last_word(self, main: Any, message: wire.Message) -> None: ...
@@ -171,7 +173,7 @@ class Completion:
         try:
             question = await self._next_source(self.postcopy.service.has_all)
             migration.set_status(Status.POSTCOPY_RECOVER)
-            await self._resync(question)
+            await migration.unless_failed(self._resync(question))
         except (MigrationError, OSError, TimeoutError) as again:
             return again
         return None

@@ -106,10 +106,11 @@ class FaultService:
             worker.order(wire.FetchRest())
 
     async def _listening(self, worker: Worker[wire.FaultsReport]) -> None:
-        """Wait until it says where it listens; one that does not is replaced."""
+        """Wait until it says where it listens. One that does not is replaced, and so is one that is
+        waited for no longer: its answer could be taken for the next one."""
         try:
             await self._until(lambda: self.endpoint, REPORT_WAIT_S)
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError):
             worker.give_up("it does not answer")
             raise
 
