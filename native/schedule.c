@@ -75,11 +75,11 @@ static long times_given_way(void)
     return getrusage(RUSAGE_THREAD, &usage) < 0 ? 0 : usage.ru_nivcsw;
 }
 
-void spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns)
+bool spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns)
 {
     spinner->disturbed += was_disturbed;
     if (++spinner->spins < WINDOW_SPINS)
-        return;
+        return false;
     if (spinner->disturbed <= WINDOW_DISTURBED)
         spinner->rest_ns = 0;
     else if (spinner->rest_ns == 0)
@@ -88,6 +88,20 @@ void spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns)
         spinner->rest_ns *= 2;
     spinner->rests_until_ns = now_ns + spinner->rest_ns;
     spinner->spins = spinner->disturbed = 0;
+    return spinner->rest_ns > 0;
+}
+
+void leave_processor(void)
+{
+    cpu_set_t all, others;
+    int here = sched_getcpu();
+
+    if (here < 0 || sched_getaffinity(0, sizeof all, &all) < 0 || CPU_COUNT(&all) < 2)
+        return;
+    others = all;
+    CPU_CLR((size_t)here, &others);
+    if (sched_setaffinity(0, sizeof others, &others) == 0)
+        sched_setaffinity(0, sizeof all, &all);
 }
 
 int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, int wait_ms)
@@ -99,6 +113,7 @@ int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, 
         return poll(polled, count, wait_ms);
     given_way = times_given_way();
     rc = spin(polled, count, spinner->spin_ns);
-    spinner_judge(spinner, times_given_way() != given_way, monotonic_ns());
+    if (spinner_judge(spinner, times_given_way() != given_way, monotonic_ns()))
+        leave_processor();
     return rc != 0 ? rc : poll(polled, count, wait_ms);
 }

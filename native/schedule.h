@@ -24,12 +24,18 @@ struct spinner {
     uint64_t rest_ns, rests_until_ns;
 };
 
-/* As poll_soon. But a spinner that was made to give way in many of its spins sleeps at once for the next 1 ms, and
- * twice as long each time in a row, up to 32 ms: who shares its processor waits for it, and it loses the right
- * to be woken soon; and asleep it is put on another one. */
+/* As poll_soon. But a spinner that was made to give way in many of its spins leaves its processor, and sleeps at once
+ * for the next 1 ms, and twice as long each time in a row, up to 32 ms: who shares its processor waits for it, and it
+ * loses the right to be woken soon. */
 int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, int wait_ms);
 
-/* Its decision: a spin has ended, in which it was made to give way or not. */
-void spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns);
+/* Its decision: a spin has ended, in which it was made to give way or not. Returns whether it shares its processor,
+ * and was just seen to. */
+bool spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns);
+
+/* Have the calling thread go on on another of its processors, if it has one: the scheduler wakes it where it was,
+ * beside whoever is there, and does not look for an idle one. Its affinity is as before; one that somebody else sets
+ * in the microseconds between is lost. */
+void leave_processor(void);
 
 #endif

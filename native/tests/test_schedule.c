@@ -91,7 +91,7 @@ static uint64_t window_ms(struct spinner *spinner, unsigned disturbed)
         CHECK(spinner->spins == i && spinner->disturbed == (i < disturbed ? i : disturbed));
         CHECK(spinner->rest_ns == before.rest_ns);
         CHECK(spinner->rests_until_ns == before.rests_until_ns);
-        spinner_judge(spinner, i < disturbed, ++now_ns);
+        CHECK(spinner_judge(spinner, i < disturbed, ++now_ns) == (i == 7 && disturbed > 2));
     }
     CHECK(spinner->rests_until_ns == now_ns + spinner->rest_ns);
     return spinner->rest_ns / 1000000;
@@ -143,8 +143,25 @@ static void a_spinner_that_shares_its_processor_comes_to_rest(void)
     close(ends[1]);
 }
 
+static void who_leaves_its_processor_is_on_another_and_may_be_on_all(void)
+{
+    cpu_set_t before, after;
+    CHECK(sched_getaffinity(0, sizeof before, &before) == 0);
+    bool has_choice = CPU_COUNT(&before) > 1;
+    int here, moved = 0;
+
+    for (int i = 0; i < 100; ++i) { /* others may move it, too */
+        here = sched_getcpu();
+        leave_processor();
+        moved += sched_getcpu() != here;
+        CHECK(sched_getaffinity(0, sizeof after, &after) == 0 && CPU_EQUAL(&before, &after));
+    }
+    CHECK(has_choice ? moved > 50 : moved == 0);
+}
+
 int main(void)
 {
+    who_leaves_its_processor_is_on_another_and_may_be_on_all();
     rests_double_up_to_32_ms_and_end_with_a_quiet_window();
     a_spinner_that_rests_sleeps_at_once();
     a_spinner_that_shares_its_processor_comes_to_rest();
