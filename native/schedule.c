@@ -20,6 +20,9 @@
 #define REST_NS_MIN UINT64_C(1000000)
 #define REST_NS_MAX UINT64_C(32000000)
 
+/* Where there are more, waking looks for an idle one, and any other one may be far from the memory. */
+#define FEW_PROCESSORS 4
+
 /* struct sched_attr of Linux 3.14: newer fields stay out. */
 struct attributes {
     uint32_t size;
@@ -96,7 +99,8 @@ void leave_processor(void)
     cpu_set_t all, others;
     int here = sched_getcpu();
 
-    if (here < 0 || sched_getaffinity(0, sizeof all, &all) < 0 || CPU_COUNT(&all) < 2)
+    if (here < 0 || sched_getaffinity(0, sizeof all, &all) < 0 || CPU_COUNT(&all) < 2 ||
+        CPU_COUNT(&all) > FEW_PROCESSORS)
         return;
     others = all;
     CPU_CLR((size_t)here, &others);
@@ -113,7 +117,7 @@ int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, 
         return poll(polled, count, wait_ms);
     given_way = times_given_way();
     rc = spin(polled, count, spinner->spin_ns);
-    if (spinner_judge(spinner, times_given_way() != given_way, monotonic_ns()))
+    if (spinner_judge(spinner, times_given_way() != given_way, monotonic_ns()) && rc >= 0)
         leave_processor();
     return rc != 0 ? rc : poll(polled, count, wait_ms);
 }

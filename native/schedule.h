@@ -33,9 +33,10 @@ int poll_modestly(struct spinner *spinner, struct pollfd *polled, nfds_t count, 
  * and was just seen to. */
 bool spinner_judge(struct spinner *spinner, bool was_disturbed, uint64_t now_ns);
 
-/* Have the calling thread go on on another of its processors, if it has one: the scheduler wakes it where it was,
- * beside whoever is there, and does not look for an idle one. Its affinity is as before; one that somebody else sets
- * in the microseconds between is lost. */
+/* Have the calling thread go on on another of its processors, whichever the kernel gives, if it has two to four:
+ * there (two processors of a virtual machine, without a common cache) it is woken where it was, beside whoever is there,
+ * though another one is idle. Its affinity is the processors that it had; who adds one to its cpuset later, or sets
+ * its affinity in this very moment, is not heard. */
 void leave_processor(void);
 
 #endif

@@ -314,9 +314,11 @@ class IncomingMigration:
         await self.unless_failed(receivers.start())
         if isinstance(main, StreamDestination):
             return  # the source waits for nothing
-        where, codecs = (receivers.endpoints, handover), tuple(CODEC_IDS.values())
+        placement, codecs = receivers.placement, tuple(CODEC_IDS.values())
         await main.send(
-            wire.Welcome(wire.VERSION, self.session, *where, receivers.placement, codecs)
+            wire.Welcome(
+                wire.VERSION, self.session, receivers.endpoints, handover, placement, codecs
+            )
         )
 
     def use(self, main: Main, count: int) -> ReceiverGroup:
@@ -340,9 +342,7 @@ class IncomingMigration:
         working = asyncio.ensure_future(work)
         try:
             await asyncio.wait({working, self._failure}, return_when=asyncio.FIRST_COMPLETED)
-            if self._failure.done():
-                self._failure.result()
-            await working
+            await (self._failure if self._failure.done() else working)
         finally:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)

@@ -110,8 +110,11 @@ class FaultService:
         waited for no longer: its answer could be taken for the next one."""
         try:
             await self._until(lambda: self.endpoint, REPORT_WAIT_S)
-        except (TimeoutError, asyncio.CancelledError):
+        except TimeoutError:
             worker.give_up("it does not answer")
+            raise
+        except asyncio.CancelledError:
+            worker.give_up("its answer is not waited for any more")
             raise
 
     async def _restarted(self) -> None:

@@ -140,6 +140,49 @@ def test_one_that_does_not_listen_elsewhere_is_replaced(monkeypatch: pytest.Monk
     asyncio.run(scenario())
 
 
+async def left_alone(service: FaultService, hung: PlayedWorker) -> None:
+    """It is told to listen THERE, and nobody waits for its answer."""
+    listening = asyncio.ensure_future(service.listen(THERE))
+    while wire.ListenFaults(THERE) not in hung.orders:
+        await asyncio.sleep(0)
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    assert listening.cancelled()
+    assert not hung.is_alive
+
+
+def test_an_answer_that_nobody_waits_for_is_not_taken_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        told: list[str] = []
+        hung, good = PlayedWorker(only_at_first), PlayedWorker(listens)
+        async with started(monkeypatch, PlayedPool(hung, good), told) as service:
+            await left_alone(service, hung)
+            await until_told(told)
+            assert told == [THERE]
+            assert await service.listen(HERE) == HERE
+            assert good.orders[-1] == wire.ListenFaults(HERE)
+
+    asyncio.run(scenario())
+
+
+def test_one_that_ends_as_nobody_waits_any_more_begins_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        hung, good = PlayedWorker(only_at_first), PlayedWorker(listens)
+        pool = PlayedPool(hung, good)
+        async with started(monkeypatch, pool, []) as service:
+            await left_alone(service, hung)
+            await service.end()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert (pool.tries, good.orders) == (1, [])
+
+    asyncio.run(scenario())
+
+
 def test_one_that_cannot_be_restarted_is_not_waited_for_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
