@@ -184,8 +184,11 @@ class IncomingMigration:
 
     async def converse_until(self, main: Main, over: asyncio.Event) -> None:
         """Answer the source until `over`, or a failure, which is raised."""
-        conversation = asyncio.ensure_future(self._converse(main))
-        tasks: set[asyncio.Future[Any]] = {conversation, asyncio.ensure_future(over.wait())}
+        await self.unless_failed(self._converse(main), over.wait())
+
+    async def unless_failed(self, *works: Coroutine[Any, Any, object]) -> None:
+        """Do these until one is done, or the first failure, which is raised; leave the others."""
+        tasks: set[asyncio.Future[Any]] = {asyncio.ensure_future(work) for work in works}
         try:
             waiting = {*tasks, self._failure}
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -194,8 +197,7 @@ class IncomingMigration:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         if self._failure.done():
-            failure, self._failure = self._failure, self._new_failure()
-            failure.result()
+            self._failure.result()
         for one in done:
             one.result()
 
@@ -314,12 +316,11 @@ class IncomingMigration:
         await self.unless_failed(receivers.start())
         if isinstance(main, StreamDestination):
             return  # the source waits for nothing
-        placement, codecs = receivers.placement, tuple(CODEC_IDS.values())
-        await main.send(
-            wire.Welcome(
-                wire.VERSION, self.session, receivers.endpoints, handover, placement, codecs
-            )
+        codecs, endpoints = tuple(CODEC_IDS.values()), receivers.endpoints
+        welcome = wire.Welcome(
+            wire.VERSION, self.session, endpoints, handover, receivers.placement, codecs
         )
+        await main.send(welcome)
 
     def use(self, main: Main, count: int) -> ReceiverGroup:
         """Make receivers for so many channels beside this main one; they are the migration's."""
@@ -336,16 +337,6 @@ class IncomingMigration:
             on_stream_end=on_stream_end,
         )
         return self._receivers
-
-    async def unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do it, or leave it at the first failure, which is raised."""
-        working = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait({working, self._failure}, return_when=asyncio.FIRST_COMPLETED)
-            await (self._failure if self._failure.done() else working)
-        finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
 
     @property
     def _port_base(self) -> int:
