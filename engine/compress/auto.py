@@ -10,11 +10,13 @@ time, so that two codecs are compared on the same pages.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final, NamedTuple
 
 from engine.compress.account import RATE_MAX, Account, Estimate, Why
 from engine.compress.codecs import Lz4, Zstd
 from engine.compress.drain import WINDOW_NS, Drain
+from engine.compress.pace import Pace, Seen
 from engine.compress.policy import Arm, Done, Probe
 
 MS: Final = 1_000_000
@@ -36,10 +38,11 @@ PROBES_AT_ONCE_NS: Final = 60 * MS
 CPU_AT_ONCE_NS: Final = 50 * MS
 #: Another codec must promise so much more, or noise alone would change it all the time.
 GAIN_MIN: Final = 1.03
-#: After so long a stronger codec is judged by what the channel drains of it; later if the channel
-#: is not full, but then at the latest.
+#: After so long a stronger codec is judged: by what the channel drains of it, or if it is not full
+#: by the RAM that was moved.
 TRIAL_NS: Final = 200 * MS
-TRIAL_MAX_NS: Final = 800 * MS
+#: A codec that promises so much is taken before the pace of the weaker one is known.
+GAIN_CLEAR: Final = 1.1
 #: One that was slower is avoided for so long, and each time twice as long.
 AVOIDED_NS: Final = 1_000 * MS
 DOUBLINGS_MAX: Final = 4
@@ -48,6 +51,9 @@ PEAK_NS: Final = 300 * MS
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
 LEARNING: Final = 0.25
 LEARNING_BYTES: Final = 1024 * 1024
+#: So many times less of what it tells of the CPU that it got: a slice of the scheduler is longer
+#: than a batch, so that is now all of a CPU and now a third.
+SLOWER: Final = 4
 
 
 @dataclass(slots=True)
@@ -116,7 +122,8 @@ class Peak(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A stronger codec was taken instead of `weaker`, of which the channel drained `rate`."""
+    """A stronger codec was taken instead of `weaker`, of which the channel drained `rate`; 0 if
+    that was not known."""
 
     began_ns: int
     weaker: int
@@ -141,6 +148,8 @@ class Auto:
         self._current = 0
         self._trial: Trial | None = None
         self._peaks = [Peak() for _ in LADDER]
+        self._pace = Pace(settling=0)
+        self._seen = [Seen() for _ in LADDER]
         self._changed_ns = self._held_until_ns = 0  #: the choice, and since when and until when
         self._worth = 1.0  #: part of the RAM that looks worth trying, seen in `_tries` batches
         self._tries = 0
@@ -163,14 +172,60 @@ class Auto:
         if now_ns < self._held_until_ns:
             return self._arms[self._current]
         allowed = [i for i, known in enumerate(self._known) if now_ns >= known.avoided_until_ns]
-        best = min(allowed, key=self._ns_per_byte)
-        if self._ns_per_byte(best) * GAIN_MIN < self._ns_per_byte(self._current):
-            if best > self._current and self._judge(now_ns, is_early=True):
+        best = min(allowed, key=lambda index: self._expected_ns(index, now_ns))
+        if self._expected_ns(best, now_ns) * GAIN_MIN < self._ns_per_byte(self._current):
+            must_wait = self._must_wait if best > self._current else self._must_stay
+            if must_wait(best, now_ns):
                 return self._arms[self._current]
             self._change(best, now_ns)
         if self._current == 0 and self.drain.is_full and self._is_due(1, now_ns):
             return self._arms[1]
         return self._arms[self._current]
+
+    def _expected_ns(self, index: int, now_ns: int) -> float:
+        """For a byte of RAM; of a weaker codec that was in use a moment ago not less than it took
+        then: a drain that is believed to have grown would be a reason to go back to it."""
+        modelled_ns = self._ns_per_byte(index)
+        return (
+            max(modelled_ns, self._seen_ns(index, now_ns)) if index < self._current else modelled_ns
+        )
+
+    def _seen_ns(self, index: int, now_ns: int) -> float:
+        return self._seen[index].ns_with(self._left(index), now_ns)
+
+    def _paced_ns(self) -> float:
+        """A byte of RAM with the current codec; 0 while nothing is known."""
+        return self._pace.ns_per_byte * self._left(self._current)
+
+    def _must_wait(self, best: int, now_ns: int) -> bool:
+        """Whether what a stronger one gains may be noise and the pace without it is not known yet,
+        or the current one was no good itself."""
+        gain = self._ns_per_byte(self._current) / self._ns_per_byte(best)
+        is_unsure = self._pace.is_steady and not self._pace.is_sure
+        return (gain < GAIN_CLEAR and is_unsure) or self._judge(now_ns, is_early=True)
+
+    def _must_stay(self, weaker: int, now_ns: int) -> bool:
+        """Whether the current codec is seen to be no slower, or what the weaker one gains may be
+        noise and the pace is not known yet. One that did not stand for long would look as good
+        again at once: so it is avoided."""
+        seen_ns = self._seen_ns(weaker, now_ns)
+        is_sure = self._pace.is_sure and seen_ns > 0
+        if is_sure and self._paced_ns() <= seen_ns * GAIN_MIN:
+            return True
+        if now_ns < self._changed_ns + TRIAL_NS:
+            gain = self._ns_per_byte(self._current) / self._expected_ns(weaker, now_ns)
+            if gain < GAIN_CLEAR and not self._pace.is_sure:
+                return True
+            self._avoid(now_ns, is_sure=is_sure)
+        return False
+
+    def _avoid(self, now_ns: int, *, is_sure: bool = True) -> None:
+        """The current codec for a while, and stronger ones, which take still longer."""
+        known = self._known[self._current]
+        avoided_ns = AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX) if is_sure else TRIAL_NS
+        for one in self._known[self._current :]:
+            one.avoided_until_ns = max(one.avoided_until_ns, now_ns + avoided_ns)
+        known.disproved += is_sure
 
     def _change(self, index: int, now_ns: int) -> None:
         trial = self._trial
@@ -180,38 +235,47 @@ class Auto:
         self._take(index, now_ns, Why.STRONGER if index > self._current else Why.WEAKER)
 
     def _peak(self, now_ns: int) -> Peak:
-        """Of the current codec."""
+        """Of the current codec; what is believed of the drain was not seen."""
         peak, rate = self._peaks[self._current], self.drain.rate
+        if self.drain.is_believed:
+            return peak
         if rate >= peak.rate or now_ns > peak.at_ns + PEAK_NS:
             peak = self._peaks[self._current] = Peak(now_ns, rate)
         return peak
 
     def _take(self, index: int, now_ns: int, why: Why) -> None:
+        if self._pace.is_sure:
+            self._seen[self._current] = Seen(now_ns, self._pace.ns_per_byte)
         self._before, self._current, self._changed_ns = self._current, index, now_ns
         self._changes, self._why = self._changes + 1, why
+        self._pace = Pace()
 
     def _judge(self, now_ns: int, *, is_early: bool = False) -> bool:
         """A channel is also full when the other side cannot decode as fast; then it drains less of
-        a stronger codec's packets, and the weaker one was better.
+        a stronger codec's packets, and the weaker one was better. So it was if the channel is not
+        full and less RAM is moved.
 
         :param is_early: a still stronger one is wanted: then this one must be good so far.
         :return: the weaker one was better, and is the choice again."""
         trial = self._trial
-        if trial is None or not trial.rate or now_ns < self._changed_ns + WINDOW_NS:
+        if trial is None or now_ns < self._changed_ns + WINDOW_NS:
             return False
         trial_ns = now_ns - trial.began_ns
-        due_ns = (WINDOW_NS if is_early else TRIAL_NS) if self.drain.is_full else TRIAL_MAX_NS
-        if trial_ns < due_ns:
+        if trial_ns < (WINDOW_NS if is_early else TRIAL_NS):
             return False
         self._trial, known = None, self._known[self._current]
-        promised_ns = self._wire_ns(trial.weaker) * self.drain.rate / trial.rate
-        if not self.drain.is_full or self._wire_ns(self._current) <= promised_ns * GAIN_MIN:
+        seen_ns = self._seen_ns(trial.weaker, now_ns)
+        if seen_ns and self._pace.is_sure:
+            took_ns, as_weaker_ns = self._paced_ns(), seen_ns
+        elif self.drain.is_full and trial.rate:
+            took_ns = self._wire_ns(self._current)
+            as_weaker_ns = self._wire_ns(trial.weaker) * self.drain.rate / trial.rate
+        else:
+            took_ns = as_weaker_ns = 0.0
+        if took_ns <= as_weaker_ns * GAIN_MIN:
             known.disproved = 0
             return False
-        until_ns = now_ns + AVOIDED_NS * 2 ** min(known.disproved, DOUBLINGS_MAX)
-        for one in self._known[self._current :]:  # stronger ones take still longer to decode
-            one.avoided_until_ns = max(one.avoided_until_ns, until_ns)
-        known.disproved += 1
+        self._avoid(now_ns)
         self._take(trial.weaker, now_ns, Why.DISPROVED)
         self._held_until_ns = now_ns + TRIAL_NS  # until the drain was seen with the weaker one
         return True
@@ -238,7 +302,7 @@ class Auto:
     def _ns_per_byte(self, index: int) -> float:
         """What a byte of RAM takes; the least is best, and of equals the weakest codec."""
         if not self._known[index].times:
-            return float("inf")
+            return inf
         alone_ns = max(self._wire_ns(index), self._made_ns(index))
         codec_ns = self._worth * self._known[index].codec_ns
         if codec_ns <= self._cpu_share * alone_ns:
@@ -247,8 +311,11 @@ class Auto:
         return plain_ns / (1.0 + self._cpu_share * (plain_ns - self._wire_ns(index)) / codec_ns)
 
     def _wire_ns(self, index: int) -> float:
-        left = 1.0 - self._worth * (1.0 - self._known[index].left)
-        return left / self.drain.rate if self.drain.rate else 0.0
+        return self._left(index) / self.drain.rate if self.drain.rate else 0.0
+
+    def _left(self, index: int) -> float:
+        """Of a byte of RAM, on the wire."""
+        return 1.0 - self._worth * (1.0 - self._known[index].left)
 
     def _made_ns(self, index: int) -> float:
         codec_ns = self._worth * self._known[index].codec_ns
@@ -269,9 +336,11 @@ class Auto:
         thread_ns = (done.thread_ns - codec_ns) / done.ram_bytes
         worker_ns = (done.worker_ns - codec_ns) / done.ram_bytes
         share = done.thread_ns / max(1, done.thread_ns, done.total_ns - done.waited_ns)
-        self._share_seen += weight * (share - self._share_seen)
+        self._share_seen += weight / SLOWER * (share - self._share_seen)
         self._share_left = done.fair_share
         index = self._arms.index(done.arm)
+        if index == self._current:
+            self._pace.learn(done.total_ns, done.wire_bytes, is_steady=self.drain.is_steady)
         beside = self._sorted if index else self._plain
         beside.learn(thread_ns, worker_ns, weight if beside.worker_ns else 1.0)
         if index:

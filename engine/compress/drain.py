@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Final, NamedTuple
 
 from engine.compress.policy import Done
@@ -51,6 +52,16 @@ class Drain:
     _grows_at_ns: int = 0
     _believed: float = 0.0  #: grown to, and not yet seen
 
+    @property
+    def is_steady(self) -> bool:
+        """The last batch found the channel full, and left it full."""
+        return bool(self._window) and self._window[-1].is_exact
+
+    @property
+    def is_believed(self) -> bool:
+        """The rate has grown, and was not seen."""
+        return self._believed > 0
+
     def learn(self, done: Done) -> None:
         """Take one batch into account: when it was taken, one that was queued before had left."""
         self._now_ns += done.total_ns
@@ -58,7 +69,7 @@ class Drain:
         left_bytes = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
         window = self._window
         was_full = bool(window) and window[-1].waited_ns > FULL_SHARE * window[-1].total_ns
-        is_exact = was_full and done.waited_ns > FULL_SHARE * done.total_ns
+        is_exact = was_full and left_bytes > 0 and done.waited_ns > FULL_SHARE * done.total_ns
         window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, is_exact))
         while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
             window.popleft()
@@ -71,11 +82,14 @@ class Drain:
             self._grows_at_ns = self._now_ns + GROWTH_NS
 
     def _measure(self, limit: float) -> None:
-        exact = [batch for batch in self._window if batch.is_exact]
-        self._grows_at_ns = self._now_ns + self._patience_ns
-        if not exact and not limit:
+        window, self._grows_at_ns = list(self._window), self._now_ns + self._patience_ns
+        while window and not window[-1].is_exact:
+            window.pop()
+        between = list(dropwhile(lambda batch: not batch.is_exact, window))
+        if not between and not limit:
             return
-        seen = limit or sum(one.left_bytes for one in exact) / sum(one.total_ns for one in exact)
+        left_bytes = sum(batch.left_bytes for batch in between)
+        seen = limit or left_bytes / sum(batch.total_ns for batch in between)
         if self._believed:
             was_wrong = seen * GROWTH < self._believed
             longer_ns = min(2 * self._patience_ns, PATIENCE_MAX_NS)

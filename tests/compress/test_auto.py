@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from engine.compress.auto import LADDER
-from engine.compress.policy import Fixed
+from engine.compress.drain import Drain
+from engine.compress.policy import Done, Fixed
 from tests.compress.world import CPUS, HEAP, LETTERS, MIB, TEXT, Contents, World, auto, in_runs
 
 GIB = 2**30
@@ -147,3 +148,14 @@ def test_probes_are_few() -> None:
         world = World(gbit).start(auto)
         took_ns = world.move(2 * GIB)
         assert 0 < world.probed_ns <= 0.03 * took_ns + 200_000_000
+
+
+def test_a_batch_that_waited_with_nothing_queued_before_it_says_nothing_of_the_drain() -> None:
+    """Until the queue is full nothing has left it, which is no drain of 0."""
+    drain, ms = Drain(), 1_000_000
+    for number in range(1, 6):
+        drain.learn(
+            Done(LADDER[0], number * 10 * ms, MIB, 0, 0, MIB, 0, 10 * ms, 0, 0, 5 * ms, 0.0, 1.0)
+        )
+        assert drain.is_full
+        assert drain.rate == (MIB / (10 * ms) if number > 3 else 0.0)
