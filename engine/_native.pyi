@@ -235,6 +235,11 @@ def pagemap_scan(
     caller dies in the call, its slice must count as dirty. OSError(EPERM): the range is not
     registered WP_ASYNC; OSError(ESRCH): the tracked process is gone."""
 
+def pagemap_peek(
+    pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice, first_page: int = 0
+) -> int:
+    """As `pagemap_scan`, but nothing is re-armed: the next scan reports these pages again."""
+
 def soft_dirty_scan(
     pagemap_fd: int, address: int, bitmap: Buffer, slice: Slice, first_page: int = 0
 ) -> int:

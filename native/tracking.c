@@ -17,6 +17,7 @@ struct scan {
     int pagemap_fd;
     uint64_t address; /* of page 0 in the tracked process */
     bitmap_word *bitmap;
+    uint64_t flags;                 /* PAGEMAP_SCAN_WP_MATCHING, or 0 */
     struct pagemap_region *regions; /* REGIONS_MAX of them, all zero between two calls */
     uint64_t found;
 };
@@ -74,15 +75,18 @@ static int scan_range(struct scan *scan, struct page_range range)
     while (start < end) {
         struct pagemap_scan_request request =
             written_pages(start, end, scan->regions, region_count);
-        int error;
+        int rc, error;
 
-        request.flags |= PAGEMAP_SCAN_WP_MATCHING;
-        error = ioctl(scan->pagemap_fd, PAGEMAP_SCAN_REQUEST, &request) < 0 ? errno : 0;
+        request.flags |= scan->flags;
+        rc = ioctl(scan->pagemap_fd, PAGEMAP_SCAN_REQUEST, &request);
+        error = rc < 0 ? errno : 0;
         note_regions(scan, start, end);
         if (error == EINTR)
             continue; /* where it stopped is not told reliably; what is armed is found clean */
         if (error != 0)
             return -error;
+        if (scan->flags == 0 && (size_t)rc < region_count)
+            return 0; /* that was all; walk_end says less where nothing is armed (Linux 6.18.44) */
         if (request.walk_end > end || request.walk_end <= start)
             return -EIO; /* the kernel made no progress; never loop for ever */
         start = request.walk_end;
@@ -151,10 +155,8 @@ static int process_is_alive(int pagemap_fd, uint64_t address)
     return size == 0 ? -ESRCH : 0;
 }
 
-int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
-                     const struct page_slice *slice, uint64_t first_page)
+static int64_t scan_written(struct scan scan, const struct page_slice *slice, uint64_t first_page)
 {
-    struct scan scan = {.pagemap_fd = pagemap_fd, .address = address, .bitmap = bitmap};
     int rc;
 
     scan.regions = calloc(REGIONS_MAX, sizeof *scan.regions);
@@ -163,8 +165,26 @@ int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
     rc = scan_slice(&scan, slice, first_page);
     free(scan.regions);
     if (rc == 0)
-        rc = process_is_alive(pagemap_fd, address);
+        rc = process_is_alive(scan.pagemap_fd, scan.address);
     return rc < 0 ? rc : (int64_t)scan.found;
+}
+
+int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                     const struct page_slice *slice, uint64_t first_page)
+{
+    return scan_written((struct scan){.pagemap_fd = pagemap_fd,
+                                      .address = address,
+                                      .bitmap = bitmap,
+                                      .flags = PAGEMAP_SCAN_WP_MATCHING},
+                        slice, first_page);
+}
+
+int64_t pagemap_peek(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                     const struct page_slice *slice, uint64_t first_page)
+{
+    return scan_written(
+        (struct scan){.pagemap_fd = pagemap_fd, .address = address, .bitmap = bitmap}, slice,
+        first_page);
 }
 
 /* Set the bits of soft-dirty entries, contiguous ones together; return how many there are. */

@@ -23,6 +23,10 @@ int pagemap_scan_supported(int pagemap_fd);
 int64_t pagemap_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
                      const struct page_slice *slice, uint64_t first_page);
 
+/* The same, and nothing is re-armed: the next scan reports these pages again, written or not. */
+int64_t pagemap_peek(int pagemap_fd, uint64_t address, bitmap_word *bitmap,
+                     const struct page_slice *slice, uint64_t first_page);
+
 /* Set the bits of the slice's pages from `first_page` on whose pagemap entry says soft-dirty; nothing
  * is re-armed. Returns the pages found, -ESRCH when the process is gone, or -errno. */
 int64_t soft_dirty_scan(int pagemap_fd, uint64_t address, bitmap_word *bitmap,

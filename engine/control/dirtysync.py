@@ -68,6 +68,18 @@ class DirtySync:
                 await self._converge(found_bytes)
             return dirty_pages * PAGE_SIZE
 
+    async def peek(self) -> int:
+        """The bytes that are dirty now. Where an armed page costs the guest a fault, none is armed:
+        the next collection finds them again, and counts them.
+
+        :raise MigrationError: a worker did not answer."""
+        if self._tracker is not TrackerName.UFFD:
+            return await self.collect(throttles=False)
+        async with self._one_at_a_time:
+            self._number += 1
+            totals = await self._senders.harvest(self._number, is_peek=True)
+            return totals.dirty_pages * PAGE_SIZE
+
     async def watch(self, is_gone: Callable[[], bool]) -> None:
         """Until it is known that what is written is not seen any more.
 

@@ -4,7 +4,8 @@ A guest that writes as much as is sent finds all of its memory dirty at the end 
 however short its writes are behind the sending. As soon as the rest of such a round fits in the
 limit it is looked what was written meanwhile, and if both fit the guest is stopped there (QEMU does
 so in every round: migration_iteration_run, pending_exact). Rounds that shrink are left alone: what
-they leave is less, and so is the downtime.
+they leave is less, and so is the downtime. A look arms nothing: each page that is armed costs the
+guest a fault, and a look that finds too much would cost it one for all that it writes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class LookAhead:
             rest_bytes = self._numbers.remaining_bytes
             if not (is_sending() and self._convergence.may_pause(rest_bytes)):
                 continue
-            dirty_bytes = await sync.collect(throttles=False)
+            dirty_bytes = await sync.peek()
             if is_sending() and self._convergence.may_pause(dirty_bytes):
                 self._fitting_bytes = dirty_bytes
                 end_round()

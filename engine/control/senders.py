@@ -294,11 +294,12 @@ class SenderGroup:
 
     # -- orders ----------------------------------------------------------------------------------
 
-    async def harvest(self, number: int) -> HarvestTotals:
+    async def harvest(self, number: int, *, is_peek: bool = False) -> HarvestTotals:
         """Collect dirty bits on all lanes, also while a round is being sent: what is found behind a
         lane's cursor waits for the next round, what is found before it still goes with this one.
         One at a time.
 
+        :param is_peek: the next one may find the same pages again.
         :raise WorkerLost: a lane neither answers nor gets on.
         :raise MemoryRefused: what was written is not known."""
         if self._tracking is not None and self._tracking.name is TrackerName.HASH:
@@ -306,7 +307,7 @@ class SenderGroup:
         for lane in self.lanes:
             lane.harvest_due, lane.harvested = number, None
             lane.harvest_incarnation = lane.incarnation if lane.is_open else 0
-            self._order_harvest(lane)
+            self._order_harvest(lane, is_peek=is_peek)
         await self._all(lambda lane: not lane.harvest_due, "collecting dirty pages")
         said = [lane.harvested for lane in self.lanes if lane.harvested is not None]
         return HarvestTotals(
@@ -378,8 +379,8 @@ class SenderGroup:
                 f"lanes {behind} have not answered; the guest stays here"
             )
 
-    def _order_harvest(self, lane: Lane) -> None:
-        if self._order(lane, wire.Harvest(lane.harvest_due)):
+    def _order_harvest(self, lane: Lane, *, is_peek: bool = False) -> None:
+        if self._order(lane, wire.Harvest(lane.harvest_due, is_peek)):
             lane.unanswered += 1
 
     def _order_round(self, lane: Lane) -> None:

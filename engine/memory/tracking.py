@@ -89,14 +89,21 @@ class Piece:
     found: int
 
 
+#: Pages, stripe, index and count, as `_native` takes a slice.
+Slice = tuple[int, int, int, int]
+
+
 class Harvester(Protocol):
     """One tracker over one worker's slice of all blocks."""
 
     needs_private_copy: bool  #: page contents must be copied, and `sent` told, before they are sent
 
-    def harvest(self, dirty: PageBitmaps) -> Iterator[Piece]:
+    def harvest(self, dirty: PageBitmaps, *, is_peek: bool = False) -> Iterator[Piece]:
         """Set the dirty bit of each page written since the last harvest; it is done when the
         iterator is. A page that is written meanwhile is found now or by the next harvest.
+
+        :param is_peek: the next harvest may find these pages again, written or not: where it is to
+            be armed, a page costs its next writer a fault.
 
         :raise TrackingLost: what was written is not known.
         :raise OSError: the kernel cannot; another sender may find it."""
@@ -116,16 +123,17 @@ class _Slices:
     def __init__(self, blocks: Sequence[RamBlock], index: int, count: int) -> None:
         self._slices = [block.slice_of(index, count) for block in blocks]
 
-    def harvest(self, dirty: PageBitmaps) -> Iterator[Piece]:
+    def harvest(self, dirty: PageBitmaps, *, is_peek: bool = False) -> Iterator[Piece]:
         """Scan piece by piece, each from its first page to the end of its own slice."""
         for i, (page_count, stripe, index, count) in enumerate(self._slices):
             step = max(PIECE_PAGES, stripe) * count
             for first in range(0, page_count, step):
                 end = min(first + step, page_count)
-                found = self._scan(i, dirty[i], (end, stripe, index, count), first)
+                part = (end, stripe, index, count)
+                found = self._scan(i, dirty[i], part, first, is_peek=is_peek)
                 yield Piece((end - first) // count, found)
 
-    def _scan(self, i: int, dirty: memoryview, piece: tuple[int, int, int, int], first: int) -> int:
+    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
         """Harvest block `i` from page `first` to the end of the slice `piece`; return the pages
         found written."""
         raise NotImplementedError
@@ -140,7 +148,7 @@ class _Slices:
 class StoppedGuest(_Slices):
     """A guest that does not run writes nothing."""
 
-    def harvest(self, dirty: PageBitmaps) -> Iterator[Piece]:
+    def harvest(self, dirty: PageBitmaps, *, is_peek: bool = False) -> Iterator[Piece]:
         """Find nothing."""
         yield from ()
 
@@ -151,6 +159,7 @@ class WriteProtected(_Slices):
     A page that is written in two pieces is found twice."""
 
     _look = staticmethod(_native.pagemap_scan)
+    _peek = staticmethod(_native.pagemap_peek)
 
     def __init__(
         self,
@@ -168,15 +177,16 @@ class WriteProtected(_Slices):
         for each in pieces:
             self._pieces[each.block].append(each)
 
-    def _scan(self, i: int, dirty: memoryview, piece: tuple[int, int, int, int], first: int) -> int:
+    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
         (end, stripe, index, count), found = piece, 0
+        look = self._peek if is_peek else self._look
         for each in self._pieces[i]:
             begin, stop = max(first, each.first_page), min(end, each.end_page)
             if begin < stop:
                 part = (stop, stripe, index, count)
                 pagemap_fd = self._pagemap_fds[each.process]
                 try:
-                    found += self._look(pagemap_fd, each.block_address, dirty, part, begin)
+                    found += look(pagemap_fd, each.block_address, dirty, part, begin)
                 except PermissionError as exc:  # it was mapped anew, and is not registered
                     raise TrackingLost(each.process, False) from exc
                 except ProcessLookupError as exc:
@@ -187,7 +197,7 @@ class WriteProtected(_Slices):
 class SoftDirty(WriteProtected):
     """Soft-dirty bits: control stops the guest, orders the harvest, has the bits cleared."""
 
-    _look = staticmethod(_native.soft_dirty_scan)
+    _look = _peek = staticmethod(_native.soft_dirty_scan)
 
 
 class GuestBitmap(_Slices):
@@ -199,7 +209,7 @@ class GuestBitmap(_Slices):
         super().__init__(blocks, index, count)
         self._written = [mmap.mmap(fd, 0) for fd in bitmap_fds]
 
-    def _scan(self, i: int, dirty: memoryview, piece: tuple[int, int, int, int], first: int) -> int:
+    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
         return _native.bitmap_move_slice(self._written[i], dirty, piece, first)
 
 
@@ -226,7 +236,7 @@ class ContentHash(_Slices):
         super().__init__(blocks, index, count)
         self._ram, self._candidates, self._hashes, self._seed = ram, candidates, hashes, seed
 
-    def _scan(self, i: int, dirty: memoryview, piece: tuple[int, int, int, int], first: int) -> int:
+    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
         return _native.hash_scan(
             self._ram[i], self._seed, self._hashes[i], self._candidates[i], dirty, piece, first
         )

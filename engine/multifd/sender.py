@@ -197,7 +197,7 @@ class Sender:
         :raise ParentGone: control is gone."""
         began_ns, found = time.monotonic_ns(), 0
         try:
-            for piece in self._harvester.harvest(self._dirty):
+            for piece in self._harvester.harvest(self._dirty, is_peek=order.is_peek):
                 found += piece.found
                 self._progress.add(Count.HARVEST_PAGES, piece.pages)
                 self._inbox.check()

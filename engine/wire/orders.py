@@ -75,9 +75,12 @@ class Compress(Message, frozen=True):
 
 
 class Harvest(Message, frozen=True):
-    """Control -> sender: move what the tracker found into the dirty bitmap."""
+    """Control -> sender: move what the tracker found into the dirty bitmap.
+
+    :ivar is_peek: the next harvest finds the same pages again, if it is cheaper so."""
 
     number: int
+    is_peek: bool = False
 
 
 class SendRound(Message, frozen=True):

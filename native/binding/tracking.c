@@ -44,6 +44,12 @@ static PyObject *native_pagemap_scan(PyObject *module, PyObject *args)
     return tracking_scan(args, "O&O&w*O&|O&:pagemap_scan", pagemap_scan);
 }
 
+static PyObject *native_pagemap_peek(PyObject *module, PyObject *args)
+{
+    (void)module;
+    return tracking_scan(args, "O&O&w*O&|O&:pagemap_peek", pagemap_peek);
+}
+
 static PyObject *native_soft_dirty_scan(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -53,6 +59,7 @@ static PyObject *native_soft_dirty_scan(PyObject *module, PyObject *args)
 PyMethodDef TRACKING_METHODS[] = {
     {"pagemap_scan_supported", native_pagemap_scan_supported, METH_VARARGS, NULL},
     {"pagemap_scan", native_pagemap_scan, METH_VARARGS, NULL},
+    {"pagemap_peek", native_pagemap_peek, METH_VARARGS, NULL},
     {"soft_dirty_scan", native_soft_dirty_scan, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -9,8 +9,10 @@ from typing import Any, cast
 import pytest
 
 from engine.control.dirtysync import DirtySync
+from engine.control.lane import HarvestTotals
 from engine.errors import MemoryRefused
 from engine.guest.base import TrackerName
+from engine.memory.blocks import PAGE_SIZE
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
@@ -25,3 +27,27 @@ def test_lost_tracking_matters_as_long_as_the_guest_writes_here(is_gone: bool) -
     else:
         with pytest.raises(MemoryRefused, match="process 7 has ended"):
             asyncio.run(sync.watch(lambda: False))
+
+
+@pytest.mark.parametrize(
+    ("tracker", "is_peek", "counted"),
+    [(TrackerName.UFFD, True, []), (TrackerName.BITMAP, False, [3])],
+)
+def test_a_peek_counts_what_no_later_collection_finds_again(
+    tracker: TrackerName, is_peek: bool, counted: list[int]
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    class Senders:
+        async def harvest(self, number: int, *, is_peek: bool = False) -> HarvestTotals:
+            asked.append((number, is_peek))
+            return HarvestTotals(5, 3)
+
+    host: Any = SimpleNamespace(guest=SimpleNamespace(is_running=True))
+    found: list[int] = []
+    numbers: Any = SimpleNamespace(dirtied=found.append)
+    sync = DirtySync(host, cast(Any, Senders()), numbers, tracker)
+
+    assert asyncio.run(sync.peek()) == 5 * PAGE_SIZE
+    assert asked == [(1, is_peek)]
+    assert found == counted

@@ -48,8 +48,7 @@ class Collected(DirtySync):
     def is_cheap(self) -> bool:
         return self._cheap
 
-    async def collect(self, *, throttles: bool = True) -> int:
-        assert not throttles
+    async def peek(self) -> int:
         self.looks += 1
         return next(self._found)
 

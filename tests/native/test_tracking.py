@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -25,6 +25,8 @@ from tests.native.support import (
     slices,
 )
 
+Look = Callable[[int, int, bytearray, tuple[int, int, int, int]], int]
+
 needs_scan = pytest.mark.skipif(not has_pagemap_scan(), reason="PAGEMAP_SCAN needs Linux 6.7")
 process = pytest.mark.process
 
@@ -40,14 +42,18 @@ class TrackedGuest:
     def write(self, first: int, count: int = 1, step: int = 1) -> None:
         assert self.peer.ask(first, count, step) == count
 
-    def scan(self, index: int = 0, count: int = 1) -> set[int]:
+    def scan(self, index: int = 0, count: int = 1, look: Look = _native.pagemap_scan) -> set[int]:
         """Pages written since the last scan."""
         bitmap = bitmap_of((), self.page_count)
         page_slice = (self.page_count, 512, index, count)
-        newly_set = _native.pagemap_scan(self.pagemap, self.address, bitmap, page_slice)
+        newly_set = look(self.pagemap, self.address, bitmap, page_slice)
         found = pages_of(bitmap)
         assert newly_set == len(found)
         return found
+
+    def peek(self, index: int = 0, count: int = 1) -> set[int]:
+        """The same; the next scan finds them again."""
+        return self.scan(index, count, _native.pagemap_peek)
 
 
 @contextmanager
@@ -78,6 +84,26 @@ def test_each_scan_finds_exactly_what_was_written_since_the_last() -> None:
                 written |= set(range(first, first + count * step, step))
             assert guest.scan() == written
         assert guest.scan() == set()
+
+
+@needs_scan
+@process
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_a_peek_has_found_the_next_scan_finds_again(workers: int) -> None:
+    choose = random.Random(workers)
+    with tracked_guest(8192) as guest:
+        guest.scan()
+        written: set[int] = set()
+        for _ in range(8):
+            first, count, step = choose.randrange(4000), choose.randrange(1, 300), 3
+            guest.write(first, count, step)
+            written |= set(range(first, first + count * step, step))
+            found = [guest.peek(index, workers) for index in range(workers)]
+            for index, pages in enumerate(found):
+                assert pages == written & slice_pages((8192, 512, index, workers))
+
+        assert guest.scan() == written
+        assert guest.peek() == set()
 
 
 @needs_scan
