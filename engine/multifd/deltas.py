@@ -13,7 +13,8 @@ from engine.multifd.payload import Payload, copied_payload, deltas_payload
 from engine.multifd.progress import Count, Progress
 from engine.worker import log
 
-#: In the first round no page is sent again, so none is kept (QEMU: xbzrle_started).
+#: In the first round no page is sent again, so none is kept (QEMU: xbzrle_started). But where there
+#: is room for all, what is written meanwhile need not be sent in full once more.
 FIRST_ROUND: Final = 2
 #: With its length no longer than the page: a packet of deltas is then never longer than one of
 #: pages, which is what a receiver's socket takes.
@@ -35,6 +36,7 @@ class Deltas:
         self._slices, self._progress = slices, progress
         self._cache: DeltaCache | None = None
         self._shown = DeltaStatistics()
+        self._is_due = False  #: once it is, it stays so
         self._output = DeltaOutput.allocate()
 
     def useful_bytes(self, cache_bytes: int) -> int:
@@ -68,8 +70,17 @@ class Deltas:
             self._cache.forget()
 
     def are_due(self, round_number: int) -> bool:
-        """Whether pages of this round go through the cache: then all of them must."""
-        return self._cache is not None and round_number >= FIRST_ROUND
+        """Whether pages of this round go through the cache: then all of them must, and all later
+        ones."""
+        if self._cache is None:
+            return False
+        self._is_due = self._is_due or round_number >= FIRST_ROUND or self._holds_all
+        return self._is_due
+
+    @property
+    def _holds_all(self) -> bool:
+        size = self._cache.statistics.cache_bytes if self._cache else 0
+        return size >= self.useful_bytes(2 * size)
 
     def payloads(
         self,

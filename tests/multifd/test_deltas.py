@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from engine import _native, wire
 from engine.compress.codecs import decoders
 from engine.memory.blocks import PAGE_SIZE
+from engine.multifd.deltas import Deltas
+from engine.multifd.progress import Progress
 from tests.multifd.rig import SenderRig, memory, receiver, sender
 from tests.multifd.test_receiver import opened, packet, pages, round_end
 
@@ -129,6 +131,26 @@ def test_a_page_that_is_dirty_and_unchanged_is_not_sent_again(how: dict[str, Any
     sent = asyncio.run(scenario())
     assert sent[wire.PacketKind.PAGES] == 2 * PAGE_COUNT  # the first keeps none, the second all
     assert sent[wire.PacketKind.DELTAS] == 0
+
+
+def test_the_first_round_fills_a_cache_that_holds_all_pages_and_no_other() -> None:
+    """What is kept in the first round is not stale in the second, whatever size it has then."""
+    all_pages, fewer = 512 * PAGE_SIZE, 256 * PAGE_SIZE
+
+    def due(*sizes_and_rounds: tuple[int, int]) -> list[bool]:
+        words = Progress.create()
+        deltas = Deltas([(512, 512, 0, 1)], words)
+        told = []
+        for size, number in sizes_and_rounds:
+            deltas.resize(size)
+            told.append(deltas.are_due(number))
+        words.close()
+        return told
+
+    assert due((all_pages, 1)) == [True]
+    assert due((fewer, 1), (fewer, 2)) == [False, True]
+    assert due((fewer, 1), (all_pages, 1), (fewer, 1)) == [False, True, True]
+    assert due((0, 1), (0, 2), (fewer, 2)) == [False, False, True]
 
 
 @any_memory

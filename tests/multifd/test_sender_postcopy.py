@@ -224,7 +224,7 @@ def test_nothing_is_taken_for_known_in_postcopy_whatever_the_order_says() -> Non
                     rig.dirty.set_data()
                     rig.worker.order(wire.SendRound(number))
                     _, sent = await rest_of_round(rig, number)
-                    assert (len(sent) < 600) == (number == 3)  # the test can fail
+                    assert (len(sent) < 600) == (number > 1)  # the test can fail
                 before = {count: rig.progress[count] for count in Count}
                 with following(rig):
                     rig.worker.order(compress)
