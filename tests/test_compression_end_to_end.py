@@ -108,13 +108,15 @@ async def until_batches(migration: engine.Migration, codec: str, more: int = 4) 
 async def until_drained(
     migration: engine.Migration, bytes_per_s_min: float
 ) -> list[dict[str, Any]]:
-    """All channels, once they drain so much together: a busy machine sends less for a moment."""
+    """All channels, once they are full, encode, and drain so much together: on a busy machine one
+    has nothing to wait for, or sends less, for a moment."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             raw = (await migration.statistics()).raw
             found: list[dict[str, Any]] = raw["x-compression"]["channels"]
-            drained = [channel["auto"]["drain-bytes-per-second"] for channel in found]
-            if sum(drained) > bytes_per_s_min:
+            known = [channel["auto"] for channel in found]
+            are_full = all(one["channel-is-full"] and one["codec"] != "none" for one in known)
+            if are_full and sum(one["drain-bytes-per-second"] for one in known) > bytes_per_s_min:
                 return found
             await asyncio.sleep(0.01)
 

@@ -29,7 +29,7 @@ _TEXTS: Final = {
     Why.START: "nothing was better so far",
     Why.STRONGER: "the channel is slower than the encoder",
     Why.WEAKER: "encoding took longer than sending",
-    Why.DISPROVED: "the channel took less of it than it should have",
+    Why.DISPROVED: "less RAM was moved with it",
 }
 
 

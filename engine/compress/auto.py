@@ -46,6 +46,8 @@ GAIN_CLEAR: Final = 1.1
 #: One that was slower is avoided for so long, and each time twice as long.
 AVOIDED_NS: Final = 1_000 * MS
 DOUBLINGS_MAX: Final = 4
+#: What is measured of a byte may be nothing, or less, by the clocks' own steps.
+MADE_NS_MIN: Final = 1e-3
 #: A trial is compared with the most that was drained in so long before it: a stall proves nothing.
 PEAK_NS: Final = 300 * MS
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
@@ -148,7 +150,7 @@ class Auto:
         self._current = 0
         self._trial: Trial | None = None
         self._peaks = [Peak() for _ in LADDER]
-        self._pace = Pace(settling=0)
+        self.pace = Pace(settling=0)
         self._seen = [Seen() for _ in LADDER]
         self._changed_ns = self._held_until_ns = 0  #: the choice, and since when and until when
         self._worth = 1.0  #: part of the RAM that looks worth trying, seen in `_tries` batches
@@ -195,13 +197,13 @@ class Auto:
 
     def _paced_ns(self) -> float:
         """A byte of RAM with the current codec; 0 while nothing is known."""
-        return self._pace.ns_per_byte * self._left(self._current)
+        return self.pace.ns_per_byte * self._left(self._current)
 
     def _must_wait(self, best: int, now_ns: int) -> bool:
         """Whether what a stronger one gains may be noise and the pace without it is not known yet,
         or the current one was no good itself."""
         gain = self._ns_per_byte(self._current) / self._ns_per_byte(best)
-        is_unsure = self._pace.is_steady and not self._pace.is_sure
+        is_unsure = self.pace.is_steady and not self.pace.is_sure
         return (gain < GAIN_CLEAR and is_unsure) or self._judge(now_ns, is_early=True)
 
     def _must_stay(self, weaker: int, now_ns: int) -> bool:
@@ -209,12 +211,12 @@ class Auto:
         noise and the pace is not known yet. One that did not stand for long would look as good
         again at once: so it is avoided."""
         seen_ns = self._seen_ns(weaker, now_ns)
-        is_sure = self._pace.is_sure and seen_ns > 0
+        is_sure = self.pace.is_sure and seen_ns > 0
         if is_sure and self._paced_ns() <= seen_ns * GAIN_MIN:
             return True
         if now_ns < self._changed_ns + TRIAL_NS:
             gain = self._ns_per_byte(self._current) / self._expected_ns(weaker, now_ns)
-            if gain < GAIN_CLEAR and not self._pace.is_sure:
+            if gain < GAIN_CLEAR and not self.pace.is_sure:
                 return True
             self._avoid(now_ns, is_sure=is_sure)
         return False
@@ -238,17 +240,17 @@ class Auto:
         """Of the current codec; what is believed of the drain was not seen."""
         peak, rate = self._peaks[self._current], self.drain.rate
         if self.drain.is_believed:
-            return peak
+            return peak if now_ns <= peak.at_ns + PEAK_NS else Peak()
         if rate >= peak.rate or now_ns > peak.at_ns + PEAK_NS:
             peak = self._peaks[self._current] = Peak(now_ns, rate)
         return peak
 
     def _take(self, index: int, now_ns: int, why: Why) -> None:
-        if self._pace.is_sure:
-            self._seen[self._current] = Seen(now_ns, self._pace.ns_per_byte)
+        if self.pace.is_sure:
+            self._seen[self._current] = Seen(now_ns, self.pace.ns_per_byte)
         self._before, self._current, self._changed_ns = self._current, index, now_ns
         self._changes, self._why = self._changes + 1, why
-        self._pace = Pace()
+        self.pace = Pace()
 
     def _judge(self, now_ns: int, *, is_early: bool = False) -> bool:
         """A channel is also full when the other side cannot decode as fast; then it drains less of
@@ -265,7 +267,7 @@ class Auto:
             return False
         self._trial, known = None, self._known[self._current]
         seen_ns = self._seen_ns(trial.weaker, now_ns)
-        if seen_ns and self._pace.is_sure:
+        if seen_ns and self.pace.is_sure:
             took_ns, as_weaker_ns = self._paced_ns(), seen_ns
         elif self.drain.is_full and trial.rate:
             took_ns = self._wire_ns(self._current)
@@ -273,7 +275,7 @@ class Auto:
         else:
             took_ns = as_weaker_ns = 0.0
         if took_ns <= as_weaker_ns * GAIN_MIN:
-            known.disproved = 0
+            known.disproved *= not took_ns  # unless nothing is known
             return False
         self._avoid(now_ns)
         self._take(trial.weaker, now_ns, Why.DISPROVED)
@@ -321,7 +323,8 @@ class Auto:
         codec_ns = self._worth * self._known[index].codec_ns
         share = min(self._share_left, self._share_seen)
         beside = self._sorted if index and self._sorted.worker_ns else self._plain
-        return max(beside.thread_ns + codec_ns, (beside.worker_ns + codec_ns) / share)
+        own_ns, all_ns = beside.thread_ns + codec_ns, (beside.worker_ns + codec_ns) / share
+        return max(own_ns, all_ns, MADE_NS_MIN)
 
     # -- experience ------------------------------------------------------------------------------
 
@@ -339,8 +342,8 @@ class Auto:
         self._share_seen += weight / SLOWER * (share - self._share_seen)
         self._share_left = done.fair_share
         index = self._arms.index(done.arm)
-        if index == self._current:
-            self._pace.learn(done.total_ns, done.wire_bytes, is_steady=self.drain.is_steady)
+        if index == self._current and done.is_whole:
+            self.pace.learn(done.total_ns, done.wire_bytes, is_steady=self.drain.is_steady)
         beside = self._sorted if index else self._plain
         beside.learn(thread_ns, worker_ns, weight if beside.worker_ns else 1.0)
         if index:

@@ -1,4 +1,5 @@
-"""What a channel drains, by when it takes packets.
+"""What a channel drains, by when it takes packets: what has left between two moments at which its
+queue was full. Where it was not in between, that is less than it could have drained.
 
 A channel that is not full does not tell what it could drain: then the drain is believed to grow,
 and the next full queue says what it is.

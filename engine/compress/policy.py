@@ -45,6 +45,7 @@ class Done:
     :ivar limit: bytes per ns, this channel's part of the bandwidth limit if it waited for that, or
         0.
     :ivar fair_share: of a CPU that the host has left for each sender, 0 to 1.
+    :ivar is_whole: all of its pages went as pages: none as a delta, none was left out as unchanged.
     """
 
     arm: Arm
@@ -60,6 +61,7 @@ class Done:
     waited_ns: int
     limit: float
     fair_share: float
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ class DirtySync:
 
     async def peek(self) -> int:
         """The bytes that are dirty now. Where an armed page costs the guest a fault, none is armed:
-        the next collection finds them again, and counts them.
+        the next collection finds them again, and counts them. (A lane whose sender dies meanwhile
+        is collected from for good.)
 
         :raise MigrationError: a worker did not answer."""
         if self._tracker is not TrackerName.UFFD:

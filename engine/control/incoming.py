@@ -192,7 +192,7 @@ class IncomingMigration:
         try:
             waiting = {*tasks, self._failure}
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # nothing arms the guest any more
+        finally:  # they do nothing any more
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -24,7 +24,7 @@ class HarvestTotals:
     """What all lanes said.
 
     :ivar dirty_pages: still to be sent, those of lost lanes included.
-    :ivar found_pages: written since the harvest before (see `wire.Harvested`).
+    :ivar found_pages: written since the last harvest that was no peek (see `wire.Harvested`).
     """
 
     dirty_pages: int

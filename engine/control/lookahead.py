@@ -4,7 +4,7 @@ A guest that writes as much as is sent finds all of its memory dirty at the end 
 however short its writes are behind the sending. As soon as the rest of such a round fits in the
 limit it is looked what was written meanwhile, and if both fit the guest is stopped there (QEMU does
 so in every round: migration_iteration_run, pending_exact). Rounds that shrink are left alone: what
-they leave is less, and so is the downtime. A look arms nothing: each page that is armed costs the
+they leave is less, and so is the downtime. A look arms no page: each that is armed costs the
 guest a fault, and a look that finds too much would cost it one for all that it writes.
 """
 

@@ -1,7 +1,8 @@
 """Dirty tracking as a sender does it: move what the tracker found into the dirty bitmap, by slices.
 
-Every harvest re-arms a page before anyone reads its content, so a write in between shows in the
-next harvest. What each tracker costs was measured; see docs/tracking.md.
+Every harvest re-arms a page, if it does (a peek does not), before anyone reads its content, so a
+write in between shows in the next harvest. What each tracker costs was measured; see
+docs/tracking.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from engine import wire
 from engine.compress.choice import policy_of
 from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
+from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.hostload import HostLoad
 from engine.multifd.payload import Payload
 from engine.multifd.progress import Budget, Count, Progress
@@ -92,6 +93,7 @@ class Chooser:
                 fair_share=self._load.fair_share(
                     now.at, self._budget.used_cpu(self._index, now.worker)
                 ),
+                is_whole=_pages_in(payloads) * PAGE_SIZE == ram_bytes,
             )
         )
         if now.at >= self._published_ns + PUBLISH_NS:
@@ -124,3 +126,8 @@ class Chooser:
                 codec_ns=codec_ns,
             )
         )
+
+
+def _pages_in(payloads: Sequence[Payload]) -> int:
+    """That go as pages."""
+    return sum(each.pages for each in payloads if each.kind is wire.PacketKind.PAGES)

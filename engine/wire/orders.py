@@ -136,8 +136,8 @@ class Harvested(Message, frozen=True):
     """Sender -> control: the answer to `Harvest`.
 
     :ivar dirty_pages: of the slice, now; what is in flight is not counted.
-    :ivar found_pages: of the slice, found written since the last harvest, dirty before or not
-        (content-hash looks at no page that is dirty, so there it is a lower bound).
+    :ivar found_pages: of the slice, found written since the last harvest that was no peek, dirty
+        before or not (content-hash looks at no page that is dirty, so there it is a lower bound).
     """
 
     number: int

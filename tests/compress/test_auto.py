@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -159,3 +160,25 @@ def test_a_batch_that_waited_with_nothing_queued_before_it_says_nothing_of_the_d
         )
         assert drain.is_full
         assert drain.rate == (MIB / (10 * ms) if number > 3 else 0.0)
+
+
+def test_the_drain_is_what_left_between_two_moments_at_which_the_queue_was_full() -> None:
+    """Also where it was not full in between."""
+    drain, ms, now_ns = Drain(), 1_000_000, 0
+    for total_ms, waited_ms in ((5, 4), (5, 4), (5, 4), (5, 4), (5, 4), (30, 0), (5, 4), (5, 4)):
+        now_ns += total_ms * ms
+        timing = (total_ms * ms, 0, 0, waited_ms * ms, 0.0, 1.0)
+        drain.learn(Done(LADDER[0], now_ns, MIB, 0, 0, MIB, 0, *timing))
+    assert drain.rate == 5 * MIB / (50 * ms)
+
+
+def test_batches_that_went_as_deltas_or_in_part_say_nothing_of_the_pace() -> None:
+    """Nothing on the wire for a page would be a codec that takes for ever for a byte of it."""
+    ms, policy = 1_000_000, auto()
+    for number in range(1, 200):
+        timing = (ms, ms, ms, 0, 0.0, 1.0)
+        whole = Done(LADDER[0], number * ms, MIB, 0, 0, MIB, 0, *timing)
+        policy.learn(whole)
+        policy.learn(replace(whole, wire_bytes=0, total_ns=50 * ms, is_whole=False))
+    assert policy.pace.is_sure
+    assert policy.pace.ns_per_byte == pytest.approx(ms / MIB)

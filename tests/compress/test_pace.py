@@ -47,4 +47,4 @@ def test_what_was_seen_is_for_as_much_on_the_wire_and_grows_old() -> None:
     assert seen.ns_with(0.5, 5 * MS) == 6.0
     assert seen.ns_with(0.25, 5 * MS + SEEN_NS) == 3.0
     assert seen.ns_with(0.5, 5 * MS + SEEN_NS + 1) == 0.0
-    assert Seen().ns_with(1.0, 1) == 0.0
+    assert Seen(ns_per_byte=3.0).ns_with(1.0, 1) == 0.0

@@ -161,6 +161,18 @@ def test_a_worker_that_lives_gets_no_harvest_twice() -> None:
     assert orders == ["PrepareSender", "Compress", "SendRound", "OpenChannel", "Harvest"]
 
 
+def test_a_peek_is_one_for_the_sender_too() -> None:
+    async def scenario() -> list[wire.Message]:
+        async with played() as rig:
+            for number, is_peek in ((1, True), (2, False)):
+                harvest = await rig.run(rig.group.harvest(number, is_peek=is_peek))
+                rig.worker.on_report(wire.Harvested(number, 0, 0))
+                await harvest
+            return rig.worker.orders[-2:]
+
+    assert asyncio.run(scenario()) == [wire.Harvest(1, is_peek=True), wire.Harvest(2)]
+
+
 def test_a_worker_that_dies_in_a_harvest_makes_its_slice_dirty_and_the_next_harvests_again() -> (
     None
 ):

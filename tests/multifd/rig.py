@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from engine.control.pool import Worker
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.missing import open_missing
+from engine.memory.pieces import TrackedPiece
 from engine.multifd.progress import Budget, Progress
 
 SESSION = b"session-of-tests"
@@ -225,6 +226,7 @@ async def sender(
     *,
     tracker: str = "none",
     tracker_fds: tuple[int, ...] = (),
+    pieces: Sequence[TrackedPiece] = (),
     unread_packets_max: int = 1000,
 ) -> AsyncIterator[SenderRig]:
     dirty, in_flight, delivered = (
@@ -245,7 +247,16 @@ async def sender(
         heard.listen(worker)
         worker.order(
             wire.PrepareSender(
-                0, 1, SESSION, f"tcp://127.0.0.1:{port}", 1, shapes(block), tracker, [], True, 7
+                0,
+                1,
+                SESSION,
+                f"tcp://127.0.0.1:{port}",
+                1,
+                shapes(block),
+                tracker,
+                list(pieces),
+                True,
+                7,
             ),
             [*shared, block.fd, *tracker_fds],
         )

@@ -147,6 +147,8 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("hash_scan", (ram(), 1, bytes(2048), words(), words(1), SLICE), "dirty bitmap"),
     ("pagemap_scan", (0, 1, words(), SLICE), "address 1 is not a multiple"),
     ("pagemap_scan", (0, 0, words(1), SLICE), "bitmap of 8 bytes"),
+    ("pagemap_peek", (0, 1, words(), SLICE), "address 1 is not a multiple"),
+    ("pagemap_peek", (0, 0, words(1), SLICE), "bitmap of 8 bytes"),
     ("soft_dirty_scan", (0, 1, words(), SLICE), "address 1 is not a multiple"),
     ("soft_dirty_scan", (0, 2**64, words(), SLICE), "is not in the range"),
     ("soft_dirty_scan", (0, 2**63 - PAGE, words(), SLICE), "reaches beyond"),
