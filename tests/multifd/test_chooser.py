@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from engine import wire
 from engine.compress.policy import Arm, Done, Policy
+from engine.memory.blocks import PAGE_SIZE
 from engine.multifd import chooser as module
 from engine.multifd.chooser import Chooser
+from engine.multifd.payload import Payload
 from engine.multifd.progress import Budget, Progress
 
-NOTHING: Any = SimpleNamespace(tried=b"", encoded_bytes=0, payload_bytes=4096, codec_ns=0)
+PAGE = Payload([bytes(PAGE_SIZE)], wire.RUN.pack(0, 1), 1)
+DELTA = Payload([bytes(16)], wire.RUN.pack(0, 1), 1, wire.PacketKind.DELTAS)
 
 
 class Clock:
@@ -66,7 +68,7 @@ def test_a_fixed_choice_is_counted_and_not_measured(clock: Clock) -> None:
         asked_count = clock.asked_count
         one.begin_round()
         for _ in range(3):
-            one.learn(one.choose(), 4096, [NOTHING])
+            one.learn(one.choose(), 4096, [PAGE])
         assert progress.batches(wire.CodecId.RAW) == 3
         assert clock.asked_count == asked_count
     finally:
@@ -81,13 +83,29 @@ def test_a_policy_that_begins_in_mid_round_hears_of_its_own_time_alone(clock: Cl
         one, policy = Chooser(0, 1, progress, budget), Curious()
         one.begin_round()
         clock.now_ns = 1000
-        one.learn(one.choose(), 4096, [NOTHING])
+        one.learn(one.choose(), 4096, [PAGE])
         one._policy = cast(Policy, policy)
         for step_ns in (10, 20):
             arm = one.choose()
             clock.now_ns += step_ns
-            one.learn(arm, 4096, [NOTHING])
+            one.learn(arm, 4096, [PAGE])
         assert [done.total_ns for done in policy.heard] == [10, 20]
+    finally:
+        progress.close()
+        budget.close()
+
+
+def test_a_policy_is_told_whether_all_of_a_batch_went_as_pages(clock: Clock) -> None:
+    progress = Progress.create()
+    budget = Budget.create()
+    try:
+        one, policy = Chooser(0, 1, progress, budget), Curious()
+        one._policy = cast(Policy, policy)
+        for pages, payloads in ((1, [PAGE]), (2, [PAGE]), (2, [PAGE, DELTA]), (2, [PAGE, PAGE])):
+            one.begin_round()
+            clock.now_ns += 10
+            one.learn(one.choose(), pages * PAGE_SIZE, payloads)
+        assert [done.is_whole for done in policy.heard] == [True, False, False, True]
     finally:
         progress.close()
         budget.close()
