@@ -273,9 +273,9 @@ class Auto:
             took_ns = self._wire_ns(self._current)
             as_weaker_ns = self._wire_ns(trial.weaker) * self.drain.rate / trial.rate
         else:
-            took_ns = as_weaker_ns = 0.0
+            return False  # nothing is known
         if took_ns <= as_weaker_ns * GAIN_MIN:
-            known.disproved *= not took_ns  # unless nothing is known
+            known.disproved = 0
             return False
         self._avoid(now_ns)
         self._take(trial.weaker, now_ns, Why.DISPROVED)

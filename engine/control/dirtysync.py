@@ -78,8 +78,8 @@ class DirtySync:
             return await self.collect(throttles=False)
         async with self._one_at_a_time:
             self._number += 1
-            totals = await self._senders.harvest(self._number, is_peek=True)
-            return totals.dirty_pages * PAGE_SIZE
+            dirty_pages, _ = await self._harvest(is_peek=True)
+            return dirty_pages * PAGE_SIZE
 
     async def watch(self, is_gone: Callable[[], bool]) -> None:
         """Until it is known that what is written is not seen any more.
@@ -106,8 +106,8 @@ class DirtySync:
             else:
                 await asyncio.sleep(PERIOD_S)
 
-    async def _harvest(self) -> tuple[int, int]:
-        totals = await self._senders.harvest(self._number)
+    async def _harvest(self, *, is_peek: bool = False) -> tuple[int, int]:
+        totals = await self._senders.harvest(self._number, is_peek=is_peek)
         return totals.dirty_pages, totals.found_pages
 
     async def _harvest_standing(self) -> tuple[int, int]:

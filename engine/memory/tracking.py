@@ -90,10 +90,6 @@ class Piece:
     found: int
 
 
-#: Pages, stripe, index and count, as `_native` takes a slice.
-Slice = tuple[int, int, int, int]
-
-
 class Harvester(Protocol):
     """One tracker over one worker's slice of all blocks."""
 
@@ -134,7 +130,9 @@ class _Slices:
                 found = self._scan(i, dirty[i], part, first, is_peek=is_peek)
                 yield Piece((end - first) // count, found)
 
-    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
+    def _scan(
+        self, i: int, dirty: memoryview, piece: _native.Slice, first: int, *, is_peek: bool
+    ) -> int:
         """Harvest block `i` from page `first` to the end of the slice `piece`; return the pages
         found written."""
         raise NotImplementedError
@@ -178,7 +176,9 @@ class WriteProtected(_Slices):
         for each in pieces:
             self._pieces[each.block].append(each)
 
-    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
+    def _scan(
+        self, i: int, dirty: memoryview, piece: _native.Slice, first: int, *, is_peek: bool
+    ) -> int:
         (end, stripe, index, count), found = piece, 0
         look = self._peek if is_peek else self._look
         for each in self._pieces[i]:
@@ -210,7 +210,9 @@ class GuestBitmap(_Slices):
         super().__init__(blocks, index, count)
         self._written = [mmap.mmap(fd, 0) for fd in bitmap_fds]
 
-    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
+    def _scan(
+        self, i: int, dirty: memoryview, piece: _native.Slice, first: int, *, is_peek: bool
+    ) -> int:
         return _native.bitmap_move_slice(self._written[i], dirty, piece, first)
 
 
@@ -237,7 +239,9 @@ class ContentHash(_Slices):
         super().__init__(blocks, index, count)
         self._ram, self._candidates, self._hashes, self._seed = ram, candidates, hashes, seed
 
-    def _scan(self, i: int, dirty: memoryview, piece: Slice, first: int, *, is_peek: bool) -> int:
+    def _scan(
+        self, i: int, dirty: memoryview, piece: _native.Slice, first: int, *, is_peek: bool
+    ) -> int:
         return _native.hash_scan(
             self._ram[i], self._seed, self._hashes[i], self._candidates[i], dirty, piece, first
         )

@@ -74,13 +74,10 @@ class Deltas:
         ones."""
         if self._cache is None:
             return False
-        self._is_due = self._is_due or round_number >= FIRST_ROUND or self._holds_all
+        size = self._cache.statistics.cache_bytes
+        holds_all = size >= self.useful_bytes(2 * size)
+        self._is_due = self._is_due or holds_all or round_number >= FIRST_ROUND
         return self._is_due
-
-    @property
-    def _holds_all(self) -> bool:
-        size = self._cache.statistics.cache_bytes if self._cache else 0
-        return size >= self.useful_bytes(2 * size)
 
     def payloads(
         self,

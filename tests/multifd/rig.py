@@ -213,6 +213,12 @@ class SenderRig:
         assert isinstance(where, bytes)
         return where.rstrip(b"\0").decode()
 
+    async def harvest(self, number: int, *, is_peek: bool = False) -> wire.Harvested:
+        """Have it look at what was written."""
+        self.worker.order(wire.Harvest(number, is_peek))
+        report: wire.Harvested = await self.heard.next(wire.Harvested, number)
+        return report
+
     async def packet(self) -> tuple[wire.Packet, bytes]:
         """The next packet and its payload."""
         async with asyncio.timeout(DEADLINE_S):

@@ -34,8 +34,7 @@ async def packets_of_round(rig: SenderRig) -> tuple[int, int]:
 
 async def obeyed(rig: SenderRig, number: int) -> None:
     """Wait until every order before this one has been carried out."""
-    rig.worker.order(wire.Harvest(number))
-    await rig.heard.next(wire.Harvested, number)
+    await rig.harvest(number)
 
 
 def test_a_page_that_went_through_the_cache_is_not_known_by_an_older_hash() -> None:

@@ -122,30 +122,24 @@ def test_content_that_changes_and_changes_back_is_never_taken_for_sent() -> None
     a, b = os.urandom(PAGE_SIZE), os.urandom(PAGE_SIZE)
     block = memory(8, a)
 
-    async def harvest(rig: SenderRig, number: int) -> int:
-        rig.worker.order(wire.Harvest(number))
-        report = await rig.heard.next(wire.Harvested, number)
-        dirty_pages: int = report.dirty_pages
-        return dirty_pages
-
     async def scenario() -> list[int]:
         async with sender(block, tracker="content-hash") as rig:
             rig.dirty.set_data()
             rig.delivered.set_data()
             await one_round(rig)
-            found = [await harvest(rig, 1)]
+            found = [(await rig.harvest(1)).dirty_pages]
             os.pwrite(block.fd, b, 0)
-            found.append(await harvest(rig, 2))
+            found.append((await rig.harvest(2)).dirty_pages)
             os.pwrite(block.fd, a, 0)
             _, sent = await one_round(rig, 2)
             assert sent == {0: a}
-            found.append(await harvest(rig, 3))
+            found.append((await rig.harvest(3)).dirty_pages)
             os.pwrite(block.fd, bytes(PAGE_SIZE), 0)
-            found.append(await harvest(rig, 4))
+            found.append((await rig.harvest(4)).dirty_pages)
             _, sent = await one_round(rig, 3)
             assert sent == {0: bytes(PAGE_SIZE)}
             os.pwrite(block.fd, a, 0)
-            found.append(await harvest(rig, 5))
+            found.append((await rig.harvest(5)).dirty_pages)
             return found
 
     assert asyncio.run(scenario()) == [0, 1, 0, 1, 1]

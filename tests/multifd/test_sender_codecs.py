@@ -173,12 +173,6 @@ def test_private_copies_are_encoded_and_their_hashes_are_of_what_was_sent(codec:
     a, b, raw = text(1, 1), text(1, 2), noise(1)
     block = memory(8, a + raw)
 
-    async def harvest(rig: SenderRig, number: int) -> int:
-        rig.worker.order(wire.Harvest(number))
-        report = await rig.heard.next(wire.Harvested, number)
-        dirty_pages: int = report.dirty_pages
-        return dirty_pages
-
     async def scenario() -> list[int]:
         async with sender(block, tracker="content-hash") as rig:
             rig.worker.order(wire.Compress(codec))
@@ -186,20 +180,20 @@ def test_private_copies_are_encoded_and_their_hashes_are_of_what_was_sent(codec:
             rig.delivered.set_data()
             packets, sent = await one_round(rig)
             assert sent == {0: a, 1: raw}
-            found = [await harvest(rig, 1)]
+            found = [(await rig.harvest(1)).dirty_pages]
             os.pwrite(block.fd, b, 0)
-            found.append(await harvest(rig, 2))
+            found.append((await rig.harvest(2)).dirty_pages)
             os.pwrite(block.fd, a, 0)
             packets, sent = await one_round(rig, 2)
             assert sent == {0: a}
             assert packets[0].codec is CODECS[codec].wire_id
-            found.append(await harvest(rig, 3))
+            found.append((await rig.harvest(3)).dirty_pages)
             os.pwrite(block.fd, raw, 0)
-            found.append(await harvest(rig, 4))
+            found.append((await rig.harvest(4)).dirty_pages)
             packets, sent = await one_round(rig, 3)
             assert sent == {0: raw}
             assert packets[0].codec is wire.CodecId.RAW
-            found.append(await harvest(rig, 5))
+            found.append((await rig.harvest(5)).dirty_pages)
             return found
 
     assert asyncio.run(scenario()) == [0, 1, 0, 1, 0]

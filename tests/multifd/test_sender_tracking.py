@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from engine import _native, wire
+from engine import _native
 from engine.guest.tracker import FEATURES
 from engine.memory.blocks import PAGE_SIZE, RamBlock
 from engine.memory.pieces import TrackedPiece, whole_piece
 from tests.kernel import has_pagemap_scan, has_userfaultfd
-from tests.multifd.rig import SenderRig, memory, sender
+from tests.multifd.rig import memory, sender
 
 pytestmark = [
     pytest.mark.process,
@@ -41,13 +41,6 @@ def tracked(block: RamBlock) -> Iterator[tuple[mmap.mmap, int, TrackedPiece]]:
         os.close(pagemap)
 
 
-async def harvest(rig: SenderRig, number: int, *, is_peek: bool = False) -> tuple[int, int]:
-    """Dirty pages, and pages found."""
-    rig.worker.order(wire.Harvest(number, is_peek))
-    report = await rig.heard.next(wire.Harvested, number)
-    return report.dirty_pages, report.found_pages
-
-
 def test_what_a_peek_found_the_next_harvest_finds_again_whether_it_was_sent_or_not() -> None:
     block = memory(PAGES)
 
@@ -58,15 +51,15 @@ def test_what_a_peek_found_the_next_harvest_finds_again_whether_it_was_sent_or_n
             ) as rig:
                 for page in (3, 700):
                     ram[page * PAGE_SIZE] = 1
-                found = [await harvest(rig, 1, is_peek=True)]
+                found = [await rig.harvest(1, is_peek=True)]
                 rig.dirty.clear()  # as if both were on their way
                 ram[700 * PAGE_SIZE] = 2
-                found.append(await harvest(rig, 2))
+                found.append(await rig.harvest(2))
                 rig.dirty.clear()
-                found.append(await harvest(rig, 3))
+                found.append(await rig.harvest(3))
                 ram[5 * PAGE_SIZE] = 1
-                found.append(await harvest(rig, 4, is_peek=True))
-                return found
+                found.append(await rig.harvest(4, is_peek=True))
+                return [(each.dirty_pages, each.found_pages) for each in found]
 
     try:
         assert asyncio.run(scenario()) == [(2, 2), (2, 2), (0, 0), (1, 1)]
