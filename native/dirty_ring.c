@@ -1,12 +1,13 @@
 /* See dirty_ring.h. */
 #include "dirty_ring.h"
 
+#include "clock.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define PAGE_BYTES 4096u
-#define SECOND_NS UINT64_C(1000000000)
 #define BACKLOG_NS UINT64_C(100000000)
 
 __extension__ typedef unsigned __int128 uint128;

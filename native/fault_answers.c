@@ -1,6 +1,8 @@
 /* What the source answers: checked against what was asked, then placed (faults.h). */
 #include "fault_service.h"
 
+#include "clock.h"
+
 static int check_answer(struct fault_service *service, const struct frame *frame, size_t *index)
 {
     const struct request *request;

@@ -6,19 +6,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
-#include <time.h>
 
 static const unsigned char MAGIC[4] = {'r', 'f', 'p', 'f'};
 #define VERSION 1 /* FAULT_VERSION of engine/wire/postcopy.py */
 #define CODEC_RAW 1
-
-uint64_t monotonic_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
 
 int stream_open(struct stream *stream, const unsigned char *session, uint8_t kind_min,
                 uint8_t kind_max, size_t input_size, size_t output_size)

@@ -83,6 +83,4 @@ void stream_put(struct stream *stream, unsigned char *where, struct frame frame)
 int stream_refuse(struct stream *stream, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
-uint64_t monotonic_ns(void);
-
 #endif

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "fault_service.h"
 #include "linux_abi.h"
 #include "schedule.h"

@@ -1,7 +1,6 @@
 #define _GNU_SOURCE
 #include "inject.h"
 
-#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -13,34 +12,25 @@
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "inject_frame.h"
 #include "inject_target.h"
+#include "inject_thread.h"
 #include "seccomp_filter.h"
 
 #define SIGNAL_SET_BYTES ((void *)8)
 #define GET_SIGNAL_MASK 0x420a /* PTRACE_GETSIGMASK, Linux 3.11 */
-#define STOP_WAIT_NS INT64_C(2000000000) /* a thread that does not stop so long is in the kernel's hands */
-#define PROMPT_NS INT64_C(10000000) /* what takes longer waits for a processor, or for the kernel */
-#define LOOK_NS 20000 /* between two looks; the thread needs the processor meanwhile */
-#define LATE_LOOK_NS 500000 /* and when it has not been prompt */
-#define TRAPS_MAX 16 /* a process is not stopped more often than that within a millisecond */
 #define RETRY_NS 1000000 /* between two tries */
-#define STUCK_MAX 16 /* threads that were waited for in vain; each costs STOP_WAIT_NS */
-
-#ifndef PTRACE_EVENT_STOP
-#define PTRACE_EVENT_STOP 128
-#endif
+#define STUCK_MAX 16 /* threads that were waited for in vain; each costs THREAD_WAIT_NS */
 
 struct job {
     pid_t pid;
     int flags, pidfd;
     int keeps; /* what is opened stays open there */
-    int64_t deadline_ns;
+    uint64_t deadline_ns;
     struct frame_code code;
     struct injection *result;
     enum inject_obstacle obstacle;
@@ -65,83 +55,11 @@ enum outcome {
     OUTCOME_OBSTACLE,
 };
 
-/* What the thread did when it was let go on. */
-enum stop {
-    STOP_CALL,   /* it is before or after a system call */
-    STOP_TRAP,   /* it was interrupted, or its process is being stopped */
-    STOP_SIGNAL, /* a signal is about to be delivered */
-    STOP_END,    /* it has ended */
-    STOP_NONE,   /* nothing, for too long */
-};
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-static void pause_ns(long ns)
-{
-    nanosleep(&(struct timespec){0, ns}, NULL);
-}
-
 static enum outcome obstacle(struct job *job, enum inject_obstacle what, int error)
 {
     job->obstacle = what;
     job->result->error = error;
     return OUTCOME_OBSTACLE;
-}
-
-/* -- the thread's stops ---------------------------------------------------------------------------- */
-
-static enum stop sort(int status, int *signal_number)
-{
-    if (!WIFSTOPPED(status))
-        return STOP_END;
-    *signal_number = 0;
-    if (status >> 16 == PTRACE_EVENT_STOP)
-        return STOP_TRAP;
-    if (WSTOPSIG(status) == (SIGTRAP | 0x80))
-        return STOP_CALL;
-    *signal_number = WSTOPSIG(status);
-    return STOP_SIGNAL;
-}
-
-static enum stop wait_for_stop(pid_t thread, int *signal_number)
-{
-    const int64_t began_ns = now_ns();
-
-    for (int64_t waited_ns = 0; waited_ns < STOP_WAIT_NS; waited_ns = now_ns() - began_ns) {
-        int status;
-        pid_t found = waitpid(thread, &status, __WALL | WNOHANG);
-
-        if (found == thread)
-            return sort(status, signal_number);
-        if (found < 0 && errno != EINTR)
-            return STOP_END;
-        pause_ns(waited_ns < PROMPT_NS ? LOOK_NS : LATE_LOOK_NS);
-    }
-    return STOP_NONE;
-}
-
-static int read_registers(pid_t thread, frame_registers *registers, size_t *size)
-{
-    struct iovec vector = {registers, sizeof *registers};
-
-    if (ptrace(PTRACE_GETREGSET, thread, (void *)(uintptr_t)NT_PRSTATUS, &vector) < 0)
-        return -errno;
-    *size = vector.iov_len;
-    return 0;
-}
-
-static int write_registers(pid_t thread, const frame_registers *registers)
-{
-    struct iovec vector = {(void *)(uintptr_t)registers, sizeof *registers};
-
-    return ptrace(PTRACE_SETREGSET, thread, (void *)(uintptr_t)NT_PRSTATUS, &vector) < 0 ? -errno
-                                                                                         : 0;
 }
 
 /* -- leaving --------------------------------------------------------------------------------------- */
@@ -150,14 +68,14 @@ static int write_registers(pid_t thread, const frame_registers *registers)
  * below its stack; let it go on with `signal_number`. */
 static void let_go(const struct held *held, const frame_registers *registers, int signal_number)
 {
-    if (held->is_frame_written && write_registers(held->thread, registers) == 0)
+    if (held->is_frame_written && thread_write_registers(held->thread, registers) == 0)
         target_write(held->thread, held->frame.address, held->below, held->frame.size);
     ptrace(PTRACE_DETACH, held->thread, NULL, (void *)(uintptr_t)signal_number);
 }
 
 /* It did something else than our call. At a signal the kernel is about to look whether an interrupted
  * call begins anew: with the thread's own registers it decides as if we were not here. */
-static enum outcome give_up(struct job *job, const struct held *held, enum stop stop,
+static enum outcome give_up(struct job *job, const struct held *held, enum thread_stop stop,
                             int signal_number)
 {
     switch (stop) {
@@ -173,38 +91,22 @@ static enum outcome give_up(struct job *job, const struct held *held, enum stop 
 
 /* -- one call -------------------------------------------------------------------------------------- */
 
-/* Let it go on to its next stop. A process that is being stopped makes its threads trap, also while
- * they are traced; ours goes on, and stops for that when we leave it. */
-static enum stop go_on(const struct held *held, int *signal_number)
-{
-    for (int i = 0; i < TRAPS_MAX; ++i) {
-        enum stop stop;
-
-        if (ptrace(PTRACE_SYSCALL, held->thread, NULL, NULL) < 0)
-            return STOP_END;
-        stop = wait_for_stop(held->thread, signal_number);
-        if (stop != STOP_TRAP)
-            return stop;
-    }
-    return STOP_NONE;
-}
-
 static enum outcome call(struct job *job, const struct held *held, long number, uint64_t argument,
                          int64_t *result)
 {
     frame_registers registers =
         frame_call(&held->registers, &job->code, held->frame.address, number, argument);
-    int rc = write_registers(held->thread, &registers), signal_number = 0;
+    int rc = thread_write_registers(held->thread, &registers), signal_number = 0;
     size_t size;
 
     if (rc < 0)
         return obstacle(job, INJECT_FAILED, -rc); /* it was killed */
     for (int is_after = 0; is_after <= 1; ++is_after) {
-        enum stop stop = go_on(held, &signal_number);
+        enum thread_stop stop = thread_go_on(held->thread, &signal_number);
 
         if (stop != STOP_CALL)
             return give_up(job, held, stop, signal_number);
-        rc = read_registers(held->thread, &registers, &size);
+        rc = thread_read_registers(held->thread, &registers, &size);
         if (rc < 0 || !frame_is_our_call(&registers, &job->code))
             return obstacle(job, INJECT_FAILED, rc < 0 ? -rc : EPROTO);
     }
@@ -272,7 +174,7 @@ static enum outcome prepare(struct job *job, struct held *held)
     uint64_t signal_mask = 0;
     enum outcome outcome;
     size_t size = 0;
-    int rc = read_registers(held->thread, &held->registers, &size);
+    int rc = thread_read_registers(held->thread, &held->registers, &size);
 
     if (rc < 0)
         return OUTCOME_AGAIN;
@@ -336,7 +238,7 @@ static enum outcome stop_thread(struct job *job, pid_t thread)
     if (ptrace(PTRACE_INTERRUPT, thread, NULL, NULL) < 0)
         return OUTCOME_AGAIN;
     for (;;) {
-        enum stop stop = wait_for_stop(thread, &signal_number);
+        enum thread_stop stop = thread_wait(thread, &signal_number);
 
         if (stop == STOP_TRAP)
             return OUTCOME_DONE;
@@ -352,7 +254,7 @@ static enum outcome stop_thread(struct job *job, pid_t thread)
 
 static enum outcome try_thread(struct job *job, pid_t thread, struct held *held)
 {
-    const int64_t began_ns = now_ns();
+    const uint64_t began_ns = monotonic_ns();
     enum outcome outcome;
     int64_t stood_ns;
 
@@ -364,7 +266,7 @@ static enum outcome try_thread(struct job *job, pid_t thread, struct held *held)
     if (outcome != OUTCOME_DONE)
         return outcome;
     outcome = use(job, held);
-    stood_ns = now_ns() - began_ns;
+    stood_ns = (int64_t)(monotonic_ns() - began_ns);
     if (stood_ns > job->result->stopped_ns)
         job->result->stopped_ns = stood_ns;
     return outcome;
@@ -437,8 +339,8 @@ static void inject(struct job *job)
     else {
         obstacle(job, INJECT_NO_SAFE_THREAD, 0);
         while ((outcome = try_all(job, threads, held)) == OUTCOME_AGAIN &&
-               now_ns() < job->deadline_ns)
-            pause_ns(RETRY_NS);
+               monotonic_ns() < job->deadline_ns)
+            nanosleep(&(struct timespec){0, RETRY_NS}, NULL);
     }
     if (outcome == OUTCOME_DONE || job->result->uffd >= 0)
         obstacle(job, INJECT_DONE, 0);
@@ -478,7 +380,7 @@ static void inject_in_threads(struct job *job)
         }
         pthread_join(thread, NULL);
     } while (job->stuck_count > stuck_before && job->stuck_count < STUCK_MAX &&
-             now_ns() < job->deadline_ns);
+             monotonic_ns() < job->deadline_ns);
 }
 
 static int has_ended(int pidfd)
@@ -509,7 +411,7 @@ enum inject_obstacle inject_userfaultfd(pid_t pid, int flags, int keeps, int64_t
                                         struct injection *injection)
 {
     struct job job = {.pid = pid, .flags = flags, .keeps = keeps,
-                      .deadline_ns = now_ns() + wait_ns, .result = injection};
+                      .deadline_ns = monotonic_ns() + (uint64_t)wait_ns, .result = injection};
 
     *injection = (struct injection){.uffd = -1, .left_open = -1};
     return run(&job);
@@ -518,7 +420,7 @@ enum inject_obstacle inject_userfaultfd(pid_t pid, int flags, int keeps, int64_t
 enum inject_obstacle inject_close(pid_t pid, int number, int fd, int64_t wait_ns,
                                   struct injection *injection)
 {
-    struct job job = {.pid = pid, .deadline_ns = now_ns() + wait_ns, .result = injection};
+    struct job job = {.pid = pid, .deadline_ns = monotonic_ns() + (uint64_t)wait_ns, .result = injection};
 
     *injection = (struct injection){.uffd = fd, .left_open = number};
     return run(&job);

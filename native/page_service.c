@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "fault_statistics.h"
 #include "schedule.h"
 #include "zero_scan.h"

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "workload_vcpu.h"
 
+#include "clock.h"
 #include "workload_pages.h"
 
 #include <errno.h>
@@ -51,9 +52,9 @@ int workload_pause(struct workload *workload, uint64_t wait_ns, uint64_t *took_n
     int rc = 0;
     pthread_mutex_lock(&workload->control);
     if (atomic_load(&workload->order) == RUN) {
-        uint64_t began = workload_now_ns();
+        uint64_t began = monotonic_ns();
         rc = park_all(workload, began + wait_ns);
-        took = workload_now_ns() - began;
+        took = monotonic_ns() - began;
     }
     pthread_mutex_unlock(&workload->control);
     if (took_ns != NULL)

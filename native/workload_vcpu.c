@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "workload_vcpu.h"
 
+#include "clock.h"
 #include "workload_pages.h"
 
 #include <errno.h>
@@ -10,7 +11,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SECOND_NS UINT64_C(1000000000)
 #define THROTTLE_SLICE_NS UINT64_C(10000000) /* QEMU's CPU_THROTTLE_TIMESLICE_NS */
 #define BURST_NS UINT64_C(1000000)           /* a rate is kept by bursts of about 1 ms of writes */
 #define BACKLOG_NS UINT64_C(100000000)       /* later than that is lost, not made up for */
@@ -25,13 +25,6 @@ enum workload_pattern workload_pattern(const char *name)
         if (strcmp(name, names[i]) == 0)
             return (enum workload_pattern)(i + 1);
     return 0;
-}
-
-uint64_t workload_now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * SECOND_NS + (uint64_t)now.tv_nsec;
 }
 
 struct timespec workload_timespec(uint64_t at_ns)
@@ -54,7 +47,7 @@ static void sleep_until(struct workload *workload, uint64_t deadline_ns)
 /* Time that went by while nobody was to write is not made up for. */
 static void restart_clock(struct vcpu *vcpu)
 {
-    vcpu->epoch_ns = vcpu->slice_began_ns = workload_now_ns();
+    vcpu->epoch_ns = vcpu->slice_began_ns = monotonic_ns();
     vcpu->epoch_writes = 0;
     dirty_ring_restart(&vcpu->ring, vcpu->epoch_ns);
 }
@@ -85,7 +78,7 @@ static bool throttled(struct vcpu *vcpu, uint64_t now, unsigned percent)
     if (now - vcpu->slice_began_ns < THROTTLE_SLICE_NS)
         return false;
     sleep_until(vcpu->workload, now + THROTTLE_SLICE_NS * percent / (100 - percent));
-    vcpu->slice_began_ns = workload_now_ns();
+    vcpu->slice_began_ns = monotonic_ns();
     vcpu->epoch_ns += vcpu->slice_began_ns - now;
     return true;
 }
@@ -118,7 +111,7 @@ static bool limited(struct vcpu *vcpu, uint64_t now)
     if (due == 0)
         return false;
     sleep_until(vcpu->workload, due > now + BURST_NS ? due : now + BURST_NS);
-    atomic_fetch_add_explicit(&ring->slept_ns, workload_now_ns() - now, memory_order_relaxed);
+    atomic_fetch_add_explicit(&ring->slept_ns, monotonic_ns() - now, memory_order_relaxed);
     return true;
 }
 
@@ -173,9 +166,9 @@ uint64_t workload_time_ns(unsigned bucket)
 /* A page that is missing is waited for within the write. */
 static void write_timed(struct vcpu *vcpu, const struct workload_options *options)
 {
-    uint64_t began_ns = workload_now_ns();
+    uint64_t began_ns = monotonic_ns();
     write_next(vcpu, options);
-    uint64_t took_ns = workload_now_ns() - began_ns;
+    uint64_t took_ns = monotonic_ns() - began_ns;
     atomic_fetch_add_explicit(&vcpu->times[time_bucket(took_ns)], 1, memory_order_relaxed);
     if (took_ns > atomic_load_explicit(&vcpu->longest_ns, memory_order_relaxed))
         atomic_store_explicit(&vcpu->longest_ns, took_ns, memory_order_relaxed);
@@ -216,7 +209,7 @@ void *workload_run_vcpu(void *argument)
             has_limit || atomic_load_explicit(&workload->is_counting, memory_order_relaxed);
         bool is_clocked = workload->vcpu_rate != 0 || has_limit;
         if (is_clocked || ((percent != 0 || is_counting) && vcpu->epoch_writes % CLOCK_WRITES == 0)) {
-            uint64_t now = workload_now_ns();
+            uint64_t now = monotonic_ns();
             if (throttled(vcpu, now, percent))
                 continue;
             if (workload->vcpu_rate != 0 && early(vcpu, now, workload->vcpu_rate))

@@ -40,8 +40,7 @@ struct workload {
     struct vcpu vcpu[WORKLOAD_VCPUS_MAX];
 };
 
-/* CLOCK_MONOTONIC. */
-uint64_t workload_now_ns(void);
+/* Of CLOCK_MONOTONIC. */
 struct timespec workload_timespec(uint64_t at_ns);
 #define WORKLOAD_NO_DEADLINE ((uint64_t)INT64_MAX) /* 292 years after the boot */
 

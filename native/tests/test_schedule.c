@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "fault_frames.h"
+#include "clock.h"
 
 #define SPIN UINT64_C(2000000)
 
