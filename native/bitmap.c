@@ -3,12 +3,7 @@
 
 #include <errno.h>
 #include <stdatomic.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-
-#include "linux_abi.h"
-
-#define PIECE_BYTES ((off_t)64 * (off_t)PAGE_BYTES) /* a word of the bitmap */
 
 uint64_t bitmap_set_range(bitmap_word *bitmap, uint64_t first_page, uint64_t page_count)
 {
@@ -93,31 +88,6 @@ uint64_t bitmap_move_slice(bitmap_word *source, bitmap_word *target,
     return moved;
 }
 
-/* Whether all of it is in the page cache. SEEK_HOLE would look on to the end of what is there, however
- * far that is; this takes as long a page, and can be had piece by piece. */
-static bool is_all_there(int fd, off_t offset, off_t size)
-{
-    struct cachestat_range range = {(uint64_t)offset, (uint64_t)size};
-    struct cachestat_counts counts;
-
-    return syscall(CACHESTAT_CALL, fd, &range, &counts, 0) == 0 &&
-           counts.cached == (uint64_t)size / PAGE_BYTES;
-}
-
-/* The end of the data that begins at `data`, at most `end`, or only of a piece of it; `data` itself if
- * it was punched or truncated meanwhile; -errno. */
-static off_t end_of_data(int fd, off_t data, off_t end)
-{
-    off_t piece = end - data < PIECE_BYTES ? end - data : PIECE_BYTES, hole;
-
-    if (is_all_there(fd, data, piece))
-        return data + piece;
-    hole = lseek(fd, data, SEEK_HOLE);
-    if (hole < 0)
-        return errno == ENXIO ? data : -errno;
-    return hole < end ? hole : end;
-}
-
 int64_t bitmap_set_data(int fd, off_t offset, off_t size, bitmap_word *bitmap)
 {
     const off_t end = offset + size, page = (off_t)PAGE_BYTES;
@@ -131,10 +101,16 @@ int64_t bitmap_set_data(int fd, off_t offset, off_t size, bitmap_word *bitmap)
             return -errno;
         if (data < 0 || data >= end)
             break;
-        hole = end_of_data(fd, data, end);
+        hole = lseek(fd, data, SEEK_HOLE);
+        if (hole < 0 && errno == ENXIO) { /* punched or truncated in between: look again */
+            at = data + 1;
+            continue;
+        }
         if (hole < 0)
-            return hole;
-        if (hole <= data) { /* look again, and always move on */
+            return -errno;
+        if (hole > end)
+            hole = end;
+        if (hole <= data) { /* the same race; always move on */
             at = data + 1;
             continue;
         }

@@ -47,8 +47,8 @@ uint64_t bitmap_move_slice(bitmap_word *source, bitmap_word *target,
                            const struct page_slice *slice, uint64_t first_page);
 
 /* Set the bit of each page of fd[offset, offset + size) that SEEK_DATA reports, without touching
- * memory; both are multiples of the page size. Bits appear in the order of the pages, a few at a time.
- * Moves the descriptor's position. Returns the bits newly set or -errno. */
+ * memory; both are multiples of the page size. Moves the descriptor's position.
+ * Returns the bits newly set or -errno. */
 int64_t bitmap_set_data(int fd, off_t offset, off_t size, bitmap_word *bitmap);
 
 #endif

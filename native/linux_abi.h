@@ -53,22 +53,6 @@ _Static_assert(UFFDIO_COPY == 0xc028aa03, "ioctl number of UFFDIO_COPY");
 _Static_assert(UFFDIO_API == 0xc018aa3f, "ioctl number of UFFDIO_API");
 _Static_assert(UFFDIO_REGISTER == 0xc020aa00, "ioctl number of UFFDIO_REGISTER");
 
-/* cachestat(2), Linux 6.5: how much of a part of a file is in the page cache. */
-#define CACHESTAT_CALL 451
-
-struct cachestat_range {
-    uint64_t offset;
-    uint64_t size;
-};
-
-struct cachestat_counts {
-    uint64_t cached; /* pages; the others are of what is on its way to a disk or was there */
-    uint64_t dirty;
-    uint64_t writeback;
-    uint64_t evicted;
-    uint64_t recently_evicted;
-};
-
 /* madvise: fault pages in for writing, or say why not instead of a signal. Linux 5.14. */
 #define MADVISE_POPULATE_WRITE 23
 

@@ -312,7 +312,6 @@ class PostcopySource:
         senders = migration.use(agreement)
         stands = Tracking(TrackerName.NONE, "postcopy")
         await senders.start(stands, detect_zero=host.parameters.zero_page_detection != "none")
-        await senders.all_found()
         received.take_away_from(senders.dirty)
         widen(blocks, senders.dirty)
         senders.follow(self.statistics.fd)
