@@ -1,11 +1,11 @@
 /* See dirty_ring.h. */
 #include "dirty_ring.h"
 
-#include "clock.h"
-
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "clock.h"
 
 #define PAGE_BYTES 4096u
 #define BACKLOG_NS UINT64_C(100000000)
