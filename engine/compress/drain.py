@@ -1,5 +1,6 @@
 """What a channel drains, by when it takes packets: what has left between two moments at which its
-queue was full. Where it was not in between, that is less than it could have drained.
+queue was full. Where it was not in between, that is less than it could have drained. So of what is
+seen lately the most counts: between packets that all had to wait, and all in all.
 
 A channel that is not full does not tell what it could drain: then the drain is believed to grow,
 and the next full queue says what it is.
@@ -8,8 +9,8 @@ and the next full queue says what it is.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import dropwhile
 from typing import Final, NamedTuple
 
 from engine.compress.policy import Done
@@ -30,14 +31,23 @@ PATIENCE_MAX_NS: Final = 1_000 * MS
 
 
 class Batch(NamedTuple):
-    """`left_bytes` left the queue while this one was made, if `is_exact`: it was full before and
-    after."""
+    """`left_bytes` left the queue while this one was made; `was_full`: the queue, before it."""
 
     at_ns: int
     total_ns: int
     waited_ns: int
     left_bytes: int
-    is_exact: bool
+    was_full: bool
+
+    @property
+    def is_full(self) -> bool:
+        """It had to wait, so the queue is full after it."""
+        return self.waited_ns > FULL_SHARE * self.total_ns
+
+    @property
+    def is_exact(self) -> bool:
+        """The queue was full before and after it."""
+        return self.was_full and self.is_full and self.left_bytes > 0
 
 
 @dataclass(slots=True)
@@ -69,9 +79,8 @@ class Drain:
         self._queued.append(done.wire_bytes)
         left_bytes = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
         window = self._window
-        was_full = bool(window) and window[-1].waited_ns > FULL_SHARE * window[-1].total_ns
-        is_exact = was_full and left_bytes > 0 and done.waited_ns > FULL_SHARE * done.total_ns
-        window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, is_exact))
+        was_full = bool(window) and window[-1].is_full
+        window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, was_full))
         while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
             window.popleft()
         total_ns = sum(batch.total_ns for batch in window)
@@ -83,17 +92,24 @@ class Drain:
             self._grows_at_ns = self._now_ns + GROWTH_NS
 
     def _measure(self, limit: float) -> None:
-        window, self._grows_at_ns = list(self._window), self._now_ns + self._patience_ns
-        while window and not window[-1].is_exact:
-            window.pop()
-        between = list(dropwhile(lambda batch: not batch.is_exact, window))
-        if not between and not limit:
+        self._grows_at_ns = self._now_ns + self._patience_ns
+        exact = self._span(lambda batch: batch.is_exact)
+        if not exact and not limit:
             return
-        left_bytes = sum(batch.left_bytes for batch in between)
-        seen = limit or left_bytes / sum(batch.total_ns for batch in between)
+        seen = limit or max(_rate(exact), _rate(self._span(lambda batch: batch.is_full)[1:]))
         if self._believed:
             was_wrong = seen * GROWTH < self._believed
             longer_ns = min(2 * self._patience_ns, PATIENCE_MAX_NS)
             self._patience_ns = longer_ns if was_wrong else PATIENCE_NS
             self._believed = 0.0
         self.rate = seen
+
+    def _span(self, is_end: Callable[[Batch], bool]) -> list[Batch]:
+        """From the first such batch of the window to the last."""
+        ends = [i for i, batch in enumerate(self._window) if is_end(batch)]
+        return list(self._window)[ends[0] : ends[-1] + 1] if ends else []
+
+
+def _rate(batches: Sequence[Batch]) -> float:
+    """What left, in bytes per ns."""
+    return sum(batch.left_bytes for batch in batches) / max(1, sum(b.total_ns for b in batches))

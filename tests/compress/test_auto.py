@@ -172,6 +172,18 @@ def test_the_drain_is_what_left_between_two_moments_at_which_the_queue_was_full(
     assert drain.rate == 5 * MIB / (50 * ms)
 
 
+def test_packets_that_go_in_twos_are_no_slow_drain() -> None:
+    """ZeroMQ and the kernel take two at a time, of which one waits; two that wait in a row, as when
+    the receiver did not get a CPU for a moment, are the exception."""
+    drain, ms, now_ns = Drain(), 1_000_000, 0
+    for total_ms, waited_ms in [(1, 0), (5, 4)] * 10 + [(5, 4)]:
+        now_ns += total_ms * ms
+        timing = (total_ms * ms, 0, 0, waited_ms * ms, 0.0, 1.0)
+        drain.learn(Done(LADDER[0], now_ns, MIB, 0, 0, MIB, 0, *timing))
+    assert drain.is_steady
+    assert drain.rate == pytest.approx(2 * MIB / (6 * ms), rel=0.1)
+
+
 def test_batches_that_went_as_deltas_or_in_part_say_nothing_of_the_pace() -> None:
     """Nothing on the wire for a page would be a codec that takes for ever for a byte of it."""
     ms, policy = 1_000_000, auto()
