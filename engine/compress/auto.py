@@ -31,6 +31,8 @@ LADDER: Final = (
 #: What is known of a codec that was seen so often is looked at again after so long.
 AGE_MAX_NS: Final = 500 * MS
 SURE_TIMES: Final = 4
+#: It takes so much longer than the one in use that one batch says enough.
+LOSS_CLEAR: Final = 1.5
 #: Probes take at most this part of the time, and so much at once: of each codec one batch.
 PROBE_SHARE: Final = 0.01
 PROBES_AT_ONCE_NS: Final = 60 * MS
@@ -76,9 +78,11 @@ class Knowledge:
         self.left += weight * (left - self.left)
         self.seen_ns = now_ns
 
-    def is_old(self, now_ns: int) -> bool:
-        """One batch may be unlike the others, so the first ones are soon followed by more."""
-        return now_ns >= self.seen_ns + AGE_MAX_NS * min(1.0, self.times / SURE_TIMES)
+    def is_old(self, now_ns: int, *, is_clear: bool) -> bool:
+        """One batch may be unlike the others, so the first ones are soon followed by more, unless
+        what they say is clear."""
+        sure_times = 1 if is_clear else SURE_TIMES
+        return now_ns >= self.seen_ns + AGE_MAX_NS * min(1.0, self.times / sure_times)
 
 
 @dataclass(slots=True)
@@ -296,7 +300,9 @@ class Auto:
         return None
 
     def _is_due(self, index: int, now_ns: int) -> bool:
-        return self._known[index].is_old(now_ns) and self._probes.is_left(now_ns)
+        is_worse = self._ns_per_byte(index) > LOSS_CLEAR * self._ns_per_byte(self._current)
+        is_clear = self._known[index].times > 0 and is_worse
+        return self._known[index].is_old(now_ns, is_clear=is_clear) and self._probes.is_left(now_ns)
 
     def _is_slowed_by_drain(self, index: int) -> bool:
         return self._wire_ns(index) > self._made_ns(index)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.compress.auto import LADDER
+from engine.compress.auto import AGE_MAX_NS, LADDER
 from engine.compress.drain import Drain
 from engine.compress.policy import Done, Fixed
 from tests.compress.world import CPUS, HEAP, LETTERS, MIB, TEXT, Contents, World, auto, in_runs
@@ -142,6 +142,14 @@ def test_a_channel_that_is_never_full_gets_pages_as_they_are() -> None:
     world = World(100).start(auto)
     world.move(GIB)
     assert {name for _, name in world.choices} == {"none 0"}
+
+
+def test_one_look_says_enough_of_a_codec_that_is_clearly_worse() -> None:
+    """A try is a batch that is sent with it."""
+    world = World(10, LETTERS).start(auto)
+    took_ns = world.move(2 * GIB)
+    tries = sum(name != "none 0" for _, name in world.choices)
+    assert 0 < tries <= 1 + took_ns / AGE_MAX_NS
 
 
 def test_probes_are_few() -> None:
