@@ -140,7 +140,7 @@ class SenderGroup:
             self._hashes_fd = shared_memory("hashes", hash_table_bytes(self._blocks))
         for lane in self.lanes:
             self._employ(lane)
-        loop = asyncio.get_running_loop()  # 13 ms a GiB: monitors are answered meanwhile
+        loop = asyncio.get_running_loop()  # 10 ms a GiB: monitors are answered meanwhile
         self._finding = loop.run_in_executor(None, self.dirty.set_data)
         await self._all(lambda lane: lane.is_open, "opening its channel")
         await asyncio.shield(self._finding)

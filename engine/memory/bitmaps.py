@@ -91,14 +91,15 @@ class PageBitmaps:
         for view, block in zip(self._views, self.blocks, strict=True):
             _native.bitmap_set_range(view, 0, block.page_count)
 
-    def set_data(self, *, of_huge: bool = True) -> int:
+    def set_data(self, *, surely: bool = False) -> int:
         """Set the bit of every page that is not a hole; return the bits newly set.
 
-        :param of_huge: also of huge pages, for which hugetlbfs calls a hole data, too."""
+        :param surely: only of those that were written: neither of huge pages, for which hugetlbfs
+            calls a hole data, nor of what `fallocate` has only reserved.
+        :raise OSError: a block's file cannot be looked at; bits before it are set."""
         return sum(
-            _native.bitmap_set_data(block.fd, 0, block.size, view)
+            _set_data(view, block, surely=surely)
             for view, block in zip(self._views, self.blocks, strict=True)
-            if of_huge or block.backing_page_size == PAGE_SIZE
         )
 
     def unmap(self) -> None:
@@ -114,3 +115,12 @@ class PageBitmaps:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _set_data(view: memoryview, block: RamBlock, *, surely: bool) -> int:
+    """The kernel takes 10 ms to look through a GiB of pages, and nothing to say how many it has."""
+    if surely and block.backing_page_size > PAGE_SIZE:
+        return 0
+    if not surely and block.is_full():
+        return _native.bitmap_set_range(view, 0, block.page_count)
+    return _native.bitmap_set_data(block.fd, 0, block.size, view)

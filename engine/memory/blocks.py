@@ -65,6 +65,11 @@ class RamBlock:
         """Memory that the block really occupies (holes excluded)."""
         return os.fstat(self.fd).st_blocks * 512
 
+    def is_full(self) -> bool:
+        """It has no holes: its file is not longer than it, and has memory for all of it."""
+        status = os.fstat(self.fd)
+        return status.st_size == self.size and status.st_blocks * 512 >= self.size
+
     def discard(self) -> None:
         """Punch the whole block: every page is a hole and reads as zero."""
         try:

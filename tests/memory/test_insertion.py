@@ -367,7 +367,7 @@ def test_huge_pages_nobody_knows_of_are_kept_and_known_when_they_come_again() ->
             inserter.place(0, memoryview(b"a" * HUGE), run, 1)
             made.ram[HUGE : HUGE + 5] = b"guest"
             made.received.clear()
-            assert made.received.set_data(of_huge=False) == 0
+            assert made.received.set_data(surely=True) == 0
             assert inserter.place(0, memoryview(b"a" * 2 * HUGE), table_of([(512, 1024)]), 1) == 512
             assert made.ram[HUGE : HUGE + 6] == b"guesta"
             assert pages_of(made.received[0]) == set(range(512, 1536))
@@ -390,7 +390,7 @@ def test_what_surely_was_placed_is_what_has_data() -> None:
     with guest(16) as made:
         for page in (2, 3, 9):
             os.pwrite(made.block.fd, b"x", page * PAGE)
-        assert made.received.set_data(of_huge=False) == 3
+        assert made.received.set_data(surely=True) == 3
         assert pages_of(made.received[0]) == {2, 3, 9}
 
 

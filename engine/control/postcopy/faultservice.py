@@ -58,7 +58,7 @@ class FaultService:
             if is_new:
                 self.received.fill()
             else:
-                self.received.set_data(of_huge=False)
+                self.received.set_data(surely=True)
             self._shared = made.pop_all()
         self.endpoint = ""
         self._bind = ""
