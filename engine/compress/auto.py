@@ -67,7 +67,8 @@ class Knowledge:
     codec_ns: float = 0.0
     left: float = 1.0
     times: int = 0
-    seen_ns: int = 0
+    looks: int = 0  #: with those that found nothing worth trying
+    looked_ns: int = 0
     disproved: int = 0  #: so often it was slower than the weaker one before
     avoided_until_ns: int = 0
 
@@ -76,13 +77,18 @@ class Knowledge:
         weight = max(weight, 1 / self.times)
         self.codec_ns += weight * (codec_ns - self.codec_ns)
         self.left += weight * (left - self.left)
-        self.seen_ns = now_ns
+        self.look(now_ns)
+
+    def look(self, now_ns: int) -> None:
+        """It had a batch, and nothing else is known of that."""
+        self.looks += 1
+        self.looked_ns = now_ns
 
     def is_old(self, now_ns: int, *, is_clear: bool) -> bool:
         """One batch may be unlike the others, so the first ones are soon followed by more, unless
         what they say is clear."""
         sure_times = 1 if is_clear else SURE_TIMES
-        return now_ns >= self.seen_ns + AGE_MAX_NS * min(1.0, self.times / sure_times)
+        return now_ns >= self.looked_ns + AGE_MAX_NS * min(1.0, self.looks / sure_times)
 
 
 @dataclass(slots=True)
@@ -357,6 +363,7 @@ class Auto:
             worth = done.tried_bytes / done.ram_bytes
             self._worth += max(weight, 1 / self._tries) * (worth - self._worth)
         if not done.tried_bytes:
+            self._known[index].look(done.at_ns)
             return
         self._known[index].learn(
             done.codec_ns / done.tried_bytes,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.compress.auto import AGE_MAX_NS, LADDER
+from engine.compress.auto import AGE_MAX_NS, LADDER, SURE_TIMES
 from engine.compress.drain import Drain
 from engine.compress.policy import Done, Fixed
 from tests.compress.world import CPUS, HEAP, LETTERS, MIB, TEXT, Contents, World, auto, in_runs
@@ -150,6 +150,14 @@ def test_one_look_says_enough_of_a_codec_that_is_clearly_worse() -> None:
     took_ns = world.move(2 * GIB)
     tries = sum(name != "none 0" for _, name in world.choices)
     assert 0 < tries <= 1 + took_ns / AGE_MAX_NS
+
+
+def test_content_that_is_never_worth_trying_is_looked_at_now_and_then() -> None:
+    """A look sorts and copies pages, which takes longer than sending them."""
+    world = World(10, worth=lambda _offset: 0.0).start(auto)
+    took_ns = world.move(2 * GIB)
+    looks = sum(name != "none 0" for _, name in world.choices)
+    assert 0 < looks <= SURE_TIMES + took_ns / AGE_MAX_NS
 
 
 def test_probes_are_few() -> None:
