@@ -31,6 +31,9 @@ LADDER: Final = (
 #: What is known of a codec that was seen so often is looked at again after so long.
 AGE_MAX_NS: Final = 500 * MS
 SURE_TIMES: Final = 4
+#: A batch without a page that is worth trying says nothing of the next ones, but sorting them takes
+#: longer than sending them.
+VAIN_NS: Final = 30 * MS
 #: It takes so much longer than the one in use that one batch says enough.
 LOSS_CLEAR: Final = 1.5
 #: Probes take at most this part of the time, and so much at once: of each codec one batch.
@@ -67,8 +70,8 @@ class Knowledge:
     codec_ns: float = 0.0
     left: float = 1.0
     times: int = 0
-    looks: int = 0  #: with those that found nothing worth trying
-    looked_ns: int = 0
+    seen_ns: int = 0
+    vain_until_ns: int = 0  #: a batch had nothing worth trying
     disproved: int = 0  #: so often it was slower than the weaker one before
     avoided_until_ns: int = 0
 
@@ -77,18 +80,14 @@ class Knowledge:
         weight = max(weight, 1 / self.times)
         self.codec_ns += weight * (codec_ns - self.codec_ns)
         self.left += weight * (left - self.left)
-        self.look(now_ns)
-
-    def look(self, now_ns: int) -> None:
-        """It had a batch, and nothing else is known of that."""
-        self.looks += 1
-        self.looked_ns = now_ns
+        self.seen_ns, self.vain_until_ns = now_ns, 0
 
     def is_old(self, now_ns: int, *, is_clear: bool) -> bool:
         """One batch may be unlike the others, so the first ones are soon followed by more, unless
         what they say is clear."""
         sure_times = 1 if is_clear else SURE_TIMES
-        return now_ns >= self.looked_ns + AGE_MAX_NS * min(1.0, self.looks / sure_times)
+        old_ns = self.seen_ns + AGE_MAX_NS * min(1.0, self.times / sure_times)
+        return now_ns >= max(old_ns, self.vain_until_ns)
 
 
 @dataclass(slots=True)
@@ -363,7 +362,8 @@ class Auto:
             worth = done.tried_bytes / done.ram_bytes
             self._worth += max(weight, 1 / self._tries) * (worth - self._worth)
         if not done.tried_bytes:
-            self._known[index].look(done.at_ns)
+            if done.is_whole:
+                self._known[index].vain_until_ns = done.at_ns + VAIN_NS
             return
         self._known[index].learn(
             done.codec_ns / done.tried_bytes,

@@ -1,6 +1,7 @@
 """What a channel drains, by when it takes packets: what has left between two moments at which its
-queue was full. Where it was not in between, that is less than it could have drained. So of what is
-seen lately the most counts: between packets that all had to wait, and all in all.
+queue was full. Where it was not in between, that is less than it could have drained. So of two such
+spans lately the better one counts: that between batches which found it full and left it full, and
+the longest.
 
 A channel that is not full does not tell what it could drain: then the drain is believed to grow,
 and the next full queue says what it is.
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
 
     @property
     def is_full(self) -> bool:
-        """It had to wait, so the queue is full after it."""
+        """It had to wait: for the queue, which is full then, or for the bandwidth limit."""
         return self.waited_ns > FULL_SHARE * self.total_ns
 
     @property

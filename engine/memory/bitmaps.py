@@ -92,7 +92,8 @@ class PageBitmaps:
             _native.bitmap_set_range(view, 0, block.page_count)
 
     def set_data(self, *, surely: bool = False) -> int:
-        """Set the bit of every page that is not a hole; return the bits newly set.
+        """Set the bit of every page that is not a hole, and of all in a file that has memory for
+        all; return the bits newly set.
 
         :param surely: only of those that were written: neither of huge pages, for which hugetlbfs
             calls a hole data, nor of what `fallocate` has only reserved.

@@ -66,7 +66,8 @@ class RamBlock:
         return os.fstat(self.fd).st_blocks * 512
 
     def is_full(self) -> bool:
-        """It has no holes: its file is not longer than it, and has memory for all of it."""
+        """Its file is not longer than it, and has as much memory as it: so it has no holes, or few,
+        for what lies beyond the file's end (`FALLOC_FL_KEEP_SIZE`) counts, too."""
         status = os.fstat(self.fd)
         return status.st_size == self.size and status.st_blocks * 512 >= self.size
 

@@ -8,10 +8,21 @@ from dataclasses import replace
 
 import pytest
 
-from engine.compress.auto import AGE_MAX_NS, LADDER, SURE_TIMES
+from engine.compress.auto import AGE_MAX_NS, LADDER, VAIN_NS
 from engine.compress.drain import Drain
 from engine.compress.policy import Done, Fixed
-from tests.compress.world import CPUS, HEAP, LETTERS, MIB, TEXT, Contents, World, auto, in_runs
+from tests.compress.world import (
+    CPUS,
+    HEAP,
+    LETTERS,
+    MIB,
+    TEXT,
+    Contents,
+    World,
+    auto,
+    in_batches,
+    in_runs,
+)
 
 GIB = 2**30
 SECOND = 1_000_000_000
@@ -82,6 +93,14 @@ def test_content_in_runs_of_noise_and_heap_does_not_mislead_it(gbit: float) -> N
     for seed in SEEDS:
         make = functools.partial(World, gbit, HEAP, in_runs(seed), seed)
         assert slowness(make, move_gib) <= 1.05
+
+
+@pytest.mark.parametrize("gbit", [1, 2.5])
+@pytest.mark.parametrize("part", [0.1, 0.2, 0.5])
+def test_batches_of_noise_between_others_do_not_mislead_it(gbit: float, part: float) -> None:
+    for seed in (*SEEDS, 4):
+        worth = in_batches(seed, part)
+        assert slowness(functools.partial(World, gbit, HEAP, worth, seed), move_gib) <= 1.05
 
 
 @pytest.mark.parametrize("gbit", [0.3, 1, 2.5, 5, 10])
@@ -157,7 +176,20 @@ def test_content_that_is_never_worth_trying_is_looked_at_now_and_then() -> None:
     world = World(10, worth=lambda _offset: 0.0).start(auto)
     took_ns = world.move(2 * GIB)
     looks = sum(name != "none 0" for _, name in world.choices)
-    assert 0 < looks <= SURE_TIMES + took_ns / AGE_MAX_NS
+    assert 0 < looks <= 1 + took_ns / VAIN_NS
+
+
+def test_a_batch_that_was_left_out_as_unchanged_is_no_look_at_its_content() -> None:
+    ms, policy = 1_000_000, auto()
+    timing = (5 * ms, ms, ms, 4 * ms, 0.0, 1.0)
+    for number in range(1, 20):
+        policy.learn(Done(LADDER[0], number * 5 * ms, MIB, 0, 0, MIB, 0, *timing))
+    assert policy.choose(100 * ms) == LADDER[1]
+    looked = Done(LADDER[1], 100 * ms, MIB, 0, 0, 0, 0, *timing)
+    policy.learn(replace(looked, is_whole=False))
+    assert policy.choose(101 * ms) == LADDER[1]
+    policy.learn(replace(looked, at_ns=102 * ms, wire_bytes=MIB))
+    assert policy.choose(103 * ms) == LADDER[0]
 
 
 def test_probes_are_few() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -58,6 +59,15 @@ def test_reserved_pages_may_have_data_and_surely_have_none(fd: int) -> None:
     os.posix_fallocate(fd, 0, PAGES * PAGE_SIZE)
     assert data_of(fd) == set(range(PAGES))
     assert data_of(fd, surely=True) == set()
+
+
+def test_memory_beyond_the_end_of_a_file_may_pass_for_data_and_surely_does_not(fd: int) -> None:
+    os.pwrite(fd, b"x" * 10 * PAGE_SIZE, 0)
+    beyond = (str(PAGES * PAGE_SIZE), str((PAGES - 10) * PAGE_SIZE))
+    command = ["fallocate", "--keep-size", "--offset", beyond[0], "--length", beyond[1]]
+    subprocess.run([*command, f"/proc/self/fd/{fd}"], check=True, pass_fds=[fd])
+    assert data_of(fd) == set(range(PAGES))
+    assert data_of(fd, surely=True) == set(range(10))
 
 
 def test_memory_behind_a_block_fills_none_of_its_holes(fd: int) -> None:
