@@ -41,14 +41,14 @@ class Batch(NamedTuple):
     was_full: bool
 
     @property
-    def is_full(self) -> bool:
-        """It had to wait: for the queue, which is full then, or for the bandwidth limit."""
+    def had_to_wait(self) -> bool:
+        """For the queue, which is full then, or for the bandwidth limit."""
         return self.waited_ns > FULL_SHARE * self.total_ns
 
     @property
     def is_exact(self) -> bool:
         """The queue was full before and after it."""
-        return self.was_full and self.is_full and self.left_bytes > 0
+        return self.was_full and self.had_to_wait and self.left_bytes > 0
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class Drain:
         self._queued.append(done.wire_bytes)
         left_bytes = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
         window = self._window
-        was_full = bool(window) and window[-1].is_full
+        was_full = bool(window) and window[-1].had_to_wait
         window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, was_full))
         while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
             window.popleft()
@@ -94,10 +94,9 @@ class Drain:
 
     def _measure(self, limit: float) -> None:
         self._grows_at_ns = self._now_ns + self._patience_ns
-        exact = self._span(lambda batch: batch.is_exact)
-        if not exact and not limit:
+        seen = limit or self._rate_seen()
+        if not seen:
             return
-        seen = limit or max(_rate(exact), _rate(self._span(lambda batch: batch.is_full)[1:]))
         if self._believed:
             was_wrong = seen * GROWTH < self._believed
             longer_ns = min(2 * self._patience_ns, PATIENCE_MAX_NS)
@@ -105,10 +104,18 @@ class Drain:
             self._believed = 0.0
         self.rate = seen
 
-    def _span(self, is_end: Callable[[Batch], bool]) -> list[Batch]:
-        """From the first such batch of the window to the last."""
-        ends = [i for i, batch in enumerate(self._window) if is_end(batch)]
-        return list(self._window)[ends[0] : ends[-1] + 1] if ends else []
+    def _rate_seen(self) -> float:
+        """In the window; 0 if it has no batch that found the queue full and left it full."""
+        window = list(self._window)
+        exact = _span(window, lambda batch: batch.is_exact)
+        full = _span(window, lambda batch: batch.had_to_wait)
+        return max(_rate(exact), _rate(full[1:])) if exact else 0.0
+
+
+def _span(batches: Sequence[Batch], is_end: Callable[[Batch], bool]) -> Sequence[Batch]:
+    """From the first such batch to the last."""
+    ends = [i for i, batch in enumerate(batches) if is_end(batch)]
+    return batches[ends[0] : ends[-1] + 1] if ends else []
 
 
 def _rate(batches: Sequence[Batch]) -> float:

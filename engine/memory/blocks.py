@@ -68,8 +68,7 @@ class RamBlock:
     def is_full(self) -> bool:
         """Its file is not longer than it, and has as much memory as it: so it has no holes, or few,
         for what lies beyond the file's end (`FALLOC_FL_KEEP_SIZE`) counts, too."""
-        status = os.fstat(self.fd)
-        return status.st_size == self.size and status.st_blocks * 512 >= self.size
+        return os.fstat(self.fd).st_size == self.size and self.allocated_bytes() >= self.size
 
     def discard(self) -> None:
         """Punch the whole block: every page is a hole and reads as zero."""

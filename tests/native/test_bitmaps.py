@@ -91,6 +91,25 @@ def test_set_data_finds_written_pages_and_allocates_nothing() -> None:
         assert _native.bitmap_set_data(fd, 0, 1000 * PAGE, bitmap) == 0
 
 
+def test_set_data_finds_long_stretches_and_their_ends() -> None:
+    chance = random.Random(2)
+    ends = [0]
+    while ends[-1] < 3000:
+        ends.append(ends[-1] + chance.choice((1, 2, 63, 64, 65, 128, 500)))
+    pages = {page for a, b in zip(ends[::2], ends[1::2], strict=False) for page in range(a, b)}
+    pages = {page for page in pages if page < 3000}
+    with shared_memory(3000 * PAGE) as (fd, ram):
+        for page in pages:
+            ram[page * PAGE] = 1
+        for first in (0, 1, 700):
+            bitmap = bytearray(3008 // 8)
+            newly_set = _native.bitmap_set_data(fd, first * PAGE, (3000 - first) * PAGE, bitmap)
+
+            assert pages_of(bitmap) == {page - first for page in pages if page >= first}
+            assert newly_set == len(pages_of(bitmap))
+        assert os.fstat(fd).st_blocks * 512 == len(pages) * PAGE
+
+
 def test_set_data_counts_from_its_offset_and_stops_at_its_size() -> None:
     with shared_memory(100 * PAGE) as (fd, ram):
         for page in (0, 9, 10, 19, 20):
