@@ -251,11 +251,11 @@ class IncomingMigration:
     def _break_off(self, exc: Exception) -> None:
         if not self._failure.done():
             self._failure.set_exception(exc)
+            self._failure.exception()  # asyncio shall not complain where nobody waits any more
 
     def forget_failure(self) -> None:
         """What broke connections that are given back says nothing of the next ones."""
         if self._failure.done():
-            self._failure.exception()
             self._failure = self._new_failure()
 
     def tell(self, message: wire.Message) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine import wire
 from engine.control.pool import REPORT_WAIT_S, Pool, Worker
-from engine.errors import MemoryRefused, MigrationError, WireError, WorkerLost
+from engine.errors import GuestError, MemoryRefused, MigrationError, WireError, WorkerLost
 from engine.guest.base import Missing
 from engine.memory.bitmaps import PageBitmaps
 from engine.memory.blocks import RamBlock
@@ -197,9 +197,9 @@ class ReceiverGroup:
                 self._tell(report)
             case wire.ChannelEnded() if self._is_stream:
                 self._on_stream_end()
-            case wire.WorkerFailed(reason):
+            case wire.WorkerFailed(reason, is_guest_gone):
                 worker.on_lost = None
-                self._fail(MemoryRefused(reason))
+                self._fail(GuestError(reason) if is_guest_gone else MemoryRefused(reason))
         self._changed.set()
 
     def _lose(self, lane: Lane, lost: WorkerLost) -> None:

@@ -72,9 +72,8 @@ class Receiver:
             raise ChannelError(self._order.index, "receiving") from exc
         except (MemoryRefused, GuestError) as exc:
             cause = exc.__cause__
-            self._inbox.report(
-                wire.WorkerFailed(wire.cut(f"{exc} ({cause})" if cause else str(exc)))
-            )
+            reason = wire.cut(f"{exc} ({cause})" if cause else str(exc))
+            self._inbox.report(wire.WorkerFailed(reason, isinstance(exc, GuestError)))
 
     def _take_orders(self) -> None:
         while (taken := self._inbox.take()) is not None:

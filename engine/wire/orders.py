@@ -173,9 +173,12 @@ class TrackerLost(Message, frozen=True):
 
 
 class WorkerFailed(Message, frozen=True):
-    """Worker -> control: an expected failure ends the worker."""
+    """Worker -> control: an expected failure ends the worker.
+
+    :ivar is_guest_gone: the memory that pages were to be placed in is no more."""
 
     reason: str
+    is_guest_gone: bool = False
 
 
 SenderOrder = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +46,22 @@ def test_work_beside_the_conversation_is_forgotten_when_it_has_ended() -> None:
         assert incoming._inner == set()
 
     asyncio.run(scenario())
+
+
+def test_a_failure_that_nobody_waits_for_any_more_complains_of_nothing() -> None:
+    """The guest's death may come after what it has broken off."""
+    complaints: list[dict[str, Any]] = []
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+        incoming = IncomingMigration(cast(Host, SilentHost()), Address(port=1))
+        incoming.pause("first")
+        incoming.pause("second")
+        del incoming
+        gc.collect()
+
+    asyncio.run(scenario())
+    assert complaints == []
 
 
 def test_a_file_at_the_path_fails_the_migration_in_one_line(tmp_path: Path) -> None:

@@ -172,15 +172,16 @@ def test_what_is_there_already_but_not_marked_is_marked_and_stays() -> None:
 
 
 def test_a_guest_that_is_gone_ends_the_receiver_with_a_reason() -> None:
-    async def scenario() -> str:
+    async def scenario() -> wire.WorkerFailed:
         async with inserting() as (rig, made, socket):
             made.ram.close()
             await socket.send_multipart(pages(2, 0, b"x" * PAGE))
-            reason: str = (await rig.heard.next(wire.WorkerFailed)).reason
-            return reason
+            failed: wire.WorkerFailed = await rig.heard.next(wire.WorkerFailed)
+            return failed
 
-    assert asyncio.run(scenario()) == (
-        "the guest is gone, or has unmapped its RAM ([Errno 2] No such file or directory)"
+    assert asyncio.run(scenario()) == wire.WorkerFailed(
+        "the guest is gone, or has unmapped its RAM ([Errno 2] No such file or directory)",
+        is_guest_gone=True,
     )
 
 

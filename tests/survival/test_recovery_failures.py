@@ -275,6 +275,7 @@ def test_a_destination_guest_that_is_killed_ends_postcopy_and_the_source_learns(
             kill(both.guests["destination"])
             assert await both.destination.wait() == 1
             assert "guest died" in both.destination.stderr
+            assert "Traceback" not in both.destination.stderr
             info = await both.until("source", Status.POSTCOPY_PAUSED)
             await both.source.execute("quit")
             assert await both.source.wait() == 0

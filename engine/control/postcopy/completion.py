@@ -23,6 +23,7 @@ from engine.errors import GuestError, MigrationError, PeerRefused, WireError, te
 log = logging.getLogger("ramferry.destination")
 
 GOODBYE_WAIT_S: Final = 1.0
+DYING_WAIT_S: Final = 5.0  #: from a guest's last page, which its kernel frees first, to its end
 BEGIN_AGAIN_S: Final = 1.0  #: between two tries to start a fault service
 
 
@@ -106,7 +107,8 @@ class Completion:
                     raise failure
                 for fact in (self._goes_on, has_all):
                     await migration.converse_until(self.main, fact)
-            except (MigrationError, OSError, TimeoutError) as exc:
+            except (MigrationError, OSError, TimeoutError) as caught:
+                exc = await self._why(caught)
                 if not migration.host.guest.is_alive:
                     await self._fail(exc)
                     return
@@ -150,6 +152,15 @@ class Completion:
     async def end_saying(self) -> None:
         """Idempotent."""
         await _cancel(self._saying)
+
+    async def _why(self, exc: Exception) -> Exception:
+        """What it was in truth: whoever inserts pages sees the guest's end first."""
+        guest = self._migration.host.guest
+        if isinstance(exc, GuestError) or not guest.is_alive:
+            with contextlib.suppress(TimeoutError):
+                reason = await asyncio.wait_for(guest.died(), DYING_WAIT_S)
+                return GuestError(f"the guest died: {reason}")
+        return exc
 
     async def _fail(self, exc: Exception) -> None:
         """The guest is dead: nobody needs its pages any more."""

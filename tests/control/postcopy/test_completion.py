@@ -1,4 +1,4 @@
-"""A destination whose last page has come, and whose source is gone: nobody waits any more."""
+"""What ends a destination's postcopy: its last page, whoever is gone then, or its guest's death."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from engine import wire
 from engine.control.framestream import ConnectionLost
+from engine.control.postcopy import completion
 from engine.control.postcopy.completion import Completion
 from engine.control.status import Status, check_incoming
+from engine.errors import GuestError
 
 WAIT_S = 20
 
@@ -36,22 +40,31 @@ class Postcopy:
 
 
 class Guest:
-    is_alive = True
+    def __init__(self) -> None:
+        self.dead = asyncio.Event()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.dead.is_set()
 
     async def died(self) -> str:
-        await asyncio.Event().wait()
-        return ""
+        await self.dead.wait()
+        return "killed"
 
 
 class Migration:
-    """What `Completion` uses of an incoming migration."""
+    """What `Completion` uses of an incoming migration.
+
+    :ivar last_page_comes: beside which end, if it does."""
 
     session, error, address = bytes(16), None, None
 
-    def __init__(self, postcopy: Postcopy, *, last_page_comes: str) -> None:
-        self.host: Any = SimpleNamespace(guest=Guest())
+    def __init__(self, postcopy: Postcopy, *, last_page_comes: str = "") -> None:
+        self.guest = Guest()
+        self.host: Any = SimpleNamespace(guest=self.guest)
         self.statuses = [Status.POSTCOPY_ACTIVE]
         self.has_all, self.last_page_comes = postcopy.service.has_all, last_page_comes
+        self.breaks_off: Exception = ConnectionLost("cut")
 
     @property
     def status(self) -> Status:
@@ -67,7 +80,7 @@ class Migration:
         if over is self.has_all:
             if self.last_page_comes == "with the end":
                 over.set()
-            raise ConnectionLost("cut")
+            raise self.breaks_off
 
     def forget_failure(self) -> None: ...
 
@@ -100,3 +113,41 @@ def test_a_last_page_that_comes_in_a_pause_ends_it() -> None:
         Status.POSTCOPY_ACTIVE, Status.COMPLETED,
     ]  # fmt: skip
     assert [type(one) for one in main.said] == [wire.TookOver]
+
+
+GONE = GuestError("the guest is gone, or has unmapped its RAM")
+
+
+def test_whoever_sees_first_that_the_guest_is_gone_it_is_the_guest_s_death() -> None:
+    """Its kernel frees its memory before its process has ended."""
+
+    async def scenario() -> tuple[Migration, Main]:
+        postcopy, main = Postcopy(), Main()
+        migration = Migration(postcopy)
+        migration.breaks_off = GONE
+        task = asyncio.create_task(Completion(migration, main).run(postcopy, None))  # type: ignore[arg-type]
+        while not main.said:
+            await asyncio.sleep(0)
+        for _ in range(20):  # it does not matter how long that takes
+            await asyncio.sleep(0)
+        migration.guest.dead.set()
+        await asyncio.wait_for(task, WAIT_S)
+        return migration, main
+
+    migration, main = asyncio.run(scenario())
+    assert migration.statuses == [Status.POSTCOPY_ACTIVE, Status.FAILED]
+    assert main.said == [wire.TookOver(), wire.Failed("the guest died: killed")]
+
+
+def test_a_guest_that_lives_on_without_its_ram_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completion, "DYING_WAIT_S", 0.01)
+
+    async def scenario() -> list[Status]:
+        postcopy, main = Postcopy(), Main()
+        migration = Migration(postcopy, last_page_comes="in the pause")
+        migration.breaks_off = GONE
+        async with asyncio.timeout(WAIT_S):
+            await Completion(migration, main).run(postcopy, None)  # type: ignore[arg-type]
+        return migration.statuses
+
+    assert asyncio.run(scenario())[:2] == [Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED]
