@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 
 from engine.errors import GuestError
@@ -11,7 +12,7 @@ from engine.guest.base import Handover, Missing
 from engine.guest.link import ANSWER_WAIT_S, AgentLink
 
 
-class AgentGuest:
+class AgentGuest(ABC):
     """Run state, the right to run and missing pages, asked of an agent; owns the link and the
     descriptors that the agent lends."""
 
@@ -190,14 +191,14 @@ class AgentGuest:
     async def died(self) -> str:
         return await self._link.died()
 
+    @abstractmethod
     async def quit(self) -> None:
         """End the agent, and give everything of ours back. Idempotent."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def leave(self) -> None:
         """Give everything of ours back; the agent goes on, and listens to be adopted. Idempotent,
         and then `quit` does nothing."""
-        raise NotImplementedError
 
     async def _stop_telling(self) -> None:
         for task in self._telling:
