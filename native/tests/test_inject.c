@@ -2,49 +2,15 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/filter.h>
 #include <linux/futex.h>
-#include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/ptrace.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
-#include "check.h"
-#include "inject.h"
-#include "linux_abi.h"
-#include "seccomp_filter.h"
+#include "inject_children.h"
 
-#define GET_SYSCALL_INFO 0x420e /* PTRACE_GET_SYSCALL_INFO, a name that old headers lack */
-#define PAGE ((size_t)4096)
 #define RAM_PAGES ((size_t)64)
-#define WAIT_NS INT64_C(20000000000) /* also on a machine that others keep busy */
-#define ANSWER_WAIT_MS 60000
 #define STOP_NS_MAX INT64_C(1000000000) /* what is typical is printed; this only tells nonsense */
-
-/* In a child: do not outlive the test. */
-static void die_with(pid_t parent)
-{
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent)
-        _exit(1);
-}
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 /* -- the target: waits in one kind of call at a time, and looks at itself after each ------------- */
 
@@ -298,16 +264,6 @@ static void end(struct target *target)
     munmap(target->ram, RAM_PAGES * PAGE);
 }
 
-static void await_more(const _Atomic uint32_t *counter, uint32_t than)
-{
-    const int64_t deadline_ns = now_ns() + (int64_t)ANSWER_WAIT_MS * 1000000;
-
-    while (*counter == than) {
-        CHECK(now_ns() < deadline_ns);
-        nanosleep(&(struct timespec){0, 20000}, NULL);
-    }
-}
-
 /* Ask, and have every thread tell that it goes on and found nothing wrong. */
 static void check_lives(struct target *target)
 {
@@ -343,31 +299,6 @@ static int count_descriptors(pid_t pid)
         ++count;
     closedir(directory);
     return count;
-}
-
-/* A number, or the first letter, that /proc/PID/status has after `name`. */
-static int status_of(pid_t pid, const char *name)
-{
-    char path[64], line[256];
-    int value = -1;
-    FILE *status;
-
-    snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
-    status = fopen(path, "re");
-    CHECK(status != NULL);
-    while (fgets(line, sizeof line, status))
-        if (strncmp(line, name, strlen(name)) == 0) {
-            const char *text = line + strlen(name) + strspn(line + strlen(name), ":\t ");
-
-            value = *text >= 'A' ? *text : atoi(text);
-        }
-    fclose(status);
-    return value;
-}
-
-static int is_traced(pid_t pid)
-{
-    return status_of(pid, "TracerPid") != 0;
 }
 
 /* -- tests ------------------------------------------------------------------------------------------ */
@@ -478,77 +409,6 @@ static void test_among_signals(struct target *target)
     CHECK(target->shared->signals == 100);
 }
 
-static pid_t start_injector(pid_t pid, int go)
-{
-    const pid_t parent = getpid();
-    pid_t injector = fork();
-
-    if (injector == 0) {
-        struct injection injection;
-        uint8_t byte;
-
-        die_with(parent);
-        if (read(go, &byte, 1) != 1)
-            _exit(2);
-        _exit(inject_userfaultfd(pid, UFFD_USER_MODE_ONLY_FLAG, 0, WAIT_NS, &injection) ==
-                      INJECT_DONE ? 0 : 1);
-    }
-    return injector;
-}
-
-/* Whether the thread, at a stop before or after a system call, looks again and again whether another
- * one has stopped: how often it does that depends on how busy the machine is. */
-static int is_look(pid_t thread, int was_look)
-{
-    uint64_t info[16] = {0}; /* struct ptrace_syscall_info: the first byte says what is told */
-
-    ptrace(GET_SYSCALL_INFO, thread, (void *)sizeof info, info);
-    if ((uint8_t)info[0] != 1) /* behind the call */
-        return was_look;
-    return info[3] == SYS_wait4 || info[3] == SYS_nanosleep || info[3] == SYS_clock_nanosleep;
-}
-
-/* Run an injector and kill it at the stop before or after its `calls`th system call, in whatever
- * thread, looks one after the other being one call; whether it was killed. */
-static int run_and_kill(pid_t pid, unsigned calls)
-{
-    const long options = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_EXITKILL;
-    int go[2], status, is_killed = 0, looks = 0;
-    pid_t injector, thread;
-
-    CHECK(pipe2(go, O_CLOEXEC) == 0);
-    injector = start_injector(pid, go[0]);
-    CHECK(ptrace(PTRACE_SEIZE, injector, NULL, (void *)options) == 0);
-    CHECK(ptrace(PTRACE_INTERRUPT, injector, NULL, NULL) == 0);
-    CHECK(write(go[1], "!", 1) == 1);
-    while ((thread = waitpid(-1, &status, __WALL)) > 0) {
-        int pass = 0;
-
-        if (!WIFSTOPPED(status)) {
-            if (thread == injector)
-                break;
-            continue;
-        }
-        if (WSTOPSIG(status) == (SIGTRAP | 0x80)) {
-            const int looked = looks;
-
-            looks = is_look(thread, looked);
-            if (!(looked && looks) && calls-- == 0) {
-                kill(injector, SIGKILL);
-                is_killed = 1;
-                continue;
-            }
-        } else if (status >> 16 == 0)
-            pass = WSTOPSIG(status);
-        ptrace(PTRACE_SYSCALL, thread, NULL, (void *)(intptr_t)pass);
-    }
-    CHECK(thread == injector);
-    CHECK(is_killed ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == 0);
-    close(go[0]);
-    close(go[1]);
-    return is_killed;
-}
-
 static void test_killed_at_every_call(struct target *target, enum kind kind)
 {
     const int before = count_descriptors(target->pid);
@@ -571,191 +431,6 @@ static void test_killed_at_every_call(struct target *target, enum kind kind)
     check_lives(target);
 }
 
-/* -- obstacles --------------------------------------------------------------------------------------- */
-
-static enum inject_obstacle try_for(pid_t pid, int64_t wait_ns)
-{
-    struct injection injection;
-    enum inject_obstacle obstacle = inject_userfaultfd(pid, UFFD_USER_MODE_ONLY_FLAG, 0, wait_ns,
-                                                       &injection);
-
-    CHECK((injection.uffd >= 0) == (obstacle == INJECT_DONE));
-    if (injection.uffd >= 0)
-        close(injection.uffd);
-    return obstacle;
-}
-
-/* A child that does what `act` says and then waits. */
-static pid_t start_waiting(void (*act)(void))
-{
-    const pid_t parent = getpid();
-    int ends[2];
-    uint8_t byte;
-    pid_t pid;
-
-    CHECK(pipe2(ends, O_CLOEXEC) == 0);
-    pid = fork();
-    if (pid == 0) {
-        die_with(parent);
-        act();
-        if (write(ends[1], "!", 1) == 1)
-            for (;;)
-                pause();
-        _exit(1);
-    }
-    close(ends[1]);
-    CHECK(read(ends[0], &byte, 1) == 1);
-    close(ends[0]);
-    return pid;
-}
-
-static void reap(pid_t pid)
-{
-    kill(pid, SIGKILL);
-    CHECK(waitpid(pid, NULL, 0) == pid);
-}
-
-static void filter(uint32_t verdict)
-{
-    struct sock_filter steps[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_userfaultfd, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, verdict),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-    };
-    struct sock_fprog program = {sizeof steps / sizeof steps[0], steps};
-
-    /* All threads: a sanitizer has one of its own, through which a userfaultfd could be had. */
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
-        syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program) != 0)
-        _exit(1);
-}
-
-static void forbid(void) { filter(SECCOMP_RET_KILL_PROCESS); }
-static void allow(void) { filter(SECCOMP_RET_ALLOW); }
-static void nothing(void) {}
-static void hide(void) { prctl(PR_SET_DUMPABLE, 0); }
-
-static void test_filters(void)
-{
-    pid_t pid = start_waiting(forbid);
-
-    CHECK(try_for(pid, WAIT_NS) == INJECT_FILTERED);
-    CHECK(kill(pid, 0) == 0 && waitpid(pid, NULL, WNOHANG) == 0);
-    reap(pid);
-    pid = start_waiting(allow);
-    CHECK(try_for(pid, WAIT_NS) == (geteuid() == 0 ? INJECT_DONE : INJECT_FILTERED));
-    reap(pid);
-}
-
-static void test_traced_by_another(void)
-{
-    pid_t pid = start_waiting(nothing);
-
-    CHECK(ptrace(PTRACE_SEIZE, pid, NULL, NULL) == 0);
-    CHECK(try_for(pid, WAIT_NS) == INJECT_TRACED);
-    reap(pid);
-}
-
-static void test_gone(void)
-{
-    pid_t pid = start_waiting(nothing);
-
-    kill(pid, SIGKILL);
-    CHECK(waitid(P_PID, (id_t)pid, &(siginfo_t){0}, WEXITED | WNOWAIT) == 0);
-    CHECK(try_for(pid, WAIT_NS) == INJECT_GONE); /* not reaped yet */
-    reap(pid);
-    CHECK(try_for(pid, WAIT_NS) == INJECT_GONE);
-}
-
-/* A process that never waits is taken in mid-computation where that loses nothing. */
-static void test_never_waits(void)
-{
-    const pid_t parent = getpid();
-    _Atomic uint32_t *rounds =
-        mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    pid_t pid = fork();
-
-    if (pid == 0) {
-        die_with(parent);
-        for (double sum = 0;; sum = 0) {
-            for (int i = 1; i <= 64; ++i)
-                sum += (double)i;
-            if (sum != 2080.0)
-                _exit(1);
-            ++*rounds;
-        }
-    }
-    await_more(rounds, 0);
-    for (unsigned i = 0; i < 50; ++i) {
-#if defined(__x86_64__)
-        CHECK(try_for(pid, WAIT_NS) == INJECT_DONE);
-        run_and_kill(pid, i * 4);
-#else
-        CHECK(try_for(pid, 100000000) == INJECT_NO_SAFE_THREAD);
-#endif
-        CHECK(!is_traced(pid));
-        await_more(rounds, *rounds);
-    }
-    reap(pid);
-    munmap((void *)(uintptr_t)rounds, PAGE);
-}
-
-/* Stopped by a signal, as a paused process is: it can be used, and stays stopped. */
-static void test_stopped(void)
-{
-    pid_t pid = start_waiting(nothing);
-    int status;
-
-    kill(pid, SIGSTOP);
-    CHECK(waitpid(pid, &status, WUNTRACED) == pid && WIFSTOPPED(status));
-    CHECK(try_for(pid, WAIT_NS) == INJECT_DONE);
-    for (const int64_t deadline_ns = now_ns() + WAIT_NS; status_of(pid, "State") != 'T';)
-        CHECK(now_ns() < deadline_ns);
-    kill(pid, SIGCONT);
-    reap(pid);
-}
-
-/* Another user's process: asked by a child that gives its rights up. */
-static void test_not_allowed(void)
-{
-    pid_t pid = start_waiting(hide), asker;
-    int status;
-
-    if (geteuid() == 0) {
-        asker = fork();
-        if (asker == 0) {
-            if (setgid(65534) != 0 || setuid(65534) != 0)
-                _exit(100);
-            _exit((int)try_for(pid, WAIT_NS));
-        }
-        CHECK(waitpid(asker, &status, 0) == asker);
-        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == INJECT_NOT_ALLOWED);
-    }
-    reap(pid);
-}
-
-static void test_filter_programs(void)
-{
-    const struct seccomp_data call = {.nr = 7, .args = {0x500000003}};
-    const struct sock_filter by_argument[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args)),
-        BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 2),
-        BPF_STMT(BPF_ST, 3),
-        BPF_STMT(BPF_LDX | BPF_MEM, 3),
-        BPF_STMT(BPF_MISC | BPF_TXA, 0),
-        BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, 2, 1, 0),
-        BPF_STMT(BPF_RET | BPF_K, 1),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-    };
-    const struct sock_filter endless[] = {BPF_STMT(BPF_LD | BPF_IMM, 1)};
-    const struct sock_filter outside[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 64)};
-
-    CHECK(seccomp_filter_run(by_argument, 8, &call) == SECCOMP_RET_ALLOW);
-    CHECK(seccomp_filter_run(endless, 1, &call) == SECCOMP_RET_KILL_PROCESS);
-    CHECK(seccomp_filter_run(outside, 1, &call) == SECCOMP_RET_KILL_PROCESS);
-}
-
 int main(void)
 {
     struct target target;
@@ -765,13 +440,6 @@ int main(void)
     if (uffd < 0)
         return SKIPPED;
     close(uffd);
-    test_filter_programs();
-    test_filters();
-    test_traced_by_another();
-    test_gone();
-    test_never_waits();
-    test_stopped();
-    test_not_allowed();
     target = start();
     change_kind(&target, KIND_PPOLL);
     if (geteuid() == 0)
