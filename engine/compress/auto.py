@@ -4,7 +4,7 @@ the CPUs that are left.
 The worker encodes while ZeroMQ's thread sends: so a byte of RAM takes the longest of preparing it,
 sending what is left of it, and its CPU time at the share of a CPU that the worker gets. Cost and
 gain are those of the pages that looked worth it. A probe encodes the pages of one batch a second
-time, so that two codecs are compared on the same pages.
+time, so that two codecs are compared on the same pages; of a batch that went as it is, a sample.
 """
 
 from __future__ import annotations
@@ -31,11 +31,8 @@ LADDER: Final = (
 #: What is known of a codec that was seen so often is looked at again after so long.
 AGE_MAX_NS: Final = 500 * MS
 SURE_TIMES: Final = 4
-#: A batch without a page that is worth trying says nothing of the next ones, but sorting them takes
-#: longer than sending them.
-VAIN_NS: Final = 30 * MS
-#: It takes so much longer than the one in use that one batch says enough.
-LOSS_CLEAR: Final = 1.5
+#: A sample without a page that is worth trying says nothing of the next ones.
+VAIN_NS: Final = 10 * MS
 #: Probes take at most this part of the time, and so much at once: of each codec one batch.
 PROBE_SHARE: Final = 0.01
 PROBES_AT_ONCE_NS: Final = 60 * MS
@@ -58,6 +55,8 @@ PEAK_NS: Final = 300 * MS
 #: Of what a batch of so many bytes tells, this part is believed; of a smaller one less.
 LEARNING: Final = 0.25
 LEARNING_BYTES: Final = 1024 * 1024
+#: Of what a probe tells: there are few.
+PROBE_LEARNING: Final = 0.5
 #: So many times less of what it tells of the CPU that it got: a slice of the scheduler is longer
 #: than a batch, so that is now all of a CPU and now a third.
 SLOWER: Final = 4
@@ -71,7 +70,7 @@ class Knowledge:
     left: float = 1.0
     times: int = 0
     seen_ns: int = 0
-    vain_until_ns: int = 0  #: a batch had nothing worth trying
+    vain_until_ns: int = 0  #: a sample had nothing worth trying
     disproved: int = 0  #: so often it was slower than the weaker one before
     avoided_until_ns: int = 0
 
@@ -82,11 +81,9 @@ class Knowledge:
         self.left += weight * (left - self.left)
         self.seen_ns, self.vain_until_ns = now_ns, 0
 
-    def is_old(self, now_ns: int, *, is_clear: bool) -> bool:
-        """One batch may be unlike the others, so the first ones are soon followed by more, unless
-        what they say is clear."""
-        sure_times = 1 if is_clear else SURE_TIMES
-        old_ns = self.seen_ns + AGE_MAX_NS * min(1.0, self.times / sure_times)
+    def is_old(self, now_ns: int) -> bool:
+        """One batch may be unlike the others, so the first ones are soon followed by more."""
+        old_ns = self.seen_ns + AGE_MAX_NS * min(1.0, self.times / SURE_TIMES)
         return now_ns >= max(old_ns, self.vain_until_ns)
 
 
@@ -176,7 +173,7 @@ class Auto:
     # -- choices ---------------------------------------------------------------------------------
 
     def choose(self, now_ns: int) -> Arm:
-        """The next batch's; the first codec is tried by using it for one batch."""
+        """The next batch's."""
         if not self._budget.is_left(now_ns):
             return self._arms[0]
         self._judge(now_ns)
@@ -189,8 +186,6 @@ class Auto:
             if must_wait(best, now_ns):
                 return self._arms[self._current]
             self._change(best, now_ns)
-        if self._current == 0 and self.drain.is_full and self._is_due(1, now_ns):
-            return self._arms[1]
         return self._arms[self._current]
 
     def _expected_ns(self, index: int, now_ns: int) -> float:
@@ -294,23 +289,23 @@ class Auto:
     def probe(self, now_ns: int) -> Arm | None:
         """What to encode the pages of the batch with a second time, to learn: while the channel is
         full, the codecs above, as long as the one below leaves time for more; else that below."""
+        if not self._budget.is_left(now_ns):
+            return None
         if not self.drain.is_full:
             index = self._current - 1
             return self._arms[index] if index > 0 and self._is_due(index, now_ns) else None
-        for index in range(max(2, self._current + 1), len(self._arms)):
-            if not self._is_slowed_by_drain(index - 1):
+        for index in range(self._current + 1, len(self._arms)):
+            if index > 1 and not self._is_slowed_by_drain(index - 1):
                 return None
             if self._is_due(index, now_ns):
                 return self._arms[index]
         return None
 
     def _is_due(self, index: int, now_ns: int) -> bool:
-        is_worse = self._ns_per_byte(index) > LOSS_CLEAR * self._ns_per_byte(self._current)
-        is_clear = self._known[index].times > 0 and is_worse
-        return self._known[index].is_old(now_ns, is_clear=is_clear) and self._probes.is_left(now_ns)
+        return self._known[index].is_old(now_ns) and self._probes.is_left(now_ns)
 
     def _is_slowed_by_drain(self, index: int) -> bool:
-        return self._wire_ns(index) > self._made_ns(index)
+        return self._known[index].times > 0 and self._wire_ns(index) > self._made_ns(index)
 
     def _ns_per_byte(self, index: int) -> float:
         """What a byte of RAM takes; the least is best, and of equals the weakest codec."""
@@ -318,7 +313,7 @@ class Auto:
             return inf
         alone_ns = max(self._wire_ns(index), self._made_ns(index))
         codec_ns = self._worth * self._known[index].codec_ns
-        if codec_ns <= self._cpu_share * alone_ns:
+        if not self.drain.rate or codec_ns <= self._cpu_share * alone_ns:
             return alone_ns
         plain_ns = self._wire_ns(0)  # and as many batches as the budget has CPU time for
         return plain_ns / (1.0 + self._cpu_share * (plain_ns - self._wire_ns(index)) / codec_ns)
@@ -358,21 +353,18 @@ class Auto:
         beside = self._sorted if index else self._plain
         beside.learn(thread_ns, worker_ns, weight if beside.worker_ns else 1.0)
         if index:
-            self._tries += 1
-            worth = done.tried_bytes / done.ram_bytes
-            self._worth += max(weight, 1 / self._tries) * (worth - self._worth)
-        if not done.tried_bytes:
-            if done.is_whole:
-                self._known[index].vain_until_ns = done.at_ns + VAIN_NS
-            return
-        self._known[index].learn(
-            done.codec_ns / done.tried_bytes,
-            done.encoded_bytes / done.tried_bytes,
-            weight,
-            done.at_ns,
-        )
-        if index != self._current:
-            self._probes.spend(done.codec_ns)
+            self._learn_worth(done.tried_bytes / done.ram_bytes, weight)
+        if done.tried_bytes:
+            self._known[index].learn(
+                done.codec_ns / done.tried_bytes,
+                done.encoded_bytes / done.tried_bytes,
+                weight,
+                done.at_ns,
+            )
+
+    def _learn_worth(self, worth: float, weight: float) -> None:
+        self._tries += 1
+        self._worth += max(weight, 1 / self._tries) * (worth - self._worth)
 
     def account(self) -> Account:
         """What is known now, and why the current codec was chosen."""
@@ -404,11 +396,25 @@ class Auto:
 
     def learn_probe(self, probe: Probe) -> None:
         """The same pages by two codecs: what is known of the one in use says how unusual they
-        were."""
-        used = self._known[self._arms.index(probe.used)]
-        known = self._known[self._arms.index(probe.arm)]
-        left = used.left * probe.encoded_bytes / max(1, probe.used_bytes)
-        known.learn(probe.codec_ns / probe.tried_bytes, left, 0.5, probe.at_ns)
-        self._probes.spend(probe.codec_ns)
-        self._budget.spend(probe.codec_ns)
-        self._probed_ns = probe.codec_ns
+        were. Pages that went as they are also tell what sorting takes and how many are worth it."""
+        cpu_ns = self._probed_ns = probe.sorting_ns + probe.codec_ns
+        self._probes.spend(cpu_ns)
+        self._budget.spend(cpu_ns)
+        used, index = self._arms.index(probe.used), self._arms.index(probe.arm)
+        known = self._known[index]
+        if not used:
+            self._learn_worth(probe.tried_bytes / probe.ram_bytes, PROBE_LEARNING)
+        if not probe.tried_bytes:
+            known.vain_until_ns = probe.at_ns + VAIN_NS
+            return
+        left = self._known[used].left * probe.encoded_bytes / max(1, probe.used_bytes)
+        known.learn(probe.codec_ns / probe.tried_bytes, left, PROBE_LEARNING, probe.at_ns)
+        if not used:
+            self._learn_sorting(index, probe.sorting_ns / probe.ram_bytes)
+
+    def _learn_sorting(self, index: int, sorting_ns: float) -> None:
+        """For a byte of RAM, beside what it takes as it is; ZeroMQ sends what is left of it."""
+        plain = self._plain
+        thread_ns = plain.thread_ns + sorting_ns
+        worker_ns = thread_ns + (plain.worker_ns - plain.thread_ns) * self._left(index)
+        self._sorted.learn(thread_ns, worker_ns, LEARNING if self._sorted.worker_ns else 1.0)

@@ -10,7 +10,6 @@ and the next full queue says what it is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -32,23 +31,13 @@ PATIENCE_MAX_NS: Final = 1_000 * MS
 
 
 class Batch(NamedTuple):
-    """`left_bytes` left the queue while this one was made; `was_full`: the queue, before it."""
+    """`left_bytes` left the queue while this one was made, `left_so_far` with all before."""
 
     at_ns: int
     total_ns: int
     waited_ns: int
     left_bytes: int
-    was_full: bool
-
-    @property
-    def had_to_wait(self) -> bool:
-        """For the queue, which is full then, or for the bandwidth limit."""
-        return self.waited_ns > FULL_SHARE * self.total_ns
-
-    @property
-    def is_exact(self) -> bool:
-        """The queue was full before and after it."""
-        return self.was_full and self.had_to_wait and self.left_bytes > 0
+    left_so_far: int
 
 
 @dataclass(slots=True)
@@ -57,17 +46,19 @@ class Drain:
 
     rate: float = 0.0
     is_full: bool = False
+    is_steady: bool = False  #: the last batch found the channel full, and left it full
     _now_ns: int = 0  #: counts only while the channel is used
     _window: deque[Batch] = field(default_factory=deque)
+    _total_ns: int = 0  #: of the window, and `_waited_ns` of it
+    _waited_ns: int = 0
+    _full: deque[Batch] = field(default_factory=deque)  #: of the window, those that left it full
+    _exact: deque[Batch] = field(default_factory=deque)  #: and of these, those that found it full
+    _had_to_wait: bool = False  #: the last batch: for the queue, or for the bandwidth limit
+    _left_so_far: int = 0
     _queued: deque[int] = field(default_factory=deque)
     _patience_ns: int = PATIENCE_NS
     _grows_at_ns: int = 0
     _believed: float = 0.0  #: grown to, and not yet seen
-
-    @property
-    def is_steady(self) -> bool:
-        """The last batch found the channel full, and left it full."""
-        return bool(self._window) and self._window[-1].is_exact
 
     @property
     def is_believed(self) -> bool:
@@ -79,18 +70,36 @@ class Drain:
         self._now_ns += done.total_ns
         self._queued.append(done.wire_bytes)
         left_bytes = self._queued.popleft() if len(self._queued) > QUEUED_PACKETS else 0
-        window = self._window
-        was_full = bool(window) and window[-1].had_to_wait
-        window.append(Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, was_full))
-        while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
-            window.popleft()
-        total_ns = sum(batch.total_ns for batch in window)
-        self.is_full = sum(batch.waited_ns for batch in window) > FULL_SHARE * total_ns
+        self._left_so_far += left_bytes
+        was_full, self._had_to_wait = self._had_to_wait, _is_long(done.waited_ns, done.total_ns)
+        self.is_steady = was_full and self._had_to_wait and left_bytes > 0
+        self._take(
+            Batch(self._now_ns, done.total_ns, done.waited_ns, left_bytes, self._left_so_far)
+        )
+        self.is_full = _is_long(self._waited_ns, self._total_ns)
         if self.is_full:
             self._measure(done.limit)
         elif self.rate and self._now_ns >= self._grows_at_ns:
             self.rate = self._believed = self.rate * GROWTH
             self._grows_at_ns = self._now_ns + GROWTH_NS
+
+    def _take(self, batch: Batch) -> None:
+        """Into the window, which loses those that are too old."""
+        window = self._window
+        window.append(batch)
+        self._total_ns += batch.total_ns
+        self._waited_ns += batch.waited_ns
+        if self._had_to_wait:
+            self._full.append(batch)
+        if self.is_steady:
+            self._exact.append(batch)
+        while len(window) > 2 and window[0].at_ns < self._now_ns - WINDOW_NS:
+            old = window.popleft()
+            self._total_ns -= old.total_ns
+            self._waited_ns -= old.waited_ns
+            for some in (self._full, self._exact):
+                if some and some[0] is old:
+                    some.popleft()
 
     def _measure(self, limit: float) -> None:
         self._grows_at_ns = self._now_ns + self._patience_ns
@@ -106,18 +115,15 @@ class Drain:
 
     def _rate_seen(self) -> float:
         """In the window; 0 if it has no batch that found the queue full and left it full."""
-        window = list(self._window)
-        exact = _span(window, lambda batch: batch.is_exact)
-        full = _span(window, lambda batch: batch.had_to_wait)
-        return max(_rate(exact), _rate(full[1:])) if exact else 0.0
+        if not self._exact:
+            return 0.0
+        first, last = self._exact[0], self._exact[-1]
+        left_bytes = last.left_so_far - first.left_so_far + first.left_bytes
+        exact = left_bytes / max(1, last.at_ns - first.at_ns + first.total_ns)
+        first, last = self._full[0], self._full[-1]
+        left_bytes = last.left_so_far - first.left_so_far
+        return max(exact, left_bytes / max(1, last.at_ns - first.at_ns))
 
 
-def _span(batches: Sequence[Batch], is_end: Callable[[Batch], bool]) -> Sequence[Batch]:
-    """From the first such batch to the last."""
-    ends = [i for i, batch in enumerate(batches) if is_end(batch)]
-    return batches[ends[0] : ends[-1] + 1] if ends else []
-
-
-def _rate(batches: Sequence[Batch]) -> float:
-    """What left, in bytes per ns."""
-    return sum(batch.left_bytes for batch in batches) / max(1, sum(b.total_ns for b in batches))
+def _is_long(waited_ns: int, total_ns: int) -> bool:
+    return waited_ns > FULL_SHARE * total_ns

@@ -69,16 +69,20 @@ class Probe:
     """The same pages, encoded a second time and not sent.
 
     :ivar used: the arm that they were sent with, and `used_bytes` what they became.
-    :ivar codec_ns: CPU time of the codec.
+    :ivar ram_bytes: of the pages; `tried_bytes` of those that looked worth it, which may be none.
+    :ivar codec_ns: CPU time of the codec; `sorting_ns` of looking for them, if they had not been
+        looked for.
     """
 
     arm: Arm
     used: Arm
     at_ns: int
+    ram_bytes: int
     tried_bytes: int
     encoded_bytes: int
     used_bytes: int
     codec_ns: int
+    sorting_ns: int = 0
 
 
 class Policy(Protocol):

@@ -11,7 +11,7 @@ from engine.compress.choice import policy_of
 from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.hostload import HostLoad
-from engine.multifd.payload import Payload
+from engine.multifd.payload import Payload, sample_of, worth_trying
 from engine.multifd.progress import Budget, Count, Progress
 
 #: What a policy knows is shown so often: as often as somebody may ask.
@@ -76,6 +76,7 @@ class Chooser:
         self._before = now
         stalled_ns, paced_ns = now.stalled - before.stalled, now.paced - before.paced
         limit = self._budget.rate_bytes_per_s / self._count / 1_000_000_000
+        self._budget.used_cpu(self._index, now.worker)
         self._chosen_by.learn(
             Done(
                 arm,
@@ -90,18 +91,18 @@ class Chooser:
                 worker_ns=now.worker - before.worker,
                 waited_ns=stalled_ns + paced_ns,
                 limit=limit if paced_ns > stalled_ns else 0.0,
-                fair_share=self._load.fair_share(
-                    now.at, self._budget.used_cpu(self._index, now.worker)
-                ),
+                fair_share=self._load.fair_share(now.at, lambda: self._budget.cpu_ns),
                 is_whole=_pages_in(payloads) * PAGE_SIZE == ram_bytes,
             )
         )
         if now.at >= self._published_ns + PUBLISH_NS:
             self._published_ns = now.at
             self._publish()
-        tried = payloads[0]
-        if tried.tried and (other := self._chosen_by.probe(now.at)) is not None:
-            self._probe(arm, other, tried)
+        payload = payloads[0]
+        is_plain = arm.codec is None and payload.kind is wire.PacketKind.PAGES
+        has_some = payload.pages if is_plain else len(payload.tried)
+        if has_some and (other := self._chosen_by.probe(now.at)) is not None:
+            self._probe(arm, other, payload)
 
     def _publish(self) -> None:
         """Show what the policy knows, or that it has nothing to say."""
@@ -109,21 +110,31 @@ class Chooser:
         self._progress.account(account.words() if account is not None else (0,))
 
     def _probe(self, used: Arm, other: Arm, payload: Payload) -> None:
-        """Encode the pages of a batch once more, to learn; nothing of it is sent."""
+        """Encode the pages of a batch once more, to learn, or a sample of those that went as they
+        are; nothing of it is sent."""
         assert other.codec is not None
         began_ns = time.thread_time_ns()
-        encoded = other.codec.encode(payload.tried)
-        codec_ns = time.thread_time_ns() - began_ns
-        self._progress.add(Count.ENCODE_NS, codec_ns)
+        tried, used_bytes = payload.tried, payload.encoded_bytes
+        ram_bytes = len(tried)
+        if used.codec is None:
+            sample = sample_of(payload)
+            tried = worth_trying(sample)
+            ram_bytes, used_bytes = len(sample), len(tried)
+        sorted_ns = time.thread_time_ns()
+        encoded = other.codec.encode(tried) if tried else None
+        ended_ns = time.thread_time_ns()
+        self._progress.add(Count.ENCODE_NS, ended_ns - began_ns)
         self._chosen_by.learn_probe(
             Probe(
                 other,
                 used,
                 at_ns=time.monotonic_ns(),
-                tried_bytes=len(payload.tried),
-                encoded_bytes=len(payload.tried if encoded is None else encoded),
-                used_bytes=payload.encoded_bytes,
-                codec_ns=codec_ns,
+                ram_bytes=ram_bytes,
+                tried_bytes=len(tried),
+                encoded_bytes=len(tried if encoded is None else encoded),
+                used_bytes=used_bytes,
+                codec_ns=ended_ns - sorted_ns,
+                sorting_ns=sorted_ns - began_ns,
             )
         )
 

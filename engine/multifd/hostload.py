@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -38,13 +39,13 @@ class HostLoad:
         self._samples: deque[Sample] = deque(maxlen=SAMPLES)
         self._share = min(1.0, self._cpus / senders)
 
-    def fair_share(self, now_ns: int, senders_ns: int) -> float:
+    def fair_share(self, now_ns: int, senders_ns: Callable[[], int]) -> float:
         """Of a CPU, 0 to 1: what the scheduler has for each sender beside what others keep busy.
 
-        :param senders_ns: CPU time that all senders have used."""
+        :param senders_ns: CPU time that all senders have used, asked for now and then."""
         samples = self._samples
         if not samples or now_ns >= samples[-1].at_ns + SAMPLE_NS:
-            samples.append(Sample(now_ns, *self._ticks(), senders_ns))
+            samples.append(Sample(now_ns, *self._ticks(), senders_ns()))
             first, last = samples[0], samples[-1]
             if last.total > first.total:
                 idle = self._cpus * (last.idle - first.idle) / (last.total - first.total)

@@ -17,6 +17,9 @@ from engine.memory.blocks import PAGE_SIZE
 
 #: Runs of at least so many pages are lent to ZeroMQ, shorter ones are copied together.
 DIRECT_RUN_PAGES_MIN: Final = 64
+#: A sample is about so many spans of so many pages, which is as far as LZ4 looks back.
+SAMPLE_SPANS: Final = 4
+SPAN_PAGES: Final = 16
 
 Frame = bytes | memoryview
 Run = tuple[int, int]  #: first page, page count
@@ -93,9 +96,7 @@ def copied_payload(
     runs, pages = bytes(taken[: count * wire.RUN.size]), len(copy) // PAGE_SIZE
     if codec is None or not copy:
         return Payload([copy] if copy else [], runs, pages, gathered_runs=count, copied_pages=pages)
-    parted = memoryview(bytearray(pages * wire.RUN.size))
-    whole = wire.RUN.pack(0, pages)
-    planes, others, _, raw = _native.split_compressible(copy, whole, 1, parted)
+    parted, planes, others, raw = _part(copy)
     good_runs = planes + others
     if not good_runs:
         return copied_payload(copy, taken, count)
@@ -123,6 +124,37 @@ def copied_payload(
         gathered_runs=len(tables[2]),
         copied_pages=pages,
     )
+
+
+def _part(copy: bytes) -> tuple[memoryview, int, int, int]:
+    """Runs of the pages of a copy that look worth trying as bit planes, of others that do, and of
+    the rest: one table, and how many there are of each."""
+    pages = len(copy) // PAGE_SIZE
+    parted = memoryview(bytearray(pages * wire.RUN.size))
+    whole = wire.RUN.pack(0, pages)
+    planes, others, _, raw = _native.split_compressible(copy, whole, 1, parted)
+    return parted, planes, others, raw
+
+
+def sample_of(payload: Payload) -> bytes:
+    """Some pages of one that goes as it is, from all over it; all if they are few."""
+    step = max(SPAN_PAGES, payload.pages // SAMPLE_SPANS)
+    spans: list[Frame] = []
+    begin = 0
+    for frame in payload.frames:
+        pages = len(frame) // PAGE_SIZE
+        for at in range(-begin % step, pages, step):
+            spans.append(frame[at * PAGE_SIZE : (at + SPAN_PAGES) * PAGE_SIZE])
+        begin += pages
+    return b"".join(spans)
+
+
+def worth_trying(copy: bytes) -> bytes:
+    """What a codec would be given of these pages."""
+    parted, planes, others, raw = _part(copy)
+    if not planes + others:
+        return b""
+    return copy if not planes + raw else _native.gather(copy, parted, planes + others, planes)
 
 
 def whole_payload(ram: memoryview, taken: memoryview, count: int, codec: Codec | None) -> Payload:

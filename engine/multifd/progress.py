@@ -104,9 +104,13 @@ class Budget(SharedWords):
         """Counts the rates; what was bought before it changed must be bought again."""
         return self.words[2]
 
-    def used_cpu(self, index: int, cpu_ns: int) -> int:
-        """Sender `index` has used so much CPU time; return the sum of all senders."""
+    def used_cpu(self, index: int, cpu_ns: int) -> None:
+        """Sender `index` has used so much CPU time."""
         self.words[self.CPU_WORDS + index] = cpu_ns
+
+    @property
+    def cpu_ns(self) -> int:
+        """CPU time that all senders have used."""
         return sum(self.words[self.CPU_WORDS :])
 
     def take(self, byte_count: int, now_ns: int, burst_ns: int) -> int:

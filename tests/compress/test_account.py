@@ -46,7 +46,7 @@ def test_nothing_was_written() -> None:
     assert account_of([0] * words_count(LADDER), LADDER) is None
 
 
-@pytest.mark.parametrize(("gbit", "drain"), [(0.3, 18.75e6), (1, 62.5e6)])
+@pytest.mark.parametrize(("gbit", "drain"), [(0.3, 18.75e6), (0.8, 50e6)])
 def test_on_a_slow_link_it_says_that_the_channel_is_slower_than_the_encoder(
     gbit: float, drain: float
 ) -> None:

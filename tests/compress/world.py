@@ -15,6 +15,7 @@ from engine.multifd.hostload import HostLoad
 
 MIB: Final = 2**20
 BATCH_BYTES: Final = 2 * MIB
+SAMPLE_BYTES: Final = 256 * 1024
 CHANNELS: Final = 2
 CPUS: Final = 2
 #: ZeroMQ's queue, and the packet that it is writing to the kernel.
@@ -119,6 +120,7 @@ class World:
     sold_ns: float = 0.0
     encoded_ns: float = 0.0  #: CPU time of all codecs, `probed_ns` of it for probes
     probed_ns: float = 0.0
+    probes: int = 0
     moved: int = 0
     choices: list[tuple[float, str]] = field(default_factory=list)  #: of the first channel
     lanes: list[Lane] = field(default_factory=list)
@@ -203,8 +205,8 @@ class World:
             left -= ram
             arm = lane.policy.choose(int(self.now_ns))
             index, unlike = self._index(arm), lane.chance.uniform(0.85, 1.15)
-            tried = int(ram * min(1.0, self.worth(lane.offset) * lane.chance.uniform(0.9, 1.1)))
-            tried, lane.offset = tried if index else 0, lane.offset + ram
+            worth = self.worth(lane.offset) * lane.chance.uniform(0.9, 1.1)
+            tried, lane.offset = int(ram * min(1.0, worth)) if index else 0, lane.offset + ram
             encoded = min(tried, int(tried * self.contents[index][0] * unlike))
             codec_ns, wire = tried * self.contents[index][1] * unlike, ram - tried + encoded
             if lane is self.lanes[0]:
@@ -230,20 +232,28 @@ class World:
                     int(self.now_ns - ended_ns), int(lane.cpu_ns - ended_cpu_ns),
                     int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns),
                     self.limit / CHANNELS if 2 * paced_ns > self.now_ns - waits_ns else 0.0,
-                    load.fair_share(int(self.now_ns), int(sum(x.cpu_ns for x in self.lanes))),
+                    load.fair_share(int(self.now_ns), self._cpu_ns),
                 )
             )  # fmt: skip
             ended_ns, ended_cpu_ns = self.now_ns, lane.cpu_ns
-            if tried and (other := lane.policy.probe(int(self.now_ns))) is not None:
+            can_be = index == 0 or tried > 0
+            if can_be and (other := lane.policy.probe(int(self.now_ns))) is not None:
+                if index == 0:
+                    ram = min(ram, SAMPLE_BYTES)
+                    tried = encoded = int(ram * min(1.0, worth))
                 left_of, cost_ns = self.contents[self._index(other)]
                 lane.work_ns = tried * cost_ns * unlike
                 self.encoded_ns += lane.work_ns
                 self.probed_ns += lane.work_ns
+                self.probes += 1
                 spent_ns, shorter = int(lane.work_ns), min(tried, int(tried * left_of * unlike))
                 yield
                 lane.policy.learn_probe(
-                    Probe(other, arm, int(self.now_ns), tried, shorter, encoded, spent_ns)
+                    Probe(other, arm, int(self.now_ns), ram, tried, shorter, encoded, spent_ns)
                 )
+
+    def _cpu_ns(self) -> int:
+        return int(sum(lane.cpu_ns for lane in self.lanes))
 
     def _index(self, arm: Arm) -> int:
         return LADDER.index(arm)

@@ -34,18 +34,18 @@ class Ticks(HostLoad):
 )
 def test_a_sender_gets_its_part_beside_others(idle: int, senders_ns: int, share: float) -> None:
     load = Ticks()
-    assert load.fair_share(1, 0) == 1.0
+    assert load.fair_share(1, lambda: 0) == 1.0
 
     load.idle, load.total = idle, 10
 
-    assert load.fair_share(1 + SAMPLE_NS, senders_ns) == pytest.approx(share)
+    assert load.fair_share(1 + SAMPLE_NS, lambda: senders_ns) == pytest.approx(share)
 
 
 def test_between_two_samples_nothing_is_read() -> None:
     load = Ticks()
-    load.fair_share(1, 0)
+    load.fair_share(1, lambda: 0)
     load.total = 10
-    assert load.fair_share(SAMPLE_NS, 0) == 1.0
+    assert load.fair_share(SAMPLE_NS, lambda: 0) == 1.0
 
 
 def test_a_host_that_tells_nothing_counts_as_idle(
@@ -53,8 +53,8 @@ def test_a_host_that_tells_nothing_counts_as_idle(
 ) -> None:
     monkeypatch.setattr(hostload, "STAT", tmp_path / "stat")
     load = HostLoad(senders=1)
-    load.fair_share(1, 0)
-    assert load.fair_share(1 + SAMPLE_NS, 0) == 1.0
+    load.fair_share(1, lambda: 0)
+    assert load.fair_share(1 + SAMPLE_NS, lambda: 0) == 1.0
 
 
 def test_the_real_file_is_understood() -> None:

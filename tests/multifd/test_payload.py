@@ -13,10 +13,14 @@ from engine.compress.codecs import CODECS, Codec, Zlib
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.payload import (
     DIRECT_RUN_PAGES_MIN,
+    SAMPLE_SPANS,
+    SPAN_PAGES,
     Payload,
     copied_payload,
     encoded_payload,
     lent_payload,
+    sample_of,
+    worth_trying,
 )
 from tests.multifd.encoded import noise, numbers, page_numbers, pages_of, runs_of, table, text
 from tests.multifd.rig import SESSION
@@ -170,3 +174,29 @@ def test_the_smallest_and_the_largest_batch(name: str, pages: int, content: obje
     assert sent(payload, runs, ram)[1] == expected(runs, ram)
     assert bool(payload.encoded_runs) is (content is not noise)
     assert payload.plane_runs == (content is numbers)
+
+
+@given(drawn=stretches)
+def test_a_sample_is_of_pages_from_all_over_the_batch(drawn: list[tuple[str, int]]) -> None:
+    ram, runs, good = ram_of(drawn)
+    payload = lent_payload(memoryview(ram), memoryview(table(runs)), len(runs))
+    content = expected(runs, ram)
+
+    sample = sample_of(payload)
+
+    places = {page: number for number, page in content.items()}
+    pages = [places[sample[at : at + PAGE_SIZE]] for at in range(0, len(sample), PAGE_SIZE)]
+    order = [page for run in runs_of_payload(payload) for page in range(run[0], sum(run))]
+    at = [order.index(page) for page in pages]
+    assert at == sorted(set(at))
+    assert len(at) <= (SAMPLE_SPANS + 1) * SPAN_PAGES
+    assert at[0] == 0
+    step = max(SPAN_PAGES, len(order) // SAMPLE_SPANS)
+    assert set(range(0, len(order), step)) <= set(at)
+    tried = worth_trying(sample)
+    assert len(tried) == PAGE_SIZE * sum(page in good for page in pages)
+
+
+def runs_of_payload(payload: Payload) -> list[Run]:
+    words = memoryview(payload.data_runs).cast("I").tolist()
+    return list(zip(words[0::2], words[1::2], strict=True))
