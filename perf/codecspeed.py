@@ -2,8 +2,8 @@
 
     python -m perf.codecspeed IMAGE CODEC INDEX COUNT
 
-measures the stripes of one worker and prints JSON. Batches are as the engine makes them: 128 pages
-that are not zero.
+measures the stripes of one worker and prints JSON. A batch is 128 pages that are not zero; LZ4 is
+as fast with 64 to 512.
 """
 
 from __future__ import annotations
