@@ -162,7 +162,6 @@ class Auto:
         self._worth = 1.0  #: part of the RAM that looks worth trying, seen in `_tries` batches
         self._tries = 0
         self._plain, self._sorted = Preparing(), Preparing()  #: without a codec, and for one
-        self._probed_ns = 0  #: by the probe after the batch before
         self._before, self._changes, self._why = 0, 0, Why.START  #: the last change
 
     def allow(self, channels: int, cpus: int, cpu_percent: int) -> None:
@@ -341,7 +340,7 @@ class Auto:
             self._peak(done.at_ns)
         self._budget.spend(done.codec_ns)
         weight = LEARNING * min(1.0, done.ram_bytes / LEARNING_BYTES)
-        codec_ns, self._probed_ns = done.codec_ns + self._probed_ns, 0
+        codec_ns = done.codec_ns + done.probed_ns
         thread_ns = (done.thread_ns - codec_ns) / done.ram_bytes
         worker_ns = (done.worker_ns - codec_ns) / done.ram_bytes
         share = done.thread_ns / max(1, done.thread_ns, done.total_ns - done.waited_ns)
@@ -397,7 +396,7 @@ class Auto:
     def learn_probe(self, probe: Probe) -> None:
         """The same pages by two codecs: what is known of the one in use says how unusual they
         were. Pages that went as they are also tell what sorting takes and how many are worth it."""
-        cpu_ns = self._probed_ns = probe.sorting_ns + probe.codec_ns
+        cpu_ns = probe.sorting_ns + probe.codec_ns
         self._probes.spend(cpu_ns)
         self._budget.spend(cpu_ns)
         used, index = self._arms.index(probe.used), self._arms.index(probe.arm)
@@ -405,7 +404,8 @@ class Auto:
         if not used:
             self._learn_worth(probe.tried_bytes / probe.ram_bytes, PROBE_LEARNING)
         if not probe.tried_bytes:
-            known.vain_until_ns = probe.at_ns + VAIN_NS
+            for one in self._known[index:]:  # what is noise is so for all
+                one.vain_until_ns = probe.at_ns + VAIN_NS
             return
         left = self._known[used].left * probe.encoded_bytes / max(1, probe.used_bytes)
         known.learn(probe.codec_ns / probe.tried_bytes, left, PROBE_LEARNING, probe.at_ns)

@@ -46,6 +46,7 @@ class Done:
         0.
     :ivar fair_share: of a CPU that the host has left for each sender, 0 to 1.
     :ivar is_whole: all of its pages went as pages: none as a delta, none was left out as unchanged.
+    :ivar probed_ns: of `thread_ns`, for a probe.
     """
 
     arm: Arm
@@ -62,6 +63,7 @@ class Done:
     limit: float
     fair_share: float
     is_whole: bool = True
+    probed_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Probe:
     """The same pages, encoded a second time and not sent.
 
     :ivar used: the arm that they were sent with, and `used_bytes` what they became.
-    :ivar ram_bytes: of the pages; `tried_bytes` of those that looked worth it, which may be none.
+    :ivar ram_bytes: that they stand for; `tried_bytes` of those that looked worth it, if any did.
     :ivar codec_ns: CPU time of the codec; `sorting_ns` of looking for them, if they had not been
         looked for.
     """

@@ -11,7 +11,7 @@ from engine.compress.choice import policy_of
 from engine.compress.policy import Arm, Done, Fixed, Policy, Probe
 from engine.memory.blocks import PAGE_SIZE
 from engine.multifd.hostload import HostLoad
-from engine.multifd.payload import Payload, sample_of, worth_trying
+from engine.multifd.payload import Payload, sample_of
 from engine.multifd.progress import Budget, Count, Progress
 
 #: What a policy knows is shown so often: as often as somebody may ask.
@@ -38,6 +38,7 @@ class Chooser:
         self._policy: Policy = Fixed(Arm("none"))
         self._chosen_by: Policy = self._policy  #: of the batch that is on its way
         self._before = self._clocks()  #: at the end of the batch before
+        self._probed_ns = 0  #: CPU time of a probe since then
         self._published_ns = 0
 
     def follow(self, order: wire.Compress) -> None:
@@ -49,12 +50,12 @@ class Chooser:
     def begin_round(self) -> None:
         """What was between two rounds is nobody's cost."""
         if self._chosen_by.is_curious:
-            self._before = self._clocks()
+            self._before, self._probed_ns = self._clocks(), 0
 
     def choose(self) -> Arm:
         """The next batch's; an order may bring another policy before it is queued."""
         if self._chosen_by is not self._policy:
-            self._chosen_by, self._before = self._policy, self._clocks()
+            self._chosen_by, self._before, self._probed_ns = self._policy, self._clocks(), 0
         return self._policy.choose(time.monotonic_ns())
 
     def _clocks(self) -> Clocks:
@@ -93,37 +94,36 @@ class Chooser:
                 limit=limit if paced_ns > stalled_ns else 0.0,
                 fair_share=self._load.fair_share(now.at, lambda: self._budget.cpu_ns),
                 is_whole=_pages_in(payloads) * PAGE_SIZE == ram_bytes,
+                probed_ns=self._probed_ns,
             )
         )
+        self._probed_ns = 0
         if now.at >= self._published_ns + PUBLISH_NS:
             self._published_ns = now.at
             self._publish()
-        payload = payloads[0]
-        is_plain = arm.codec is None and payload.kind is wire.PacketKind.PAGES
-        has_some = payload.pages if is_plain else len(payload.tried)
-        if has_some and (other := self._chosen_by.probe(now.at)) is not None:
-            self._probe(arm, other, payload)
+        fit = [each for each in payloads if (each.tried if arm.codec else each.pages)]
+        if fit and (other := self._chosen_by.probe(now.at)) is not None:
+            self._probe(arm, other, fit[0], ram_bytes)
 
     def _publish(self) -> None:
         """Show what the policy knows, or that it has nothing to say."""
         account = self._policy.account()
         self._progress.account(account.words() if account is not None else (0,))
 
-    def _probe(self, used: Arm, other: Arm, payload: Payload) -> None:
+    def _probe(self, used: Arm, other: Arm, payload: Payload, ram_bytes: int) -> None:
         """Encode the pages of a batch once more, to learn, or a sample of those that went as they
         are; nothing of it is sent."""
         assert other.codec is not None
         began_ns = time.thread_time_ns()
         tried, used_bytes = payload.tried, payload.encoded_bytes
-        ram_bytes = len(tried)
         if used.codec is None:
-            sample = sample_of(payload)
-            tried = worth_trying(sample)
-            ram_bytes, used_bytes = len(sample), len(tried)
+            tried, part = sample_of(payload)
+            ram_bytes, used_bytes = max(1, int(part * ram_bytes)), len(tried)
         sorted_ns = time.thread_time_ns()
         encoded = other.codec.encode(tried) if tried else None
         ended_ns = time.thread_time_ns()
         self._progress.add(Count.ENCODE_NS, ended_ns - began_ns)
+        self._probed_ns = ended_ns - began_ns
         self._chosen_by.learn_probe(
             Probe(
                 other,

@@ -9,7 +9,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from engine import _native, wire
 from engine.compress.codecs import Codec
@@ -136,8 +136,22 @@ def _part(copy: bytes) -> tuple[memoryview, int, int, int]:
     return parted, planes, others, raw
 
 
-def sample_of(payload: Payload) -> bytes:
-    """Some pages of one that goes as it is, from all over it; all if they are few."""
+class Sample(NamedTuple):
+    """What a codec would be given of a part of a payload that goes as it is."""
+
+    tried: bytes
+    part: float  #: of the payload, above 0
+
+
+def sample_of(payload: Payload) -> Sample:
+    """Of pages some, from all over it, all if they are few; of deltas all."""
+    if payload.kind is wire.PacketKind.DELTAS:
+        return Sample(bytes(payload.frames[0]), 1.0)
+    pages = _some_pages(payload)
+    return Sample(_worth_trying(pages), len(pages) / (payload.pages * PAGE_SIZE))
+
+
+def _some_pages(payload: Payload) -> bytes:
     step = max(SPAN_PAGES, payload.pages // SAMPLE_SPANS)
     spans: list[Frame] = []
     begin = 0
@@ -149,8 +163,7 @@ def sample_of(payload: Payload) -> bytes:
     return b"".join(spans)
 
 
-def worth_trying(copy: bytes) -> bytes:
-    """What a codec would be given of these pages."""
+def _worth_trying(copy: bytes) -> bytes:
     parted, planes, others, raw = _part(copy)
     if not planes + others:
         return b""

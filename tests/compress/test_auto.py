@@ -10,7 +10,7 @@ import pytest
 
 from engine.compress.auto import AGE_MAX_NS, LADDER, SURE_TIMES, VAIN_NS
 from engine.compress.drain import Drain
-from engine.compress.policy import Done, Fixed
+from engine.compress.policy import Done, Fixed, Probe
 from tests.compress.world import (
     CHANNELS,
     CPUS,
@@ -179,6 +179,19 @@ def test_content_that_is_never_worth_trying_is_looked_at_now_and_then() -> None:
     took_ns = world.move(2 * GIB)
     assert {name for _, name in world.choices} == {"none 0"}
     assert 0 < world.probes <= CHANNELS * (1 + took_ns / VAIN_NS)
+
+
+def test_a_sample_of_noise_is_noise_for_every_codec() -> None:
+    ms, policy = 1_000_000, auto()
+    timing = (20 * ms, ms, ms, 19 * ms, 0.0, 1.0)
+    for number in range(1, 20):
+        policy.learn(Done(LADDER[0], number * 20 * ms, MIB, 0, 0, MIB, 0, *timing))
+    good = Probe(LADDER[1], LADDER[0], 400 * ms, MIB, MIB, MIB // 3, MIB, ms)
+    policy.learn_probe(good)
+    assert policy.probe(401 * ms) == LADDER[2]
+    policy.learn_probe(replace(good, at_ns=430 * ms, tried_bytes=0, encoded_bytes=0, used_bytes=0))
+    assert policy.probe(431 * ms) is None
+    assert policy.probe(430 * ms + VAIN_NS) == LADDER[2]
 
 
 def test_probes_are_few() -> None:

@@ -84,6 +84,7 @@ class Lane:
     chance: random.Random
     offset: int = 0
     cpu_ns: float = 0.0  #: of the sender so far
+    probed_ns: int = 0  #: of that, since the last batch
     work_ns: float = 0.0  #: CPU time that the sender's next step needs
     until_ns: float = 0.0  #: the bandwidth limit holds it so long
     packet: int = 0  #: waits for room
@@ -226,13 +227,14 @@ class World:
             lane.costs.append(codec_ns / 3 + RAM_NS * ram + WIRE_NS * wire)
             self.encoded_ns += codec_ns
             self.moved += ram
+            probed_ns, lane.probed_ns = lane.probed_ns, 0
             lane.policy.learn(
                 Done(
                     arm, int(self.now_ns), ram, tried, encoded, wire, int(codec_ns),
                     int(self.now_ns - ended_ns), int(lane.cpu_ns - ended_cpu_ns),
                     int(lane.cpu_ns - ended_cpu_ns), int(self.now_ns - waits_ns),
                     self.limit / CHANNELS if 2 * paced_ns > self.now_ns - waits_ns else 0.0,
-                    load.fair_share(int(self.now_ns), self._cpu_ns),
+                    load.fair_share(int(self.now_ns), self._cpu_ns), probed_ns=probed_ns,
                 )
             )  # fmt: skip
             ended_ns, ended_cpu_ns = self.now_ns, lane.cpu_ns
@@ -246,6 +248,7 @@ class World:
                 self.encoded_ns += lane.work_ns
                 self.probed_ns += lane.work_ns
                 self.probes += 1
+                lane.probed_ns = int(lane.work_ns)
                 spent_ns, shorter = int(lane.work_ns), min(tried, int(tried * left_of * unlike))
                 yield
                 lane.policy.learn_probe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import cast
 
 import pytest
@@ -122,38 +123,69 @@ def test_a_policy_is_told_whether_all_of_a_batch_went_as_pages(clock: Clock) -> 
         budget.close()
 
 
+LZ4 = Arm("lz4", 1, Lz4).made()
+FULL = copied(text(128))
+DELTAS = Payload([text(1)], wire.RUN.pack(0, 384), 384, wire.PacketKind.DELTAS)
+
+
 @pytest.mark.parametrize(
-    ("payload", "ram_bytes", "tried_bytes"),
+    ("payloads", "ram_pages", "tried_pages"),
     [
-        (copied(text(512)), 64 * PAGE_SIZE, 64 * PAGE_SIZE),
-        (copied(noise(512)), 64 * PAGE_SIZE, 0),
-        (copied(text(5) + noise(5)), 10 * PAGE_SIZE, 5 * PAGE_SIZE),
+        ([copied(text(512))], 64, 64),
+        ([copied(noise(512))], 64, 0),
+        ([copied(text(5) + noise(5))], 10, 5),
+        ([FULL, DELTAS], 256, 64),  # half of what is full stands for half of all
+        ([Payload([], b"", 0), DELTAS], 384, 1),
     ],
-    ids=["text", "noise", "few of both"],
+    ids=["text", "noise", "few of both", "some of it deltas", "deltas"],
 )
-def test_of_pages_that_went_as_they_are_a_sample_is_encoded(
-    clock: Clock, payload: Payload, ram_bytes: int, tried_bytes: int
+def test_of_what_went_as_it_is_a_sample_is_encoded(
+    clock: Clock, payloads: list[Payload], ram_pages: int, tried_pages: int
 ) -> None:
-    probe = probed(payload)
+    probe = probed(payloads)
     assert probe is not None
-    assert (probe.ram_bytes, probe.tried_bytes) == (ram_bytes, tried_bytes)
-    assert probe.used_bytes == tried_bytes
-    assert probe.encoded_bytes < probe.tried_bytes or not tried_bytes
+    assert (probe.ram_bytes, probe.tried_bytes) == (ram_pages * PAGE_SIZE, tried_pages * PAGE_SIZE)
+    assert probe.used_bytes == probe.tried_bytes
+    assert probe.encoded_bytes < probe.tried_bytes or not tried_pages
 
 
-@pytest.mark.parametrize("payload", [DELTA, Payload([], b"", 0)], ids=["deltas", "nothing"])
-def test_a_batch_without_pages_is_no_sample(clock: Clock, payload: Payload) -> None:
-    assert probed(payload) is None
+def test_what_a_probe_took_is_told_with_the_next_batch_of_the_round(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count(step=5)
+    monkeypatch.setattr(clock, "thread_time_ns", lambda: next(ticks))
+    progress = Progress.create()
+    budget = Budget.create()
+    try:
+        one, policy = Chooser(0, 1, progress, budget), Curious()
+        one._policy = cast(Policy, policy)
+        for wanted, is_next_round in ((LZ4, False), (None, False), (LZ4, True), (None, False)):
+            policy.wanted = wanted
+            one.learn(one.choose(), 128 * PAGE_SIZE, [FULL])
+            if is_next_round:
+                one.begin_round()
+        probe = policy.probed[0]
+        took_ns = probe.sorting_ns + probe.codec_ns
+        assert took_ns > 0
+        assert [done.probed_ns for done in policy.heard] == [0, took_ns, 0, 0]
+    finally:
+        progress.close()
+        budget.close()
 
 
-def probed(payload: Payload) -> Probe | None:
+def test_a_batch_of_which_all_was_left_out_is_no_sample(clock: Clock) -> None:
+    assert probed([Payload([], b"", 0)]) is None
+
+
+def probed(payloads: list[Payload]) -> Probe | None:
     """What is learnt by LZ4 of a batch that went without a codec."""
     progress = Progress.create()
     budget = Budget.create()
     try:
         one, policy = Chooser(0, 1, progress, budget), Curious()
-        one._policy, policy.wanted = cast(Policy, policy), Arm("lz4", 1, Lz4).made()
-        one.learn(one.choose(), PAGE_SIZE, [payload])
+        one._policy, policy.wanted = cast(Policy, policy), LZ4
+        pages = sum(payload.pages for payload in payloads)
+        one.learn(one.choose(), pages * PAGE_SIZE, payloads)
         return policy.probed[0] if policy.probed else None
     finally:
         progress.close()
